@@ -1,0 +1,6 @@
+"""Measure the flatness and the neural collapse of networks in JAX."""
+
+from flatjax.flatness.relative import max_relative_flatness as max_relative_flatness
+from flatjax.flatness.relative import relative_flatness as relative_flatness
+from flatjax.flatness.relative import row_block_traces as row_block_traces
+from flatjax.flatness.relative import simplified_relative_flatness as simplified_relative_flatness

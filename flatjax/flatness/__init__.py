@@ -1,0 +1,1 @@
+"""Relative flatness: of a head today; see `flatjax.flatness.relative`."""

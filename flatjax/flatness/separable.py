@@ -1,0 +1,50 @@
+"""Relative flatness under a loss that is a sum over the outputs: its logit-space Hessians G_i are diagonal."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from flatjax.heads import LinearHead
+
+
+class SeparableCurvature(NamedTuple):
+    """Diagonal logit-space Hessians G_i = diag(g_i), sample i having the share e_i."""
+
+    head: LinearHead
+    feats: Float[Array, "n m"]
+    shares: Float[Array, " n"]
+    second_derivatives: Float[Array, "n d"]
+
+    def relative_flatness(self) -> Float[Array, ""]:
+        """κ = Σ_i e_i ‖φ_i‖² Σ_s g_is ‖w_s‖²."""
+        return jnp.sum(self._traces() * jnp.sum(self.head.weight**2, axis=1))
+
+    def block_traces(self) -> Float[Array, "d d"]:
+        """T = Σ_i e_i ‖φ_i‖² diag(g_i)."""
+        return jnp.diag(self._traces())
+
+    def trace(self) -> Float[Array, ""]:
+        """Tr H = Σ_i e_i ‖φ_i‖² Σ_s g_is."""
+        return jnp.sum(self._traces())
+
+    def diagonal(self) -> Float[Array, "n d"]:
+        """G_i[s, s] = g_is."""
+        return self.second_derivatives
+
+    def _traces(self) -> Float[Array, " d"]:
+        return (self.shares * jnp.sum(self.feats**2, axis=1)) @ self.second_derivatives
+
+
+def squared_error(head: LinearHead, feats: Float[Array, "n m"], shares: Float[Array, " n"]) -> SeparableCurvature:
+    """½‖z − y‖²: g = 1."""
+    return SeparableCurvature(head, feats, shares, jnp.ones((len(feats), len(head.weight)), feats.dtype))
+
+
+def sigmoid_cross_entropy(
+    head: LinearHead, feats: Float[Array, "n m"], shares: Float[Array, " n"]
+) -> SeparableCurvature:
+    """−Σ_s [y_s log σ(z_s) + (1 − y_s) log σ(−z_s)]: g = σ(z)σ(−z), which does not cancel as σ(1 − σ) does."""
+    logits = head.logits(feats)
+    return SeparableCurvature(head, feats, shares, jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits))

@@ -1,0 +1,83 @@
+"""Relative flatness under softmax cross-entropy, in closed form, with no difference of nearly equal numbers.
+
+With p_i = softmax(z_i) the logit-space Hessian is G_i = diag(p_i) − p_i p_iᵀ, and tr(Wᵀ G_i W) is the variance v_i of
+the rows of W under p_i. As training ends, p_i falls on one row and v_i to 1e-8 and far below, where the variance as it
+is usually written, Σp‖w‖² − ‖Σpw‖², is noise in float32. Two forms are not:
+
+* over pairs of rows, v = Σ_{s<t} p_s p_t ‖w_s − w_t‖²: a sum of non-negative terms, for heads with few outputs;
+* around the row j of the largest logit, for heads with many: with sums over s ≠ j alone, q = Σ p_s,
+  v = Σ p_s ‖w_s − w_j‖² − ‖Σ p_s (w_s − w_j)‖², where every term is of the order of q.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from flatjax.heads import LinearHead
+from flatjax.pairwise import squared_distances
+
+
+class SoftmaxCurvature(NamedTuple):
+    """The logit-space Hessians G_i = diag(p_i) − p_i p_iᵀ of a head, sample i having the share e_i."""
+
+    head: LinearHead
+    feats: Float[Array, "n m"]
+    shares: Float[Array, " n"]
+
+    def relative_flatness(self) -> Float[Array, ""]:
+        """κ = Σ_i e_i ‖φ_i‖² v_i."""
+        (d, m), n = self.head.weight.shape, len(self.feats)
+        # Matrix products: d²(n + m) for the pairs, beside the logits' n·d·m; another n·d·m around the largest logit.
+        variances = self.variances_over_pairs() if d * (n + m) <= n * m else self.variances_around_the_largest()
+        return jnp.sum(self._measure() * variances)
+
+    def variances_over_pairs(self) -> Float[Array, " n"]:
+        """v_i = ½ Σ_{s,t} p_s p_t ‖w_s − w_t‖²."""
+        relative, _ = self._relative_probabilities()
+        total = jnp.sum(relative, axis=1)
+        return jnp.sum((relative @ squared_distances(self.head.weight)) * relative, axis=1) / (2 * total**2)
+
+    def variances_around_the_largest(self) -> Float[Array, " n"]:
+        """v_i = n̄ + q‖w_j‖² − 2⟨r, w_j⟩ − ‖r − q w_j‖² with n̄ = Σ p_s‖w_s‖², r = Σ p_s w_s over s ≠ j."""
+        relative, largest = self._relative_probabilities()
+        p_others = jnp.where(largest, 0, relative) / jnp.sum(relative, axis=1, keepdims=True)
+        # The variance does not know what all rows share, and its rounding error does.
+        rows = self.head.weight - jnp.mean(self.head.weight, axis=0, keepdims=True)
+        row_norms = jnp.sum(rows**2, axis=1)
+        j = jnp.argmax(largest, axis=1)
+        q, r = jnp.sum(p_others, axis=1), p_others @ rows
+        second_moment = p_others @ row_norms + q * row_norms[j] - 2 * jnp.sum(r * rows[j], axis=1)
+        return second_moment - jnp.sum((r - q[:, None] * rows[j]) ** 2, axis=1)
+
+    def block_traces(self) -> Float[Array, "d d"]:
+        """T = Σ_i e_i ‖φ_i‖² (diag(p_i) − p_i p_iᵀ)."""
+        p, rest = self._probabilities()
+        measured = self._measure()[:, None] * p
+        return jnp.where(jnp.eye(p.shape[1], dtype=bool), jnp.diag(jnp.sum(measured * rest, axis=0)), -(measured.T @ p))
+
+    def trace(self) -> Float[Array, ""]:
+        """Tr H = Σ_i e_i ‖φ_i‖² Σ_s p_s (1 − p_s)."""
+        return jnp.sum(self._measure() * jnp.sum(self.diagonal(), axis=1))
+
+    def diagonal(self) -> Float[Array, "n d"]:
+        """G_i[s, s] = p_s (1 − p_s)."""
+        p, rest = self._probabilities()
+        return p * rest
+
+    def _measure(self) -> Float[Array, " n"]:
+        return self.shares * jnp.sum(self.feats**2, axis=1)
+
+    def _probabilities(self) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
+        """p and 1 − p, the latter as the sum of the other rows where the difference would cancel."""
+        relative, largest = self._relative_probabilities()
+        others = jnp.sum(jnp.where(largest, 0, relative), axis=1, keepdims=True)
+        total = 1 + others
+        return relative / total, jnp.where(largest, others, total - relative) / total
+
+    def _relative_probabilities(self) -> tuple[Float[Array, "n d"], Bool[Array, "n d"]]:
+        """p_s / p_j for the row j of the largest logit, and where that row is."""
+        logits = self.head.logits(self.feats)
+        j = jnp.argmax(logits, axis=1, keepdims=True)
+        largest = jnp.arange(logits.shape[1])[None, :] == j
+        return jnp.exp(logits - jnp.take_along_axis(logits, j, axis=1)), largest

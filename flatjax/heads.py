@@ -1,0 +1,60 @@
+"""What a linear head is: the layouts it is kept in, and its logits."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+HeadParams = Mapping[str, Any]
+"""A head as Flax keeps it: `{"kernel": (m, d)}` or `{"embedding": (d, m)}`, and optionally `"bias": (d,)`."""
+
+
+class LinearHead(NamedTuple):
+    """A linear layer z = Wφ + b, with one row of W an output."""
+
+    weight: Float[Array, "d m"]
+    bias: Float[Array, " d"]
+
+    def logits(self, feats: Float[Array, "n m"]) -> Float[Array, "n d"]:
+        return feats @ self.weight.T + self.bias[None, :]
+
+
+def linear_head(params: HeadParams) -> LinearHead:
+    """Reads a head in any of its layouts; a head without a bias gets a zero one.
+
+    Raises:
+        TypeError: `params` is no mapping, or its arrays are not of a floating dtype.
+        ValueError: `params` holds other keys than a head's, or arrays of the wrong shape.
+    """
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            f"params is a {type(params).__name__}, wanted a mapping with 'kernel' (m, d) or 'embedding' (d, m): "
+            "pass nnx.state(layer) for an NNX layer, variables['params'][name] for a Linen one"
+        )
+    keys = {key for key in params if params[key] is not None}
+    if keys - {"bias"} not in ({"kernel"}, {"embedding"}):
+        raise ValueError(
+            f"params has the keys {sorted(map(str, params))}, wanted 'kernel' (m, d) or 'embedding' (d, m), "
+            "and 'bias' (d,) if there is one: pass the parameters of the head alone"
+        )
+    (name,) = keys - {"bias"}
+    matrix = _floating(name, params[name])
+    if matrix.ndim != 2 or 0 in matrix.shape:
+        wanted = "(m, d), (in, out)" if name == "kernel" else "(d, m), (vocabulary, features)"
+        raise ValueError(
+            f"{name} has shape {matrix.shape}, wanted {wanted}, both at least 1: reshape the kernel of a general "
+            "dense layer to a matrix"
+        )
+    weight = matrix.T if name == "kernel" else matrix
+    bias = _floating("bias", params["bias"]) if "bias" in keys else jnp.zeros(weight.shape[0], weight.dtype)
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {bias.shape}, but {name} has {weight.shape[0]} outputs: wanted one a output")
+    return LinearHead(weight, bias)
+
+
+def _floating(name: str, value: Any) -> Float[Array, "..."]:
+    array = jnp.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} has dtype {array.dtype}, wanted a floating dtype")
+    return array

@@ -1,0 +1,102 @@
+"""What a labelled set of samples is: any leading shape flattened, weights as shares, bad values marked.
+
+A sample of weight 0 is padding: whatever it holds, NaN included, counts nowhere. A bad value elsewhere (a label out of
+range, a negative weight) turns every share into NaN, so that no number computed from it can look plausible; under
+`jax.experimental.checkify.checkify` it is an error that says where.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax.experimental import checkify
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Shaped
+
+from flatjax.heads import LinearHead
+
+
+class Samples(NamedTuple):
+    """n samples, flattened."""
+
+    feats: Float[Array, "n m"]
+    labels: Shaped[Array, " n"] | Shaped[Array, "n k"]
+    shares: Float[Array, " n"]
+    """ω_i / Σω: they sum to 1."""
+
+
+def flatten_samples(
+    head: LinearHead, feats: ArrayLike, labels: ArrayLike, weights: ArrayLike | None
+) -> tuple[LinearHead, Samples]:
+    """Flattens the leading shape, and casts everything to the dtype to compute in: float64 if given, else float32.
+
+    Raises:
+        TypeError: `feats` or `weights` is not of a numeric dtype that can be one.
+        ValueError: the shapes of `feats`, `labels`, `weights` and the head do not fit each other.
+    """
+    feats, labels = jnp.asarray(feats), jnp.asarray(labels)
+    num_features = head.weight.shape[1]
+    if not jnp.issubdtype(feats.dtype, jnp.floating):
+        raise TypeError(f"feats has dtype {feats.dtype}, wanted a floating dtype")
+    if feats.ndim < 1 or feats.shape[-1] != num_features:
+        raise ValueError(
+            f"feats has shape {feats.shape}, but the head takes {num_features} features: wanted (..., {num_features}); "
+            "a kernel is (in, out), an embedding (out, in)"
+        )
+    leading = feats.shape[:-1]
+    if 0 in leading:
+        raise ValueError(f"feats has shape {feats.shape}, which holds no sample: wanted at least one")
+    if labels.shape[: len(leading)] != leading or labels.ndim > len(leading) + 1:
+        raise ValueError(
+            f"labels has shape {labels.shape}, wanted {leading} or {(*leading, 'd')}, as feats has {feats.shape}"
+        )
+    dtype = jnp.dtype("float64" if jnp.dtype("float64") in (feats.dtype, head.weight.dtype) else "float32")
+    flat_feats = feats.astype(dtype).reshape(-1, num_features)
+    flat_labels = labels.reshape(-1, *labels.shape[len(leading) :])
+    head = LinearHead(head.weight.astype(dtype), head.bias.astype(dtype))
+    if weights is None:
+        return head, Samples(flat_feats, flat_labels, jnp.full(len(flat_feats), 1 / len(flat_feats), dtype))
+
+    weights = jnp.asarray(weights)
+    if weights.shape != leading:
+        raise ValueError(
+            f"weights has shape {weights.shape}, wanted {leading}, one a sample, as feats has {feats.shape}"
+        )
+    omega = weights.astype(dtype).reshape(-1)
+    counts = omega != 0
+    shares = void_where(omega < 0, omega / jnp.sum(omega), "weights[{i}] is negative; wanted 0 or more")
+    return head, Samples(
+        jnp.where(counts[:, None], flat_feats, 0),
+        jnp.where(counts.reshape(-1, *[1] * (flat_labels.ndim - 1)), flat_labels, 0),
+        shares,
+    )
+
+
+def void_where(
+    bad: Bool[Array, " n"], shares: Float[Array, " n"], message: str, **details: Shaped[Array, " n"]
+) -> Float[Array, " n"]:
+    """NaN in every share if any sample is bad; under `checkify` an error with `message` about the first bad one.
+
+    In `message`, `{i}` is that sample's index in row-major order and `{name}` its entry of the array `name`.
+    """
+    first = jnp.argmax(bad)
+    checkify.debug_check(~jnp.any(bad), message, i=first, **{name: values[first] for name, values in details.items()})
+    return jnp.where(jnp.any(bad), jnp.nan, shares)
+
+
+def check_class_labels(samples: Samples, num_classes: int) -> Samples:
+    """Marks integer labels that are not in 0 … `num_classes` − 1."""
+    labels = samples.labels
+    return samples._replace(
+        shares=void_where(
+            (labels < 0) | (labels >= num_classes),
+            samples.shares,
+            f"labels[{{i}}] is {{label}}; wanted 0 <= label < {num_classes}, or weight 0",
+            label=labels,
+        )
+    )
+
+
+def check_features(samples: Samples) -> Samples:
+    """Marks samples whose features hold a NaN, an infinity, or a number whose square is one."""
+    finite = jnp.isfinite(jnp.sum(samples.feats**2, axis=-1))
+    return samples._replace(shares=void_where(~finite, samples.shares, "feats[{i}] is not finite"))
