@@ -1,5 +1,7 @@
 """Measure the flatness and the neural collapse of networks in JAX."""
 
+from flatjax.collapse.snapshot import NeuralCollapse as NeuralCollapse
+from flatjax.collapse.snapshot import neural_collapse as neural_collapse
 from flatjax.flatness.relative import max_relative_flatness as max_relative_flatness
 from flatjax.flatness.relative import relative_flatness as relative_flatness
 from flatjax.flatness.relative import row_block_traces as row_block_traces

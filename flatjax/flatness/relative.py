@@ -160,9 +160,9 @@ def row_block_traces(
         >>> from flatjax import row_block_traces
         >>> params = {"kernel": jnp.array([[2.0, 0.0, -2.0]])}
         >>> feats, labels = jnp.array([[1.0], [-1.0]]), jnp.array([0, 2])
-        >>> print(jnp.round(row_block_traces(params, feats, labels), 4))
-        [[ 0.0655 -0.0518 -0.0138]
-         [-0.0518  0.1035 -0.0518]
-         [-0.0138 -0.0518  0.0655]]
+        >>> print(jnp.round(1e4 * row_block_traces(params, feats, labels)))
+        [[ 655. -518. -138.]
+         [-518. 1035. -518.]
+         [-138. -518.  655.]]
     """
     return logit_curvature(params, feats, labels, loss, weights).block_traces()

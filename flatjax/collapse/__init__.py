@@ -1,0 +1,1 @@
+"""Neural collapse: a snapshot of it today; see `flatjax.collapse.snapshot`."""

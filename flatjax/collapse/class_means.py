@@ -1,0 +1,69 @@
+"""What neural collapse is measured on: the class means, and what is left of the samples around them."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from flatjax.samples import Samples
+
+
+class ClassMeans(NamedTuple):
+    """Statistics of n samples in C classes; a class that is not kept has zeros, and its samples the share 0."""
+
+    kept: Bool[Array, " C"]
+    """Classes of two samples or more: one sample is its own mean, and says nothing of the spread around it."""
+    num_empty: Int[Array, ""]
+    num_single: Int[Array, ""]
+    centred: Float[Array, "C m"]
+    """μ_c − μ_G, with μ_G the unweighted mean of the kept means."""
+    grand_mean: Float[Array, " m"]
+    variances: Float[Array, " C"]
+    """V_c, the mean squared distance of a class to its mean."""
+    residuals: Float[Array, "n m"]
+    """h_i − μ_c(i)."""
+    shares: Float[Array, " n"]
+    """Of the kept samples: they sum to 1."""
+
+    @property
+    def num_kept(self) -> Int[Array, ""]:
+        return jnp.sum(self.kept)
+
+    @property
+    def pairs(self) -> Bool[Array, "C C"]:
+        """The ordered pairs of different kept classes."""
+        return self.kept[:, None] & self.kept[None, :] & ~jnp.eye(len(self.kept), dtype=bool)
+
+
+def class_means(samples: Samples, num_classes: int) -> ClassMeans:
+    """Centres first and squares second: no E[x²] − E[x]²."""
+    feats, labels, all_shares = samples
+
+    def per_class(values: Array) -> Array:
+        return jax.ops.segment_sum(values, labels, num_classes)
+
+    counts = per_class((all_shares != 0).astype(jnp.int32))
+    kept = counts >= 2
+    shares = jnp.where(kept[labels], all_shares, 0)
+    masses = per_class(shares)[:, None]
+    masses = jnp.where(masses == 0, 1, masses)
+    means = per_class(shares[:, None] * feats) / masses
+    residuals = feats - means[labels]
+    # A mean is rounded to ε times its own size, which may exceed the spread around it: what is left is centred again.
+    remainders = per_class(shares[:, None] * residuals) / masses
+    residuals = residuals - remainders[labels]
+    means = means + remainders
+
+    num_kept = jnp.sum(kept).astype(feats.dtype)
+    grand_mean = jnp.sum(jnp.where(kept[:, None], means, 0), axis=0) / num_kept
+    return ClassMeans(
+        kept=kept,
+        num_empty=jnp.sum(counts == 0),
+        num_single=jnp.sum(counts == 1),
+        centred=jnp.where(kept[:, None], means - grand_mean[None, :], 0),
+        grand_mean=grand_mean,
+        variances=per_class(shares * jnp.sum(residuals**2, axis=1)) / masses[:, 0],
+        residuals=residuals,
+        shares=shares / jnp.sum(shares),
+    )

@@ -1,0 +1,156 @@
+"""The metrics of neural collapse of one set of features and one classifier, at one moment."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Shaped
+
+from flatjax.collapse.class_means import ClassMeans, class_means
+from flatjax.collapse.geometry import equiangularity, equinorm, etf_error, etf_floor, self_duality
+from flatjax.collapse.variability import class_distance_normalized_variances, within_over_between
+from flatjax.heads import HeadParams, LinearHead, linear_head
+from flatjax.precision import full_precision
+from flatjax.samples import Samples, check_class_labels, check_features, flatten_samples
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class NeuralCollapse:
+    """What `neural_collapse` returns: every metric falls to 0 (NC2's ETF error to its floor) as a network collapses."""
+
+    nc1: Float[Array, ""]
+    """tr(Σ_W Σ_B⁺)/C."""
+    nc2_equinorm_means: Float[Array, ""]
+    """std/mean of ‖μ_c − μ_G‖ (C − 1 in the denominator of the variance)."""
+    nc2_equinorm_classifier: Float[Array, ""]
+    """The same of ‖w_c‖."""
+    nc2_equiangularity_means: Float[Array, ""]
+    """Mean over c ≠ c' of |cos(μ_c − μ_G, μ_c' − μ_G) + 1/(C − 1)|."""
+    nc2_equiangularity_classifier: Float[Array, ""]
+    """The same of cos(w_c, w_c')."""
+    nc2_cosine_std_means: Float[Array, ""]
+    """Standard deviation over c ≠ c' (all of them in the denominator) of cos(μ_c − μ_G, μ_c' − μ_G)."""
+    nc2_cosine_std_classifier: Float[Array, ""]
+    """The same of cos(w_c, w_c')."""
+    nc2_etf_error: Float[Array, ""]
+    """‖M̄ᵀM̄/‖M̄ᵀM̄‖_F − (I − 11ᵀ/C)/√(C − 1)‖_F with M̄ = [μ_c − μ_G]."""
+    nc2_etf_floor: Float[Array, ""]
+    """What the ETF error cannot fall below with m features: √(2 − 2√(m/(C − 1))) where m < C − 1, else 0."""
+    nc3: Float[Array, ""]
+    """‖W/‖W‖_F − M̄ᵀ/‖M̄‖_F‖_F², squared."""
+    nc4: Float[Array, ""]
+    """Share of samples where the network (bias included) and the nearest class mean disagree."""
+    cdnv: Float[Array, ""]
+    """Class-distance normalized variance: the mean over c ≠ c' of (V_c + V_c')/(2‖μ_c − μ_c'‖²)."""
+    ncc: Float[Array, ""]
+    """The same, summed over the ordered pairs c ≠ c'."""
+    num_classes_kept: Int[Array, ""]
+    """C: classes with two samples or more."""
+    num_classes_empty: Int[Array, ""]
+    num_classes_single: Int[Array, ""]
+    """Classes with one sample, masked like the empty ones: a single sample has no spread."""
+
+
+@full_precision
+def neural_collapse(
+    params: HeadParams,
+    feats: Float[ArrayLike, "*n m"],
+    labels: Int[ArrayLike, "*n"],
+    *,
+    num_classes: int,
+    weights: Shaped[ArrayLike, "*n"] | None = None,
+) -> NeuralCollapse:
+    """Neural collapse of features and of the head that classifies them: NC1 to NC4, CDNV and NCC.
+
+    With h the features, μ_c the mean of class c and V_c the mean squared distance to it, μ_G the unweighted mean of the
+    class means, Σ_W the covariance within the classes (over all samples), Σ_B = M̄M̄ᵀ/C that of the class means, and w_c
+    the rows of the head. The conventions, which differ between codes, stand with each field of `NeuralCollapse`.
+    Means come first and centred squares second, so that the spread may be 1e-12 of the distances and more.
+
+    Args:
+        params: the head as Flax keeps it: a mapping (or `nnx.State`) with `kernel` (m, C) or `embedding` (C, m), and
+            optionally `bias` (C,).
+        feats: features (..., m).
+        labels: integer classes (...,) in 0 … C − 1.
+        num_classes: C, at least 2.
+        weights: sample weights (...,), all 1 by default; 0 masks a sample.
+
+    Returns:
+        The metrics, each a scalar. Classes without two samples are left out of all of them, and counted. Where a metric
+        has no value it is NaN or infinite: with fewer than two classes left, where two class means are one (CDNV, NCC),
+        or all of them (all metrics of means); and NaN where a feature is not finite, a label out of range, or a weight
+        negative, of which `jax.experimental.checkify.checkify(neural_collapse)` says where.
+
+    Raises:
+        TypeError: `params` is no mapping, or `labels` are not integers.
+        ValueError: fewer than 2 classes, another number than the head has outputs, or shapes that do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flatjax import neural_collapse
+        >>> feats = jnp.array([[1.0, 0.1], [1.0, -0.1], [-1.0, 0.1], [-1.0, -0.1]])
+        >>> head = {"kernel": jnp.array([[1.0, -1.0], [0.0, 0.0]])}
+        >>> collapse = neural_collapse(head, feats, jnp.array([0, 0, 1, 1]), num_classes=2)
+        >>> print(f"{collapse.nc1:.4f} {collapse.nc3:.4f} {collapse.nc4:.4f} {collapse.cdnv:.4f} {collapse.ncc:.4f}")
+        0.0000 0.0000 0.0000 0.0025 0.0050
+
+    References:
+        Papyan, Han, Donoho: *Prevalence of Neural Collapse during the Terminal Phase of Deep Learning Training*, 2020.
+        Galanti, György, Hutter: *On the Role of Neural Collapse in Transfer Learning*, 2022 (CDNV).
+    """
+    head, samples = _classified_samples(params, feats, labels, num_classes, weights)
+    classes = class_means(samples, num_classes)
+    angle_means, cosine_std_means = equiangularity(classes.centred, classes)
+    angle_classifier, cosine_std_classifier = equiangularity(head.weight, classes)
+    ncc = jnp.sum(class_distance_normalized_variances(classes))
+    num_kept = classes.num_kept.astype(ncc.dtype)
+    metrics = {
+        "nc1": within_over_between(classes),
+        "nc2_equinorm_means": equinorm(classes.centred, classes.kept),
+        "nc2_equinorm_classifier": equinorm(head.weight, classes.kept),
+        "nc2_equiangularity_means": angle_means,
+        "nc2_equiangularity_classifier": angle_classifier,
+        "nc2_cosine_std_means": cosine_std_means,
+        "nc2_cosine_std_classifier": cosine_std_classifier,
+        "nc2_etf_error": etf_error(classes),
+        "nc2_etf_floor": etf_floor(classes),
+        "nc3": self_duality(head.weight, classes),
+        "nc4": nearest_mean_disagreement(head, samples.feats, classes),
+        "cdnv": ncc / (num_kept * (num_kept - 1)),
+        "ncc": ncc,
+    }
+    # A bad value is in every share; not every metric is made of them.
+    undefined = jnp.any(jnp.isnan(samples.shares)) | (classes.num_kept < 2)
+    return NeuralCollapse(
+        **{name: jnp.where(undefined, jnp.nan, value) for name, value in metrics.items()},
+        num_classes_kept=classes.num_kept,
+        num_classes_empty=classes.num_empty,
+        num_classes_single=classes.num_single,
+    )
+
+
+def nearest_mean_disagreement(head: LinearHead, feats: Float[Array, "n m"], classes: ClassMeans) -> Float[Array, ""]:
+    """NC4: the share of samples where the largest logit and the nearest class mean are of different classes."""
+    by_network = jnp.argmax(head.logits(feats), axis=1)
+    closeness = (
+        2 * (feats - classes.grand_mean[None, :]) @ classes.centred.T - jnp.sum(classes.centred**2, axis=1)[None, :]
+    )
+    by_mean = jnp.argmax(jnp.where(classes.kept[None, :], closeness, -jnp.inf), axis=1)
+    return jnp.sum(jnp.where(by_network == by_mean, 0, classes.shares))
+
+
+def _classified_samples(
+    params: HeadParams, feats: ArrayLike, labels: ArrayLike, num_classes: int, weights: ArrayLike | None
+) -> tuple[LinearHead, Samples]:
+    head, samples = flatten_samples(linear_head(params), feats, labels, weights)
+    if num_classes < 2:
+        raise ValueError(f"num_classes is {num_classes}; there is nothing between fewer than 2 classes")
+    if num_classes != len(head.weight):
+        raise ValueError(f"num_classes is {num_classes}, but the head has {len(head.weight)} outputs, one a class")
+    if samples.labels.ndim != 1 or not jnp.issubdtype(samples.labels.dtype, jnp.integer):
+        raise TypeError(
+            f"labels has dtype {samples.labels.dtype} and shape {jnp.shape(labels)}, wanted one integer class a sample"
+        )
+    return head, check_class_labels(check_features(samples), num_classes)

@@ -1,0 +1,28 @@
+"""Variability collapse: how wide the classes are against how far they lie apart (NC1, CDNV, NCC)."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from flatjax.collapse.class_means import ClassMeans
+from flatjax.pairwise import squared_distances
+
+
+def within_over_between(classes: ClassMeans) -> Float[Array, ""]:
+    """NC1 = tr(Σ_W Σ_B⁺)/C = E‖M̄⁺(h − μ_c)‖², with Σ_B = M̄M̄ᵀ/C and M̄ = [μ_c − μ_G].
+
+    NaN where all means are one: Σ_B⁺ = 0 would call that collapsed.
+    """
+    num_classes, num_features = classes.centred.shape
+    rtol = max(num_classes, num_features) * jnp.finfo(classes.centred.dtype).eps
+    # The derivative of a pseudo-inverse is finite where that of a singular value decomposition is not: at equal
+    # singular values, which is where collapse leads.
+    coordinates = classes.residuals @ jnp.linalg.pinv(classes.centred, rtol=rtol)
+    nc1 = jnp.sum(classes.shares * jnp.sum(coordinates**2, axis=1))
+    return jnp.where(jnp.any(classes.centred != 0), nc1, jnp.nan)
+
+
+def class_distance_normalized_variances(classes: ClassMeans) -> Float[Array, "C C"]:
+    """(V_c + V_c')/(2‖μ_c − μ_c'‖²) of every ordered pair of different kept classes, 0 elsewhere."""
+    distances = jnp.where(classes.pairs, squared_distances(classes.centred), 1)
+    sums = classes.variances[:, None] + classes.variances[None, :]
+    return jnp.where(classes.pairs, sums / (2 * distances), 0)
