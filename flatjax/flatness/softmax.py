@@ -11,8 +11,9 @@ is usually written, Σp‖w‖² − ‖Σpw‖², is noise in float32. Two form
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from flatjax.heads import LinearHead
 from flatjax.pairwise import squared_distances
@@ -34,18 +35,19 @@ class SoftmaxCurvature(NamedTuple):
 
     def variances_over_pairs(self) -> Float[Array, " n"]:
         """v_i = ½ Σ_{s,t} p_s p_t ‖w_s − w_t‖²."""
-        relative, _ = self._relative_probabilities()
-        total = jnp.sum(relative, axis=1)
-        return jnp.sum((relative @ squared_distances(self.head.weight)) * relative, axis=1) / (2 * total**2)
+        relative = _relative_to_largest(self.head.logits(self.feats))
+        pair_sums = jnp.sum((relative @ squared_distances(self.head.weight)) * relative, axis=1)
+        return pair_sums / (2 * jnp.sum(relative, axis=1) ** 2)
 
     def variances_around_the_largest(self) -> Float[Array, " n"]:
         """v_i = n̄ + q‖w_j‖² − 2⟨r, w_j⟩ − ‖r − q w_j‖² with n̄ = Σ p_s‖w_s‖², r = Σ p_s w_s over s ≠ j."""
-        relative, largest = self._relative_probabilities()
-        p_others = jnp.where(largest, 0, relative) / jnp.sum(relative, axis=1, keepdims=True)
+        logits = self.head.logits(self.feats)
+        relative = _relative_to_largest(logits)
+        j = jnp.argmax(logits, axis=1)
+        p_others = jnp.where(_row_mask(j, relative), 0, relative) / jnp.sum(relative, axis=1, keepdims=True)
         # The variance does not know what all rows share, and its rounding error does.
         rows = self.head.weight - jnp.mean(self.head.weight, axis=0, keepdims=True)
         row_norms = jnp.sum(rows**2, axis=1)
-        j = jnp.argmax(largest, axis=1)
         q, r = jnp.sum(p_others, axis=1), p_others @ rows
         second_moment = p_others @ row_norms + q * row_norms[j] - 2 * jnp.sum(r * rows[j], axis=1)
         return second_moment - jnp.sum((r - q[:, None] * rows[j]) ** 2, axis=1)
@@ -70,14 +72,19 @@ class SoftmaxCurvature(NamedTuple):
 
     def _probabilities(self) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
         """p and 1 − p, the latter as the sum of the other rows where the difference would cancel."""
-        relative, largest = self._relative_probabilities()
+        logits = self.head.logits(self.feats)
+        relative = _relative_to_largest(logits)
+        largest = _row_mask(jnp.argmax(logits, axis=1), relative)
         others = jnp.sum(jnp.where(largest, 0, relative), axis=1, keepdims=True)
         total = 1 + others
         return relative / total, jnp.where(largest, others, total - relative) / total
 
-    def _relative_probabilities(self) -> tuple[Float[Array, "n d"], Bool[Array, "n d"]]:
-        """p_s / p_j for the row j of the largest logit, and where that row is."""
-        logits = self.head.logits(self.feats)
-        j = jnp.argmax(logits, axis=1, keepdims=True)
-        largest = jnp.arange(logits.shape[1])[None, :] == j
-        return jnp.exp(logits - jnp.take_along_axis(logits, j, axis=1)), largest
+
+def _relative_to_largest(logits: Float[Array, "n d"]) -> Float[Array, "n d"]:
+    """p_s / p_j, for the row j of the largest logit."""
+    return jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=1, keepdims=True)))
+
+
+def _row_mask(j: Int[Array, " n"], like: Float[Array, "n d"]) -> Bool[Array, "n d"]:
+    """Where s is j_i: at one row, were several logits the largest."""
+    return jnp.arange(like.shape[1])[None, :] == j[:, None]
