@@ -1,0 +1,1 @@
+"""What the experiments share: tasks, the record of a run, figures."""

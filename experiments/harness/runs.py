@@ -1,0 +1,77 @@
+"""The record of a run: a folder with its configuration, its metrics a line a measurement, and its summary."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+class RunFolder:
+    """`config.json`, `metrics.jsonl` and `summary.json` in a folder that is never overwritten in silence."""
+
+    def __init__(self, path: Path, config: Record, *, resume: bool):
+        self.path = path
+        config_file = path / "config.json"
+        if not config_file.exists():
+            # No configuration is no run: it is written first.
+            path.mkdir(parents=True, exist_ok=True)
+            _write(config_file, config)
+        elif not resume:
+            raise SystemExit(f"{path} holds a run: continue it with --resume, or choose another --name")
+        elif (recorded := json.loads(config_file.read_text())) != config:
+            changes = [key for key in recorded | config if recorded.get(key) != config.get(key)]
+            differences = ", ".join(f"{key} {recorded.get(key)!r} -> {config.get(key)!r}" for key in changes)
+            raise SystemExit(f"{path} holds a run of another configuration ({differences}): choose another --name")
+
+        self._metrics_file = path / "metrics.jsonl"
+        self.records = self._whole_records()
+        self.keep(lambda record: True)
+
+    def append(self, record: Record) -> None:
+        """Adds a line to `metrics.jsonl`, at once."""
+        record = json.loads(_to_json(record))
+        self.records.append(record)
+        with self._metrics_file.open("a") as file:
+            file.write(_to_json(record) + "\n")
+
+    def keep(self, wanted: Callable[[Record], bool]) -> None:
+        """Drops the records that are not `wanted`: those measured after the last checkpoint are measured again."""
+        self.records = [record for record in self.records if wanted(record)]
+        text = "".join(_to_json(record) + "\n" for record in self.records)
+        _replace(self._metrics_file, text)
+
+    def summarise(self, summary: Record) -> None:
+        _write(self.path / "summary.json", summary)
+
+    def _whole_records(self) -> list[Record]:
+        """What a run that was killed has left: its last line may be cut short."""
+        if not self._metrics_file.exists():
+            return []
+        return [
+            json.loads(line) for line in self._metrics_file.read_text().splitlines(keepends=True) if line[-1] == "\n"
+        ]
+
+
+def _to_json(record: Record) -> str:
+    """JSON has no NaN and no infinity: null and a string stand for them."""
+
+    def strict(value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            return None if math.isnan(value) else str(value)
+        return value
+
+    return json.dumps({key: strict(value) for key, value in record.items()})
+
+
+def _write(file: Path, record: Record) -> None:
+    _replace(file, json.dumps(record, indent=2) + "\n")
+
+
+def _replace(file: Path, text: str) -> None:
+    """Writes all or nothing."""
+    draft = file.with_suffix(".draft")
+    draft.write_text(text)
+    draft.replace(file)

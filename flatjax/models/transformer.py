@@ -1,0 +1,90 @@
+"""A small decoder-only transformer, as grokking is studied on."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+
+class Transformer(nnx.Module):
+    """Token and learned position embeddings, `depth` blocks, and a linear head without bias.
+
+    Without normalisation layers, as is usual in grokking, or with pre-layer normalisation (`normalise`).
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> model = Transformer(vocab_size=7, num_outputs=5, context=4, width=8, depth=2, num_heads=2, rngs=nnx.Rngs(0))
+        >>> tokens = jnp.array([[0, 5, 1, 6], [2, 5, 3, 6]])
+        >>> model(tokens).shape, model.features(tokens).shape, model.last_features(tokens).shape
+        ((2, 4, 5), (2, 4, 8), (2, 8))
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        num_outputs: int,
+        context: int,
+        width: int = 128,
+        depth: int = 1,
+        num_heads: int = 4,
+        normalise: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.token_embedding = nnx.Embed(vocab_size, width, rngs=rngs)
+        self.position_embedding = nnx.Embed(context, width, rngs=rngs)
+        self.blocks = nnx.List([Block(width, num_heads, normalise=normalise, rngs=rngs) for _ in range(depth)])
+        self.norm = _norm(width, normalise, rngs)
+        self.head = nnx.Linear(width, num_outputs, use_bias=False, rngs=rngs)
+
+    def __call__(self, tokens: Int[Array, "n t"]) -> Float[Array, "n t d"]:
+        return self.head(self.features(tokens))
+
+    def features(self, tokens: Int[Array, "n t"]) -> Float[Array, "n t m"]:
+        """What enters the head, at every position."""
+        x = self._embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def last_features(self, tokens: Int[Array, "n t"]) -> Float[Array, "n m"]:
+        """What enters the head at the last position; the last block works out no other."""
+        *blocks, last_block = self.blocks
+        x = self._embed(tokens)
+        for block in blocks:
+            x = block(x)
+        return self.norm(last_block.last(x))[:, 0]
+
+    def _embed(self, tokens: Int[Array, "n t"]) -> Float[Array, "n t m"]:
+        positions = self.position_embedding(jnp.arange(tokens.shape[1]))
+        return self.token_embedding(tokens) + positions[None, :, :]
+
+
+class Block(nnx.Module):
+    """Causal attention and a perceptron with ReLU, each added to the residual stream."""
+
+    def __init__(self, width: int, num_heads: int, *, normalise: bool, rngs: nnx.Rngs):
+        self.attention_norm = _norm(width, normalise, rngs)
+        self.attention = nnx.MultiHeadAttention(num_heads, width, decode=False, rngs=rngs)
+        self.perceptron_norm = _norm(width, normalise, rngs)
+        self.up = nnx.Linear(width, 4 * width, rngs=rngs)
+        self.down = nnx.Linear(4 * width, width, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "n t m"]) -> Float[Array, "n t m"]:
+        y = self.attention_norm(x)
+        return self._perceptron(x + self.attention(y, mask=nnx.make_causal_mask(x[..., 0])))
+
+    def last(self, x: Float[Array, "n t m"]) -> Float[Array, "n 1 m"]:
+        """The block at the last position, which attends to all of them."""
+        y = self.attention_norm(x)
+        return self._perceptron(x[:, -1:] + self.attention(y[:, -1:], y))
+
+    def _perceptron(self, x: Float[Array, "n t m"]) -> Float[Array, "n t m"]:
+        return x + self.down(jax.nn.relu(self.up(self.perceptron_norm(x))))
+
+
+def _norm(width: int, normalise: bool, rngs: nnx.Rngs) -> Callable[[Array], Array]:
+    return nnx.LayerNorm(width, rngs=rngs) if normalise else nnx.identity

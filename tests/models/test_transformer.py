@@ -1,0 +1,55 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from flatjax.models import Transformer
+
+
+@pytest.fixture(params=[(1, False), (2, False), (3, True)], ids=["depth 1", "depth 2", "depth 3, normalised"])
+def model(request):
+    depth, normalise = request.param
+    return Transformer(
+        vocab_size=9,
+        num_outputs=7,
+        context=5,
+        width=8,
+        depth=depth,
+        num_heads=2,
+        normalise=normalise,
+        rngs=nnx.Rngs(0),
+    )
+
+
+TOKENS = jnp.array([[0, 7, 3, 8, 1], [2, 7, 2, 8, 6], [6, 7, 0, 8, 5]])
+
+
+def test_last_features_are_the_features_of_the_last_position(model):
+    np.testing.assert_allclose(model.last_features(TOKENS), model.features(TOKENS)[:, -1], rtol=1e-5, atol=1e-6)
+
+
+def test_a_position_does_not_see_later_ones(model):
+    changed = TOKENS.at[:, -1].set(4)
+    np.testing.assert_array_equal(model(TOKENS)[:, :-1], model(changed)[:, :-1])
+    assert not np.allclose(model(TOKENS)[:, -1], model(changed)[:, -1])
+
+
+def test_a_position_sees_every_earlier_one_and_their_order(model):
+    features = model.last_features(TOKENS)
+    for position in range(TOKENS.shape[1]):
+        changed = TOKENS.at[:, position].set((TOKENS[:, position] + 1) % 9)
+        assert np.all(np.any(features != model.last_features(changed), axis=1)), position
+    swapped = TOKENS[:, jnp.array([2, 1, 0, 3, 4])]
+    assert not np.allclose(features[0], model.last_features(swapped)[0])
+
+
+def test_the_logits_are_the_head_of_the_features(model):
+    kernel = jnp.asarray(nnx.state(model.head)["kernel"])
+    np.testing.assert_allclose(model(TOKENS), model.features(TOKENS) @ kernel, rtol=1e-6)
+
+
+def test_the_parameters_are_all_of_its_state(model):
+    _, params, rest = nnx.split(model, nnx.Param, ...)
+    assert not jax.tree.leaves(rest)
+    assert set(params) >= {"token_embedding", "position_embedding", "blocks", "head"}
