@@ -1,8 +1,8 @@
 """What a labelled set of samples is: any leading shape flattened, weights as shares, bad values marked.
 
 A sample of weight 0 is padding: whatever it holds, NaN included, counts nowhere. A bad value elsewhere (a label out of
-range, a negative weight) turns every share into NaN, so that no number computed from it can look plausible; under
-`jax.experimental.checkify.checkify` it is an error that says where.
+range, a negative weight) turns the share of its sample into NaN, so that no mean over the samples can look plausible;
+under `jax.experimental.checkify.checkify` it is an error that says where.
 """
 
 from typing import NamedTuple
@@ -30,7 +30,7 @@ def flatten_samples(
     """Flattens the leading shape, and casts everything to the dtype to compute in: float64 if given, else float32.
 
     Raises:
-        TypeError: `feats` or `weights` is not of a numeric dtype that can be one.
+        TypeError: `feats` is not of a floating dtype, or `weights` not of a real one.
         ValueError: the shapes of `feats`, `labels`, `weights` and the head do not fit each other.
     """
     feats, labels = jnp.asarray(feats), jnp.asarray(labels)
@@ -49,38 +49,53 @@ def flatten_samples(
         raise ValueError(
             f"labels has shape {labels.shape}, wanted {leading} or {(*leading, 'd')}, as feats has {feats.shape}"
         )
-    dtype = jnp.dtype("float64" if jnp.dtype("float64") in (feats.dtype, head.weight.dtype) else "float32")
-    flat_feats = feats.astype(dtype).reshape(-1, num_features)
-    flat_labels = labels.reshape(-1, *labels.shape[len(leading) :])
-    head = LinearHead(head.weight.astype(dtype), head.bias.astype(dtype))
-    if weights is None:
-        return head, Samples(flat_feats, flat_labels, jnp.full(len(flat_feats), 1 / len(flat_feats), dtype))
-
-    weights = jnp.asarray(weights)
+    weights = jnp.ones(leading, feats.dtype) if weights is None else jnp.asarray(weights)
     if weights.shape != leading:
         raise ValueError(
             f"weights has shape {weights.shape}, wanted {leading}, one a sample, as feats has {feats.shape}"
         )
-    omega = weights.astype(dtype).reshape(-1)
-    counts = omega != 0
-    shares = void_where(omega < 0, omega / jnp.sum(omega), "weights[{i}] is negative; wanted 0 or more")
-    return head, Samples(
-        jnp.where(counts[:, None], flat_feats, 0),
-        jnp.where(counts.reshape(-1, *[1] * (flat_labels.ndim - 1)), flat_labels, 0),
-        shares,
+    if not any(jnp.issubdtype(weights.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
+        raise TypeError(f"weights has dtype {weights.dtype}, wanted a real one")
+
+    dtype = _computing_dtype(head.weight, head.bias, feats, labels, weights)
+    n = feats.size // num_features
+    feats, weights = feats.astype(dtype).reshape(n, num_features), weights.astype(dtype).reshape(n)
+    labels = _widened(labels).reshape(n, *labels.shape[len(leading) :])
+    counts = weights != 0
+
+    def without_padding(values: Shaped[Array, "n ..."]) -> Shaped[Array, "n ..."]:
+        """Padding becomes a copy of the first sample that counts, of which a loss has a value if it has any."""
+        return jnp.where(counts.reshape(n, *[1] * (values.ndim - 1)), values, values[jnp.argmax(counts)][None])
+
+    samples = Samples(
+        feats=without_padding(feats),
+        labels=without_padding(labels),
+        shares=void_where(weights < 0, weights / jnp.sum(weights), "weights[{i}] is negative; wanted 0 or more"),
     )
+    return LinearHead(head.weight.astype(dtype), head.bias.astype(dtype)), samples
+
+
+def _computing_dtype(*arrays: Shaped[Array, "..."]) -> jnp.dtype:
+    return jnp.dtype(jnp.float64 if any(array.dtype == jnp.float64 for array in arrays) else jnp.float32)
+
+
+def _widened(labels: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """Classes in a signed dtype, which holds the number of outputs too."""
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        return labels
+    return labels.astype(jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32)
 
 
 def void_where(
     bad: Bool[Array, " n"], shares: Float[Array, " n"], message: str, **details: Shaped[Array, " n"]
 ) -> Float[Array, " n"]:
-    """NaN in every share if any sample is bad; under `checkify` an error with `message` about the first bad one.
+    """NaN in the share of a bad sample; under `checkify` an error with `message` about the first one.
 
     In `message`, `{i}` is that sample's index in row-major order and `{name}` its entry of the array `name`.
     """
     first = jnp.argmax(bad)
     checkify.debug_check(~jnp.any(bad), message, i=first, **{name: values[first] for name, values in details.items()})
-    return jnp.where(jnp.any(bad), jnp.nan, shares)
+    return jnp.where(bad, jnp.nan, shares)
 
 
 def check_class_labels(samples: Samples, num_classes: int) -> Samples:

@@ -18,7 +18,8 @@ class ClassMeans(NamedTuple):
     num_single: Int[Array, ""]
     centred: Float[Array, "C m"]
     """μ_c − μ_G, with μ_G the unweighted mean of the kept means."""
-    grand_mean: Float[Array, " m"]
+    feats: Float[Array, "n m"]
+    """h_i − μ_G."""
     variances: Float[Array, " C"]
     """V_c, the mean squared distance of a class to its mean."""
     residuals: Float[Array, "n m"]
@@ -46,24 +47,29 @@ def class_means(samples: Samples, num_classes: int) -> ClassMeans:
     counts = per_class((all_shares != 0).astype(jnp.int32))
     kept = counts >= 2
     shares = jnp.where(kept[labels], all_shares, 0)
+    shares = shares / jnp.sum(shares)
     masses = per_class(shares)[:, None]
     masses = jnp.where(masses == 0, 1, masses)
-    means = per_class(shares[:, None] * feats) / masses
+
+    def class_means_of(feats: Float[Array, "n m"]) -> Float[Array, "C m"]:
+        return per_class(shares[:, None] * feats) / masses
+
+    # A mean is rounded to ε times its size, which may exceed what is measured around it. So what all samples share goes
+    # first, and what a class mean's rounding leaves in the residuals goes last.
+    feats = jnp.where(kept[labels][:, None], feats - (shares @ feats)[None, :], 0)
+    means = class_means_of(feats)
     residuals = feats - means[labels]
-    # A mean is rounded to ε times its own size, which may exceed the spread around it: what is left is centred again.
-    remainders = per_class(shares[:, None] * residuals) / masses
+    remainders = class_means_of(residuals)
     residuals = residuals - remainders[labels]
     means = means + remainders
-
-    num_kept = jnp.sum(kept).astype(feats.dtype)
-    grand_mean = jnp.sum(jnp.where(kept[:, None], means, 0), axis=0) / num_kept
+    grand_mean = jnp.sum(jnp.where(kept[:, None], means, 0), axis=0) / jnp.sum(kept).astype(feats.dtype)
     return ClassMeans(
         kept=kept,
         num_empty=jnp.sum(counts == 0),
         num_single=jnp.sum(counts == 1),
         centred=jnp.where(kept[:, None], means - grand_mean[None, :], 0),
-        grand_mean=grand_mean,
+        feats=feats - grand_mean[None, :],
         variances=per_class(shares * jnp.sum(residuals**2, axis=1)) / masses[:, 0],
         residuals=residuals,
-        shares=shares / jnp.sum(shares),
+        shares=shares,
     )

@@ -5,59 +5,62 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Integer, Shaped
 
 from flatjax.collapse.class_means import ClassMeans, class_means
 from flatjax.collapse.geometry import equiangularity, equinorm, etf_error, etf_floor, self_duality
 from flatjax.collapse.variability import class_distance_normalized_variances, within_over_between
 from flatjax.heads import HeadParams, LinearHead, linear_head
-from flatjax.precision import full_precision
+from flatjax.metric import metric
 from flatjax.samples import Samples, check_class_labels, check_features, flatten_samples
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class NeuralCollapse:
-    """What `neural_collapse` returns: every metric falls to 0 (NC2's ETF error to its floor) as a network collapses."""
+    """What `neural_collapse` returns: every metric falls to 0 (NC2's ETF error to its floor) as a network collapses.
 
-    nc1: Float[Array, ""]
+    Scalars, or under `vmap` one for each of the batch.
+    """
+
+    nc1: Float[Array, "*batch"]
     """tr(Σ_W Σ_B⁺)/C."""
-    nc2_equinorm_means: Float[Array, ""]
+    nc2_equinorm_means: Float[Array, "*batch"]
     """std/mean of ‖μ_c − μ_G‖ (C − 1 in the denominator of the variance)."""
-    nc2_equinorm_classifier: Float[Array, ""]
+    nc2_equinorm_classifier: Float[Array, "*batch"]
     """The same of ‖w_c‖."""
-    nc2_equiangularity_means: Float[Array, ""]
+    nc2_equiangularity_means: Float[Array, "*batch"]
     """Mean over c ≠ c' of |cos(μ_c − μ_G, μ_c' − μ_G) + 1/(C − 1)|."""
-    nc2_equiangularity_classifier: Float[Array, ""]
+    nc2_equiangularity_classifier: Float[Array, "*batch"]
     """The same of cos(w_c, w_c')."""
-    nc2_cosine_std_means: Float[Array, ""]
+    nc2_cosine_std_means: Float[Array, "*batch"]
     """Standard deviation over c ≠ c' (all of them in the denominator) of cos(μ_c − μ_G, μ_c' − μ_G)."""
-    nc2_cosine_std_classifier: Float[Array, ""]
+    nc2_cosine_std_classifier: Float[Array, "*batch"]
     """The same of cos(w_c, w_c')."""
-    nc2_etf_error: Float[Array, ""]
+    nc2_etf_error: Float[Array, "*batch"]
     """‖M̄ᵀM̄/‖M̄ᵀM̄‖_F − (I − 11ᵀ/C)/√(C − 1)‖_F with M̄ = [μ_c − μ_G]."""
-    nc2_etf_floor: Float[Array, ""]
+    nc2_etf_floor: Float[Array, "*batch"]
     """What the ETF error cannot fall below with m features: √(2 − 2√(m/(C − 1))) where m < C − 1, else 0."""
-    nc3: Float[Array, ""]
+    nc3: Float[Array, "*batch"]
     """‖W/‖W‖_F − M̄ᵀ/‖M̄‖_F‖_F², squared."""
-    nc4: Float[Array, ""]
+    nc4: Float[Array, "*batch"]
     """Share of samples where the network (bias included) and the nearest class mean disagree."""
-    cdnv: Float[Array, ""]
+    cdnv: Float[Array, "*batch"]
     """Class-distance normalized variance: the mean over c ≠ c' of (V_c + V_c')/(2‖μ_c − μ_c'‖²)."""
-    ncc: Float[Array, ""]
+    ncc: Float[Array, "*batch"]
     """The same, summed over the ordered pairs c ≠ c'."""
-    num_classes_kept: Int[Array, ""]
+    num_classes_kept: Int[Array, "*batch"]
     """C: classes with two samples or more."""
-    num_classes_empty: Int[Array, ""]
-    num_classes_single: Int[Array, ""]
+    num_classes_empty: Int[Array, "*batch"]
+    num_classes_single: Int[Array, "*batch"]
     """Classes with one sample, masked like the empty ones: a single sample has no spread."""
 
 
-@full_precision
+@metric
 def neural_collapse(
     params: HeadParams,
     feats: Float[ArrayLike, "*n m"],
-    labels: Int[ArrayLike, "*n"],
+    labels: Integer[ArrayLike, "*n"],
     *,
     num_classes: int,
     weights: Shaped[ArrayLike, "*n"] | None = None,
@@ -117,7 +120,7 @@ def neural_collapse(
         "nc2_etf_error": etf_error(classes),
         "nc2_etf_floor": etf_floor(classes),
         "nc3": self_duality(head.weight, classes),
-        "nc4": nearest_mean_disagreement(head, samples.feats, classes),
+        "nc4": nearest_mean_disagreement(head.logits(samples.feats), classes),
         "cdnv": ncc / (num_kept * (num_kept - 1)),
         "ncc": ncc,
     }
@@ -131,14 +134,11 @@ def neural_collapse(
     )
 
 
-def nearest_mean_disagreement(head: LinearHead, feats: Float[Array, "n m"], classes: ClassMeans) -> Float[Array, ""]:
+def nearest_mean_disagreement(logits: Float[Array, "n C"], classes: ClassMeans) -> Float[Array, ""]:
     """NC4: the share of samples where the largest logit and the nearest class mean are of different classes."""
-    by_network = jnp.argmax(head.logits(feats), axis=1)
-    closeness = (
-        2 * (feats - classes.grand_mean[None, :]) @ classes.centred.T - jnp.sum(classes.centred**2, axis=1)[None, :]
-    )
-    by_mean = jnp.argmax(jnp.where(classes.kept[None, :], closeness, -jnp.inf), axis=1)
-    return jnp.sum(jnp.where(by_network == by_mean, 0, classes.shares))
+    closeness = 2 * classes.feats @ classes.centred.T - jnp.sum(classes.centred**2, axis=1)[None, :]
+    nearest = jnp.argmax(jnp.where(classes.kept[None, :], closeness, -jnp.inf), axis=1)
+    return jnp.sum(jnp.where(jnp.argmax(logits, axis=1) == nearest, 0, classes.shares))
 
 
 def _classified_samples(

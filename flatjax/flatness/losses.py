@@ -39,7 +39,7 @@ def logit_curvature(
             samples = _check_labels(samples, head)
             if samples.labels.ndim == 2:
                 # The targets enter the Hessian through their sum alone: ℓ = Σ_s y_s (logsumexp z − z_s).
-                mass = jnp.sum(samples.labels.astype(samples.shares.dtype), axis=1)
+                mass = jnp.sum(samples.labels, axis=1)
                 negative = jnp.any(samples.labels < 0, axis=1)
                 shares = void_where(negative, samples.shares * mass, "labels[{i}] has a negative probability")
                 samples = samples._replace(shares=shares)
@@ -78,5 +78,7 @@ def _check_labels(samples: Samples, head: LinearHead) -> Samples:
             f"labels has {labels.shape[1]} targets a sample, but the head has {num_outputs} outputs: wanted integer "
             f"classes (...,), or targets (..., {num_outputs})"
         )
-    finite = jnp.all(jnp.isfinite(labels), axis=1)
-    return samples._replace(shares=void_where(~finite, samples.shares, "labels[{i}] has a target that is not finite"))
+    targets = labels.astype(samples.feats.dtype)
+    finite = jnp.all(jnp.isfinite(targets), axis=1)
+    shares = void_where(~finite, samples.shares, "labels[{i}] has a target that is not finite")
+    return samples._replace(labels=targets, shares=shares)

@@ -7,10 +7,10 @@ from jaxtyping import Array, Float, Shaped
 
 from flatjax.flatness.losses import Loss, logit_curvature
 from flatjax.heads import HeadParams
-from flatjax.precision import full_precision
+from flatjax.metric import metric
 
 
-@full_precision
+@metric
 def relative_flatness(
     params: HeadParams,
     feats: Float[ArrayLike, "*n m"],
@@ -65,7 +65,7 @@ def relative_flatness(
     return logit_curvature(params, feats, labels, loss, weights).relative_flatness()
 
 
-@full_precision
+@metric
 def simplified_relative_flatness(
     params: HeadParams,
     feats: Float[ArrayLike, "*n m"],
@@ -98,7 +98,7 @@ def simplified_relative_flatness(
     return jnp.sum(curvature.head.weight**2) * curvature.trace()
 
 
-@full_precision
+@metric
 def max_relative_flatness(
     params: HeadParams,
     feats: Float[ArrayLike, "*n m"],
@@ -140,7 +140,7 @@ def max_relative_flatness(
     return jnp.sum(jnp.sum(curvature.head.weight**2, axis=1) * jax.lax.map(largest_eigenvalue, measures.T))
 
 
-@full_precision
+@metric
 def row_block_traces(
     params: HeadParams,
     feats: Float[ArrayLike, "*n m"],

@@ -38,8 +38,10 @@ class SeparableCurvature(NamedTuple):
 
 
 def squared_error(head: LinearHead, feats: Float[Array, "n m"], shares: Float[Array, " n"]) -> SeparableCurvature:
-    """½‖z − y‖²: g = 1."""
-    return SeparableCurvature(head, feats, shares, jnp.ones((len(feats), len(head.weight)), feats.dtype))
+    """½‖z − y‖²: g = 1, but of a head that holds a NaN or an infinity."""
+    finite = jnp.all(jnp.isfinite(head.weight)) & jnp.all(jnp.isfinite(head.bias))
+    second_derivative = jnp.where(finite, 1, jnp.nan).astype(feats.dtype)
+    return SeparableCurvature(head, feats, shares, jnp.full((len(feats), len(head.weight)), second_derivative))
 
 
 def sigmoid_cross_entropy(

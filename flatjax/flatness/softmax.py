@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from flatjax.heads import LinearHead
-from flatjax.pairwise import squared_distances
+from flatjax.pairwise import squared_distances_by_products
 
 
 class SoftmaxCurvature(NamedTuple):
@@ -36,21 +36,25 @@ class SoftmaxCurvature(NamedTuple):
     def variances_over_pairs(self) -> Float[Array, " n"]:
         """v_i = ½ Σ_{s,t} p_s p_t ‖w_s − w_t‖²."""
         relative = _relative_to_largest(self.head.logits(self.feats))
-        pair_sums = jnp.sum((relative @ squared_distances(self.head.weight)) * relative, axis=1)
-        return pair_sums / (2 * jnp.sum(relative, axis=1) ** 2)
+        distances = squared_distances_by_products(self.head.weight)
+        return jnp.sum((relative @ distances) * relative, axis=1) / (2 * jnp.sum(relative, axis=1) ** 2)
 
     def variances_around_the_largest(self) -> Float[Array, " n"]:
         """v_i = n̄ + q‖w_j‖² − 2⟨r, w_j⟩ − ‖r − q w_j‖² with n̄ = Σ p_s‖w_s‖², r = Σ p_s w_s over s ≠ j."""
         logits = self.head.logits(self.feats)
-        relative = _relative_to_largest(logits)
         j = jnp.argmax(logits, axis=1)
-        p_others = jnp.where(_row_mask(j, relative), 0, relative) / jnp.sum(relative, axis=1, keepdims=True)
+        largest = _row_mask(j, logits)
+        # In units of the second largest probability, that no sum underflows before the result does.
+        second = jax.lax.stop_gradient(jnp.max(jnp.where(largest, -jnp.inf, logits), axis=1, keepdims=True))
+        others = jnp.exp(jnp.where(largest, -jnp.inf, logits - second))
+        unit = jnp.exp(second[:, 0] - jnp.sum(jnp.where(largest, logits, 0), axis=1))
+        unit = unit / (1 + unit * jnp.sum(others, axis=1))
         # The variance does not know what all rows share, and its rounding error does.
         rows = self.head.weight - jnp.mean(self.head.weight, axis=0, keepdims=True)
         row_norms = jnp.sum(rows**2, axis=1)
-        q, r = jnp.sum(p_others, axis=1), p_others @ rows
-        second_moment = p_others @ row_norms + q * row_norms[j] - 2 * jnp.sum(r * rows[j], axis=1)
-        return second_moment - jnp.sum((r - q[:, None] * rows[j]) ** 2, axis=1)
+        q, r = jnp.sum(others, axis=1), others @ rows
+        second_moment = others @ row_norms + q * row_norms[j] - 2 * jnp.sum(r * rows[j], axis=1)
+        return unit * (second_moment - unit * jnp.sum((r - q[:, None] * rows[j]) ** 2, axis=1))
 
     def block_traces(self) -> Float[Array, "d d"]:
         """T = Σ_i e_i ‖φ_i‖² (diag(p_i) − p_i p_iᵀ)."""
@@ -76,7 +80,7 @@ class SoftmaxCurvature(NamedTuple):
         relative = _relative_to_largest(logits)
         largest = _row_mask(jnp.argmax(logits, axis=1), relative)
         others = jnp.sum(jnp.where(largest, 0, relative), axis=1, keepdims=True)
-        total = 1 + others
+        total = jnp.sum(relative, axis=1, keepdims=True)
         return relative / total, jnp.where(largest, others, total - relative) / total
 
 
@@ -85,6 +89,6 @@ def _relative_to_largest(logits: Float[Array, "n d"]) -> Float[Array, "n d"]:
     return jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=1, keepdims=True)))
 
 
-def _row_mask(j: Int[Array, " n"], like: Float[Array, "n d"]) -> Bool[Array, "n d"]:
+def _row_mask(j: Integer[Array, " n"], like: Float[Array, "n d"]) -> Bool[Array, "n d"]:
     """Where s is j_i: at one row, were several logits the largest."""
     return jnp.arange(like.shape[1])[None, :] == j[:, None]

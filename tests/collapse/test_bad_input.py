@@ -1,0 +1,103 @@
+"""What cannot be measured is refused with a message, or measured as NaN and found by checkify."""
+
+import inspect
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import checkify
+
+from flatjax import neural_collapse
+
+from .cases import METRICS, measure, random_case
+
+CASE = random_case((9, 1, 8, 6), 9)
+FEATS, LABELS = CASE.feats, CASE.labels
+# With the checks of jaxtyping, which this test run puts around it, our own would not see most of these.
+unchecked = inspect.unwrap(neural_collapse)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"num_classes": 5}, ValueError, "num_classes is 5, but the head has 4 outputs, one a class"),
+        ({"num_classes": 1}, ValueError, "num_classes is 1; there is nothing between fewer than 2 classes"),
+        ({"num_classes": 0}, ValueError, "num_classes is 0; there is nothing between fewer than 2 classes"),
+        ({"labels": 1.0 * LABELS}, TypeError, "labels has dtype float64 and shape (24,), wanted one"),
+        ({"labels": LABELS > 0}, TypeError, "labels has dtype bool and shape (24,), wanted one"),
+        (
+            {"labels": np.eye(4)[LABELS]},
+            TypeError,
+            "labels has dtype float64 and shape (24, 4), wanted one",
+        ),
+        ({"labels": np.eye(4, dtype=int)[LABELS]}, TypeError, "labels has dtype int64 and shape (24, 4), wanted one"),
+        ({"labels": LABELS[:6]}, ValueError, "labels has shape (6,), wanted (24,)"),
+        (
+            {"feats": FEATS[:, :5]},
+            ValueError,
+            "feats has shape (24, 5), but the head takes 9 features",
+        ),
+        ({"feats": FEATS[:0], "labels": LABELS[:0]}, ValueError, "feats has shape (0, 9), which holds no sample"),
+        ({"feats": FEATS.astype(int)}, TypeError, "feats has dtype int64, wanted a floating dtype"),
+        ({"weights": np.ones(6)}, ValueError, "weights has shape (6,), wanted (24,), one a sample"),
+        ({"weights": np.ones((24, 1))}, ValueError, "weights has shape (24, 1), wanted (24,), one a sample"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_does_not_fit_is_refused(changes, error, message):
+    arguments = {"params": CASE.params, "feats": FEATS, "labels": LABELS, "num_classes": 4} | changes
+    with pytest.raises(error) as raised:
+        unchecked(**arguments)
+    assert message in str(raised.value)
+
+
+def with_value(name, index, value):
+    array = getattr(CASE, name).copy()
+    array[index] = value
+    return CASE._replace(**{name: array})
+
+
+BAD_VALUES = {
+    "label too large": (with_value("labels", 4, 4), "labels[4] is 4; wanted 0 <= label < 4"),
+    "label negative": (with_value("labels", 2, -1), "labels[2] is -1; wanted 0 <= label < 4"),
+    "feature NaN": (with_value("feats", (23, 1), np.nan), "feats[23] is not finite"),
+    "feature infinite": (with_value("feats", (0, 4), -np.inf), "feats[0] is not finite"),
+    "feature whose square is infinite": (with_value("feats", (6, 0), 1e200), "feats[6] is not finite"),
+    "weight negative": (with_value("weights", 3, -1.0), "weights[3] is negative"),
+    "feature of a class left out": (with_value("feats", (np.argmax(LABELS == 1), 2), np.inf), "is not finite"),
+    "first of two bad labels": (with_value("labels", slice(7, None, 9), 9), "labels[7] is 9"),
+}
+
+
+@pytest.mark.parametrize("case", [case for case, _ in BAD_VALUES.values()], ids=BAD_VALUES)
+def test_a_bad_value_leaves_no_metric_that_looks_like_one(case):
+    assert [name for name in METRICS if not np.isnan(getattr(measure(case), name))] == []
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_leave_no_metric_that_looks_like_one(value):
+    actual = measure(with_value("weights", 3, value))
+    assert [name for name in METRICS if not np.isnan(getattr(actual, name))] == []
+
+
+checked = jax.jit(checkify.checkify(measure))
+
+
+@pytest.mark.parametrize(("case", "message"), BAD_VALUES.values(), ids=BAD_VALUES)
+def test_checkify_says_where_a_bad_value_is(case, message):
+    error, _ = checked(case)
+    assert message in error.get()
+
+
+def test_checkify_finds_nothing_in_good_values():
+    error, actual = checked(CASE)
+    assert error.get() is None
+    np.testing.assert_allclose(actual.cdnv, measure(CASE).cdnv, rtol=1e-14)
+
+
+def test_checkify_counts_samples_in_row_major_order():
+    labels = LABELS.copy()
+    labels[17] = 9
+    shaped = {"feats": FEATS.reshape(2, 3, 4, 9), "labels": labels.reshape(2, 3, 4)}
+    error, _ = checked(CASE._replace(weights=CASE.weights.reshape(2, 3, 4), **shaped))
+    assert "labels[17] is 9" in error.get()

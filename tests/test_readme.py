@@ -1,0 +1,25 @@
+"""The README's Python examples run as a reader would run them: in a process of their own, with JAX's defaults."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def test_the_readme_shows_nnx_and_linen():
+    assert [re.search(r"from flax import (\w+)", example)[1] for example in EXAMPLES] == ["nnx", "linen"]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=["NNX", "Linen"])
+def test_an_example_of_the_readme_prints_a_number(example):
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    command = [sys.executable, "-W", "error", "-c", example]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    assert re.match(r"κ \d+\.\d{3}", result.stdout)

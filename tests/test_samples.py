@@ -1,0 +1,105 @@
+"""Samples of any leading shape become one list; bad ones are marked."""
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flatjax.heads import linear_head
+from flatjax.samples import Samples, check_class_labels, check_features, flatten_samples, void_where
+
+HEAD = linear_head({"kernel": np.ones((4, 3), "float32")})
+FEATS = np.arange(24, dtype="float32").reshape(2, 3, 4)
+LABELS = np.arange(6).reshape(2, 3)
+
+
+def test_samples_are_flattened_in_row_major_order():
+    weights = np.arange(1, 7).reshape(2, 3)
+    _, samples = flatten_samples(HEAD, FEATS, LABELS, weights)
+    np.testing.assert_array_equal(samples.feats, FEATS.reshape(6, 4))
+    np.testing.assert_array_equal(samples.labels, LABELS.reshape(6))
+    np.testing.assert_allclose(samples.shares, weights.reshape(6) / 21, rtol=1e-7)
+
+
+def test_targets_keep_their_last_axis():
+    _, samples = flatten_samples(HEAD, FEATS, np.stack([LABELS, -LABELS], axis=-1), None)
+    np.testing.assert_array_equal(samples.labels, np.stack([np.arange(6), -np.arange(6)], axis=-1))
+
+
+def test_one_sample_needs_no_leading_axis():
+    _, samples = flatten_samples(HEAD, FEATS[0, 0], np.int32(2), np.float32(0.3))
+    assert samples.feats.shape == (1, 4)
+    assert samples.labels.shape == (1,)
+    assert samples.shares.tolist() == [1]
+
+
+@pytest.mark.parametrize("weights", [None, np.full((2, 3), 7)])
+def test_equal_weights_are_equal_shares(weights):
+    _, samples = flatten_samples(HEAD, FEATS, LABELS, weights)
+    np.testing.assert_allclose(samples.shares, np.full(6, 1 / 6), rtol=1e-7)
+
+
+def test_weights_of_half_precision_are_summed_in_float32():
+    n = 5000  # Whose sum float16 rounds to a multiple of 4, and bfloat16 to one of 32.
+    for dtype in ("float16", "bfloat16"):
+        _, samples = flatten_samples(HEAD, np.ones((n, 4), "float32"), np.zeros(n, int), jnp.ones(n, dtype))
+        np.testing.assert_allclose(samples.shares, np.full(n, 1 / n), rtol=1e-6)
+
+
+def test_a_sample_of_weight_zero_holds_nothing():
+    feats, labels = FEATS.copy(), LABELS.astype(float)
+    feats[1, 1], labels[1, 1] = np.nan, np.nan
+    _, samples = flatten_samples(HEAD, feats, labels, np.ones((2, 3)) - np.eye(6)[4].reshape(2, 3))
+    assert np.all(np.isfinite(samples.feats))
+    assert np.all(np.isfinite(samples.labels))
+    assert samples.shares[4] == 0
+    np.testing.assert_allclose(jnp.sum(samples.shares), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "feats", "labels", "weights"),
+    [
+        (TypeError, "feats has dtype int64, wanted a floating dtype", FEATS.astype(int), LABELS, None),
+        (ValueError, r"feats has shape \(2, 3, 3\), but the head takes 4 features", FEATS[..., :3], LABELS, None),
+        (ValueError, r"feats has shape \(\), but the head takes 4 features", FEATS[0, 0, 0], LABELS, None),
+        (ValueError, r"feats has shape \(0, 3, 4\), which holds no sample", FEATS[:0], LABELS[:0], None),
+        (ValueError, r"labels has shape \(6,\), wanted \(2, 3\) or \(2, 3, 'd'\)", FEATS, LABELS.reshape(6), None),
+        (ValueError, r"labels has shape \(\), wanted \(2, 3\)", FEATS, np.int32(0), None),
+        (ValueError, r"labels has shape \(2, 3, 1, 1\), wanted", FEATS, LABELS[..., None, None], None),
+        (ValueError, r"weights has shape \(6,\), wanted \(2, 3\), one a sample", FEATS, LABELS, np.ones(6)),
+        (ValueError, r"weights has shape \(2, 3, 1\), wanted \(2, 3\)", FEATS, LABELS, np.ones((2, 3, 1))),
+        (TypeError, "weights has dtype complex128, wanted", FEATS, LABELS, np.ones((2, 3), complex)),
+    ],
+)
+def test_what_does_not_fit_the_head_is_refused(error, match, feats, labels, weights):
+    with helpers.raises(error, match):
+        flatten_samples(HEAD, feats, labels, weights)
+
+
+def test_a_bad_sample_has_no_share():
+    shares = jnp.full(4, 0.25)
+    good, bad = jnp.zeros(4, bool), jnp.arange(4) == 2
+    np.testing.assert_array_equal(void_where(good, shares, "never"), shares)
+    assert np.isnan(void_where(bad, shares, "sample {i}")[2])
+
+
+@pytest.mark.parametrize(("label", "bad"), [(-1, True), (0, False), (4, False), (5, True)])
+def test_labels_from_zero_to_the_last_class_are_good(label, bad):
+    samples = Samples(jnp.ones((2, 4)), jnp.array([1, label]), jnp.full(2, 0.5))
+    assert np.isnan(check_class_labels(samples, 5).shares[1]) == bad
+
+
+@pytest.mark.parametrize(("feature", "bad"), [(1e19, False), (2e19, True), (np.nan, True), (-np.inf, True)])
+def test_features_whose_square_overflows_are_bad(feature, bad):
+    feats = jnp.ones((2, 4), "float32").at[1, 3].set(feature)
+    samples = Samples(feats, jnp.zeros(2, int), jnp.full(2, 0.5, "float32"))
+    assert np.isnan(check_features(samples).shares[1]) == bad
+
+
+def test_gradients_pass_through_the_shares():
+    def third_share(weights):
+        return flatten_samples(HEAD, FEATS, LABELS, weights)[1].shares[2]
+
+    got = jax.grad(third_share)(jnp.ones((2, 3)))
+    np.testing.assert_allclose(got.reshape(6), (np.eye(6)[2] - 1 / 6) / 6, rtol=1e-6)
