@@ -209,7 +209,7 @@ def training(config: Config, graph: nnx.GraphDef, seed: int, num_train: int):
             "accuracy": jnp.mean(jnp.argmax(logits, axis=1) == labels),
             "relative_flatness": relative_flatness(head, feats, labels),
             "simplified_relative_flatness": simplified_relative_flatness(head, feats, labels),
-        } | dataclasses.asdict(collapse)
+        } | collapse._asdict()
 
     return train_some, measure
 

@@ -93,6 +93,7 @@ def void_where(
 
     In `message`, `{i}` is that sample's index in row-major order and `{name}` its entry of the array `name`.
     """
+    bad = bad & (shares != 0)  # padding holds a copy of another sample, whose index is the one to name
     first = jnp.argmax(bad)
     checkify.debug_check(~jnp.any(bad), message, i=first, **{name: values[first] for name, values in details.items()})
     return jnp.where(bad, jnp.nan, shares)

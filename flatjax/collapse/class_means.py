@@ -51,24 +51,28 @@ def class_means(samples: Samples, num_classes: int) -> ClassMeans:
     masses = per_class(shares)[:, None]
     masses = jnp.where(masses == 0, 1, masses)
 
-    def class_means_of(feats: Float[Array, "n m"]) -> Float[Array, "C m"]:
-        return per_class(shares[:, None] * feats) / masses
+    def around(means: Float[Array, "C m"]) -> tuple[Float[Array, "n m"], Float[Array, "C m"]]:
+        """The samples from their class's mean, and what that mean lacks."""
+        residuals = feats - means[labels]
+        return residuals, per_class(shares[:, None] * residuals) / masses
 
-    # A mean is rounded to ε times its size, which may exceed what is measured around it. So what all samples share goes
-    # first, and what a class mean's rounding leaves in the residuals goes last.
-    feats = jnp.where(kept[labels][:, None], feats - (shares @ feats)[None, :], 0)
-    means = class_means_of(feats)
-    residuals = feats - means[labels]
-    remainders = class_means_of(residuals)
-    residuals = residuals - remainders[labels]
-    means = means + remainders
-    grand_mean = jnp.sum(jnp.where(kept[:, None], means, 0), axis=0) / jnp.sum(kept).astype(feats.dtype)
+    # A mean is rounded to ε times its size, which may exceed both the spread around it and the way to the next. So μ_c
+    # is two numbers: `means`, as near as rounding allows, and `remainders`, which count once the size is subtracted.
+    # The samples themselves are not moved first: near 0 they may be finer than where they would be moved to.
+    means = per_class(shares[:, None] * feats) / masses
+    means = means + around(means)[1]
+    residuals, remainders = around(means)
+    residuals = jnp.where(kept[labels][:, None], residuals - remainders[labels], 0)
+    # From one of the means first: if all are one, exactly 0 remains.
+    centred = jnp.where(kept[:, None], means - means[jnp.argmax(kept)][None, :] + remainders, 0)
+    grand_mean = jnp.sum(centred, axis=0, keepdims=True) / jnp.sum(kept).astype(feats.dtype)
+    centred = jnp.where(kept[:, None], centred - grand_mean, 0)
     return ClassMeans(
         kept=kept,
         num_empty=jnp.sum(counts == 0),
         num_single=jnp.sum(counts == 1),
-        centred=jnp.where(kept[:, None], means - grand_mean[None, :], 0),
-        feats=feats - grand_mean[None, :],
+        centred=centred,
+        feats=residuals + centred[labels],
         variances=per_class(shares * jnp.sum(residuals**2, axis=1)) / masses[:, 0],
         residuals=residuals,
         shares=shares,

@@ -41,7 +41,7 @@ def etf_floor(classes: ClassMeans) -> Float[Array, ""]:
     """√(2 − 2√(m/(C − 1))), below which no m features bring the ETF error where m < C − 1; 0 elsewhere."""
     num_features = classes.centred.shape[1]
     share = num_features / (classes.num_kept - 1).astype(classes.centred.dtype)
-    return jnp.where(share < 1, jnp.sqrt(2 - 2 * jnp.sqrt(jnp.minimum(share, 1))), 0)
+    return jnp.sqrt(2 - 2 * jnp.sqrt(jnp.minimum(share, 1)))
 
 
 def self_duality(weight: Float[Array, "C m"], classes: ClassMeans) -> Float[Array, ""]:

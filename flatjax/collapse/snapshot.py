@@ -1,8 +1,7 @@
 """The metrics of neural collapse of one set of features and one classifier, at one moment."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Integer, Shaped
@@ -15,44 +14,42 @@ from flatjax.metric import metric
 from flatjax.samples import Samples, check_class_labels, check_features, flatten_samples
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class NeuralCollapse:
+class NeuralCollapse(NamedTuple):
     """What `neural_collapse` returns: every metric falls to 0 (NC2's ETF error to its floor) as a network collapses.
 
     Scalars, or under `vmap` one for each of the batch.
     """
 
-    nc1: Float[Array, "*batch"]
+    nc1: Float[Array, ""]
     """tr(Σ_W Σ_B⁺)/C."""
-    nc2_equinorm_means: Float[Array, "*batch"]
+    nc2_equinorm_means: Float[Array, ""]
     """std/mean of ‖μ_c − μ_G‖ (C − 1 in the denominator of the variance)."""
-    nc2_equinorm_classifier: Float[Array, "*batch"]
+    nc2_equinorm_classifier: Float[Array, ""]
     """The same of ‖w_c‖."""
-    nc2_equiangularity_means: Float[Array, "*batch"]
+    nc2_equiangularity_means: Float[Array, ""]
     """Mean over c ≠ c' of |cos(μ_c − μ_G, μ_c' − μ_G) + 1/(C − 1)|."""
-    nc2_equiangularity_classifier: Float[Array, "*batch"]
+    nc2_equiangularity_classifier: Float[Array, ""]
     """The same of cos(w_c, w_c')."""
-    nc2_cosine_std_means: Float[Array, "*batch"]
+    nc2_cosine_std_means: Float[Array, ""]
     """Standard deviation over c ≠ c' (all of them in the denominator) of cos(μ_c − μ_G, μ_c' − μ_G)."""
-    nc2_cosine_std_classifier: Float[Array, "*batch"]
+    nc2_cosine_std_classifier: Float[Array, ""]
     """The same of cos(w_c, w_c')."""
-    nc2_etf_error: Float[Array, "*batch"]
+    nc2_etf_error: Float[Array, ""]
     """‖M̄ᵀM̄/‖M̄ᵀM̄‖_F − (I − 11ᵀ/C)/√(C − 1)‖_F with M̄ = [μ_c − μ_G]."""
-    nc2_etf_floor: Float[Array, "*batch"]
+    nc2_etf_floor: Float[Array, ""]
     """What the ETF error cannot fall below with m features: √(2 − 2√(m/(C − 1))) where m < C − 1, else 0."""
-    nc3: Float[Array, "*batch"]
+    nc3: Float[Array, ""]
     """‖W/‖W‖_F − M̄ᵀ/‖M̄‖_F‖_F², squared."""
-    nc4: Float[Array, "*batch"]
+    nc4: Float[Array, ""]
     """Share of samples where the network (bias included) and the nearest class mean disagree."""
-    cdnv: Float[Array, "*batch"]
+    cdnv: Float[Array, ""]
     """Class-distance normalized variance: the mean over c ≠ c' of (V_c + V_c')/(2‖μ_c − μ_c'‖²)."""
-    ncc: Float[Array, "*batch"]
+    ncc: Float[Array, ""]
     """The same, summed over the ordered pairs c ≠ c'."""
-    num_classes_kept: Int[Array, "*batch"]
+    num_classes_kept: Int[Array, ""]
     """C: classes with two samples or more."""
-    num_classes_empty: Int[Array, "*batch"]
-    num_classes_single: Int[Array, "*batch"]
+    num_classes_empty: Int[Array, ""]
+    num_classes_single: Int[Array, ""]
     """Classes with one sample, masked like the empty ones: a single sample has no spread."""
 
 

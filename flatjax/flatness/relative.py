@@ -28,8 +28,10 @@ def relative_flatness(
     the weights down. It has the unit of the loss. It is exact: nothing is sampled.
 
     Under softmax cross-entropy κ is the mean of ‖φ‖² times the variance of the rows of W under the predicted
-    probabilities, in a form whose relative error stays near the rounding error of the logits at any confidence, down
-    to the smallest number of the dtype. It does not depend on which labels are the right ones.
+    probabilities, in a form that keeps its digits at any confidence: in float32 its relative error is about 1e-7 from
+    κ = 10 down to 1e-30. Only where the rows between which the network hesitates are close to each other, at a share
+    ρ of the spread of all rows, does it grow to about ε/ρ²: 1e-4 for ρ = 1 %. κ does not depend on which labels are
+    right.
 
     Args:
         params: the head as Flax keeps it: a mapping (or `nnx.State`) with `kernel` (m, d), or `embedding` (d, m) if it
@@ -133,9 +135,12 @@ def max_relative_flatness(
     def largest_eigenvalue(measure: Float[Array, " n"]) -> Float[Array, ""]:
         # An eigensolver squares what it is given: bring 1e-30 to 1 first.
         size = jax.lax.stop_gradient(jnp.max(jnp.abs(measure)))
-        size = jnp.where(size == 0, 1, size)
+        flat = size == 0
+        size = jnp.where(flat, 1, size)
         block = curvature.feats.T @ ((measure / size)[:, None] * curvature.feats)
-        return size * jnp.linalg.eigvalsh(block)[-1]
+        # Equal eigenvalues have no second derivative: a row without curvature takes no part.
+        block = jnp.where(flat, jnp.diag(jnp.arange(len(block), dtype=block.dtype)), block)
+        return jnp.where(flat, 0, size * jnp.linalg.eigvalsh(block)[-1])
 
     return jnp.sum(jnp.sum(curvature.head.weight**2, axis=1) * jax.lax.map(largest_eigenvalue, measures.T))
 

@@ -45,7 +45,10 @@ class SoftmaxCurvature(NamedTuple):
         j = jnp.argmax(logits, axis=1)
         largest = _row_mask(j, logits)
         # In units of the second largest probability, that no sum underflows before the result does.
-        second = jax.lax.stop_gradient(jnp.max(jnp.where(largest, -jnp.inf, logits), axis=1, keepdims=True))
+        lowest = jnp.finfo(logits.dtype).min  # for -inf: there may be no other row, or none but masked ones
+        second = jax.lax.stop_gradient(
+            jnp.max(jnp.where(largest, lowest, logits), axis=1, keepdims=True, initial=lowest)
+        )
         others = jnp.exp(jnp.where(largest, -jnp.inf, logits - second))
         unit = jnp.exp(second[:, 0] - jnp.sum(jnp.where(largest, logits, 0), axis=1))
         unit = unit / (1 + unit * jnp.sum(others, axis=1))

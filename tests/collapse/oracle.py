@@ -10,7 +10,7 @@ def neural_collapse(
     kernel: np.ndarray, bias: np.ndarray, feats: np.ndarray, labels: np.ndarray, weights: np.ndarray
 ) -> Mapping[str, float]:
     """Every field of `NeuralCollapse` of kernel (m, C), bias (C,), feats (n, m), labels (n,) and weights (n,)."""
-    head, bias, feats = kernel.T.astype(np.float64), bias.astype(np.float64), feats.astype(np.float64)
+    head, bias, feats, weights = (x.astype(np.float64) for x in (kernel.T, bias, feats, weights))
     samples = [sample for sample in zip(feats, labels, weights, strict=True) if sample[2] != 0]
     counts = [sum(label == c for _, label, _ in samples) for c in range(len(head))]
     kept = [c for c, count in enumerate(counts) if count >= 2]
