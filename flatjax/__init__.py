@@ -1,5 +1,6 @@
 """Measure the flatness and the neural collapse of networks in JAX."""
 
+from flatjax.checks import check_inputs as check_inputs
 from flatjax.collapse.snapshot import NeuralCollapse as NeuralCollapse
 from flatjax.collapse.snapshot import neural_collapse as neural_collapse
 from flatjax.flatness.relative import max_relative_flatness as max_relative_flatness

@@ -1,18 +1,25 @@
 """What a labelled set of samples is: any leading shape flattened, weights as shares, bad values marked.
 
 A sample of weight 0 is padding: whatever it holds, NaN included, counts nowhere. A bad value elsewhere (a label out of
-range, a negative weight) turns the share of its sample into NaN, so that no mean over the samples can look plausible;
-under `jax.experimental.checkify.checkify` it is an error that says where.
+range, a negative weight) turns the share of its sample into NaN, so that no mean over the samples can look plausible.
 """
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax.experimental import checkify
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Shaped
 
 from flatjax.heads import LinearHead
+
+
+class Flaw(NamedTuple):
+    """What may be wrong with a sample, and with which it is."""
+
+    bad: Bool[Array, " n"]
+    message: str
+    """In which `{i}` is the first bad sample's index in row-major order, and `{name}` its entry of a detail."""
+    details: dict[str, Shaped[Array, " n"]]
 
 
 class Samples(NamedTuple):
@@ -21,7 +28,14 @@ class Samples(NamedTuple):
     feats: Float[Array, "n m"]
     labels: Shaped[Array, " n"] | Shaped[Array, "n k"]
     shares: Float[Array, " n"]
-    """ω_i / Σω: they sum to 1."""
+    """ω_i / Σω: they sum to 1. That of a bad sample is NaN."""
+    flaws: tuple[Flaw, ...] = ()
+
+    def marked(self, bad: Bool[Array, " n"], message: str, **details: Shaped[Array, " n"]) -> "Samples":
+        """NaN in the share of a bad sample; padding is none, though it holds a copy of another sample."""
+        bad = bad & (self.shares != 0)
+        flaws = (*self.flaws, Flaw(bad, message, details))
+        return self._replace(shares=jnp.where(bad, jnp.nan, self.shares), flaws=flaws)
 
 
 def flatten_samples(
@@ -67,11 +81,10 @@ def flatten_samples(
         """Padding becomes a copy of the first sample that counts, of which a loss has a value if it has any."""
         return jnp.where(counts.reshape(n, *[1] * (values.ndim - 1)), values, values[jnp.argmax(counts)][None])
 
-    samples = Samples(
-        feats=without_padding(feats),
-        labels=without_padding(labels),
-        shares=void_where(weights < 0, weights / jnp.sum(weights), "weights[{i}] is negative; wanted 0 or more"),
-    )
+    samples = Samples(without_padding(feats), without_padding(labels), weights / jnp.sum(weights))
+    samples = samples.marked(weights < 0, "weights[{i}] is {weight}; wanted 0 or more", weight=weights)
+    finite = jnp.isfinite(jnp.sum(samples.feats**2, axis=1))
+    samples = samples.marked(~finite, "feats[{i}] holds a NaN, an infinity, or a number whose square is one")
     return LinearHead(head.weight.astype(dtype), head.bias.astype(dtype)), samples
 
 
@@ -86,33 +99,8 @@ def _widened(labels: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     return labels.astype(jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32)
 
 
-def void_where(
-    bad: Bool[Array, " n"], shares: Float[Array, " n"], message: str, **details: Shaped[Array, " n"]
-) -> Float[Array, " n"]:
-    """NaN in the share of a bad sample; under `checkify` an error with `message` about the first one.
-
-    In `message`, `{i}` is that sample's index in row-major order and `{name}` its entry of the array `name`.
-    """
-    bad = bad & (shares != 0)  # padding holds a copy of another sample, whose index is the one to name
-    first = jnp.argmax(bad)
-    checkify.debug_check(~jnp.any(bad), message, i=first, **{name: values[first] for name, values in details.items()})
-    return jnp.where(bad, jnp.nan, shares)
-
-
-def check_class_labels(samples: Samples, num_classes: int) -> Samples:
+def mark_class_labels(samples: Samples, num_classes: int) -> Samples:
     """Marks integer labels that are not in 0 … `num_classes` − 1."""
     labels = samples.labels
-    return samples._replace(
-        shares=void_where(
-            (labels < 0) | (labels >= num_classes),
-            samples.shares,
-            f"labels[{{i}}] is {{label}}; wanted 0 <= label < {num_classes}, or weight 0",
-            label=labels,
-        )
-    )
-
-
-def check_features(samples: Samples) -> Samples:
-    """Marks samples whose features hold a NaN, an infinity, or a number whose square is one."""
-    finite = jnp.isfinite(jnp.sum(samples.feats**2, axis=-1))
-    return samples._replace(shares=void_where(~finite, samples.shares, "feats[{i}] is not finite"))
+    message = f"labels[{{i}}] is {{label}}; wanted 0 <= label < {num_classes}, or weight 0"
+    return samples.marked((labels < 0) | (labels >= num_classes), message, label=labels)

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flatjax.heads import linear_head
-from flatjax.samples import Samples, check_class_labels, check_features, flatten_samples, void_where
+from flatjax.heads import LinearHead, linear_head
+from flatjax.samples import Samples, flatten_samples, mark_class_labels
 
 HEAD = linear_head({"kernel": np.ones((4, 3), "float32")})
 FEATS = np.arange(24, dtype="float32").reshape(2, 3, 4)
@@ -77,24 +77,25 @@ def test_what_does_not_fit_the_head_is_refused(error, match, feats, labels, weig
         flatten_samples(HEAD, feats, labels, weights)
 
 
-def test_a_bad_sample_has_no_share():
-    shares = jnp.full(4, 0.25)
-    good, bad = jnp.zeros(4, bool), jnp.arange(4) == 2
-    np.testing.assert_array_equal(void_where(good, shares, "never"), shares)
-    assert np.isnan(void_where(bad, shares, "sample {i}")[2])
+def test_a_bad_sample_has_no_share_and_padding_is_not_bad():
+    samples = Samples(jnp.ones((4, 1)), jnp.zeros(4, int), jnp.array([0.5, 0, 0.25, 0.25]))
+    bad = jnp.array([False, True, True, False])
+    np.testing.assert_array_equal(samples.marked(bad, "never").shares, [0.5, 0, np.nan, 0.25])
+    np.testing.assert_array_equal(samples.marked(bad, "never").flaws[0].bad, [False, False, True, False])
 
 
 @pytest.mark.parametrize(("label", "bad"), [(-1, True), (0, False), (4, False), (5, True)])
 def test_labels_from_zero_to_the_last_class_are_good(label, bad):
     samples = Samples(jnp.ones((2, 4)), jnp.array([1, label]), jnp.full(2, 0.5))
-    assert np.isnan(check_class_labels(samples, 5).shares[1]) == bad
+    assert np.isnan(mark_class_labels(samples, 5).shares[1]) == bad
 
 
 @pytest.mark.parametrize(("feature", "bad"), [(1e19, False), (2e19, True), (np.nan, True), (-np.inf, True)])
 def test_features_whose_square_overflows_are_bad(feature, bad):
     feats = jnp.ones((2, 4), "float32").at[1, 3].set(feature)
-    samples = Samples(feats, jnp.zeros(2, int), jnp.full(2, 0.5, "float32"))
-    assert np.isnan(check_features(samples).shares[1]) == bad
+    head = LinearHead(jnp.ones((3, 4), "float32"), jnp.zeros(3, "float32"))
+    _, samples = flatten_samples(head, feats, jnp.zeros(2, int), None)
+    assert np.isnan(samples.shares[1]) == bad
 
 
 def test_gradients_pass_through_the_shares():

@@ -39,7 +39,7 @@ class ClassMeans(NamedTuple):
 
 def class_means(samples: Samples, num_classes: int) -> ClassMeans:
     """Centres first and squares second: no E[x²] − E[x]²."""
-    feats, labels, all_shares = samples
+    feats, labels, all_shares, _ = samples
 
     def per_class(values: Array) -> Array:
         return jax.ops.segment_sum(values, labels, num_classes)

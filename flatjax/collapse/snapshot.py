@@ -11,7 +11,7 @@ from flatjax.collapse.geometry import equiangularity, equinorm, etf_error, etf_f
 from flatjax.collapse.variability import class_distance_normalized_variances, within_over_between
 from flatjax.heads import HeadParams, LinearHead, linear_head
 from flatjax.metric import metric
-from flatjax.samples import Samples, check_class_labels, check_features, flatten_samples
+from flatjax.samples import Samples, flatten_samples, mark_class_labels
 
 
 class NeuralCollapse(NamedTuple):
@@ -81,7 +81,7 @@ def neural_collapse(
         The metrics, each a scalar. Classes without two samples are left out of all of them, and counted. Where a metric
         has no value it is NaN or infinite: with fewer than two classes left, where two class means are one (CDNV, NCC),
         or all of them (all metrics of means); and NaN where a feature is not finite, a label out of range, or a weight
-        negative, of which `jax.experimental.checkify.checkify(neural_collapse)` says where.
+        negative; `flatjax.check_inputs` says where.
 
     Raises:
         TypeError: `params` is no mapping, or `labels` are not integers.
@@ -150,4 +150,4 @@ def _classified_samples(
         raise TypeError(
             f"labels has dtype {samples.labels.dtype} and shape {jnp.shape(labels)}, wanted one integer class a sample"
         )
-    return head, check_class_labels(check_features(samples), num_classes)
+    return head, mark_class_labels(samples, num_classes)

@@ -45,7 +45,7 @@ def relative_flatness(
 
     Returns:
         κ, in float64 if any input is, else in float32. NaN if a feature is not finite, a label is out of range or a
-        weight negative; `jax.experimental.checkify.checkify(relative_flatness)` says where.
+        weight negative; `flatjax.check_inputs` says where.
 
     Raises:
         TypeError: `params` is no mapping, or labels of an integer loss are not integers.

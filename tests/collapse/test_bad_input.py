@@ -1,11 +1,9 @@
-"""What cannot be measured is refused with a message, or measured as NaN and found by checkify."""
+"""What cannot be measured is refused with a message, or measured as NaN."""
 
 import inspect
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental import checkify
 
 from flatjax import neural_collapse
 
@@ -58,18 +56,18 @@ def with_value(name, index, value):
 
 
 BAD_VALUES = {
-    "label too large": (with_value("labels", 4, 4), "labels[4] is 4; wanted 0 <= label < 4"),
-    "label negative": (with_value("labels", 2, -1), "labels[2] is -1; wanted 0 <= label < 4"),
-    "feature NaN": (with_value("feats", (23, 1), np.nan), "feats[23] is not finite"),
-    "feature infinite": (with_value("feats", (0, 4), -np.inf), "feats[0] is not finite"),
-    "feature whose square is infinite": (with_value("feats", (6, 0), 1e200), "feats[6] is not finite"),
-    "weight negative": (with_value("weights", 3, -1.0), "weights[3] is negative"),
-    "feature of a class left out": (with_value("feats", (np.argmax(LABELS == 1), 2), np.inf), "is not finite"),
-    "first of two bad labels": (with_value("labels", slice(7, None, 9), 9), "labels[7] is 9"),
+    "label too large": with_value("labels", 4, 4),
+    "label negative": with_value("labels", 2, -1),
+    "feature NaN": with_value("feats", (23, 1), np.nan),
+    "feature infinite": with_value("feats", (0, 4), -np.inf),
+    "feature whose square is infinite": with_value("feats", (6, 0), 1e200),
+    "weight negative": with_value("weights", 3, -1.0),
+    "feature of a class left out": with_value("feats", (np.argmax(LABELS == 1), 2), np.inf),
+    "first of two bad labels": with_value("labels", slice(7, None, 9), 9),
 }
 
 
-@pytest.mark.parametrize("case", [case for case, _ in BAD_VALUES.values()], ids=BAD_VALUES)
+@pytest.mark.parametrize("case", BAD_VALUES.values(), ids=BAD_VALUES)
 def test_a_bad_value_leaves_no_metric_that_looks_like_one(case):
     assert [name for name in METRICS if not np.isnan(getattr(measure(case), name))] == []
 
@@ -78,26 +76,3 @@ def test_a_bad_value_leaves_no_metric_that_looks_like_one(case):
 def test_weights_that_are_not_finite_leave_no_metric_that_looks_like_one(value):
     actual = measure(with_value("weights", 3, value))
     assert [name for name in METRICS if not np.isnan(getattr(actual, name))] == []
-
-
-checked = jax.jit(checkify.checkify(measure))
-
-
-@pytest.mark.parametrize(("case", "message"), BAD_VALUES.values(), ids=BAD_VALUES)
-def test_checkify_says_where_a_bad_value_is(case, message):
-    error, _ = checked(case)
-    assert message in error.get()
-
-
-def test_checkify_finds_nothing_in_good_values():
-    error, actual = checked(CASE)
-    assert error.get() is None
-    np.testing.assert_allclose(actual.cdnv, measure(CASE).cdnv, rtol=1e-14)
-
-
-def test_checkify_counts_samples_in_row_major_order():
-    labels = LABELS.copy()
-    labels[17] = 9
-    shaped = {"feats": FEATS.reshape(2, 3, 4, 9), "labels": labels.reshape(2, 3, 4)}
-    error, _ = checked(CASE._replace(weights=CASE.weights.reshape(2, 3, 4), **shaped))
-    assert "labels[17] is 9" in error.get()

@@ -125,35 +125,48 @@ CHECKED = [
     (PROBLEM._replace(labels=spoilt(PROBLEM.labels, 2, -1)), r"labels\[2\] is -1; wanted 0 <= label < 3"),
     (PROBLEM._replace(labels=spoilt(TARGETS, (4, 1), np.nan)), r"labels\[4\] has a target that is not finite"),
     (PROBLEM._replace(labels=spoilt(TARGETS, (4, 1), -0.1)), r"labels\[4\] has a negative probability"),
-    (PROBLEM._replace(feats=spoilt(PROBLEM.feats, (7, 2), np.inf)), r"feats\[7\] is not finite"),
-    (PROBLEM._replace(weights=spoilt(PROBLEM.weights, 3, -2)), r"weights\[3\] is negative; wanted 0 or more"),
+    (PROBLEM._replace(feats=spoilt(PROBLEM.feats, (7, 2), np.inf)), r"feats\[7\] holds a NaN"),
+    (PROBLEM._replace(weights=spoilt(PROBLEM.weights, 3, -2)), r"weights\[3\] is -2.0; wanted 0 or more"),
 ]
 
 
+@jax.jit
+@checkify.checkify
+def check(problem):
+    flatjax.check_inputs(problem.params, problem.feats, problem.labels, weights=problem.weights)
+
+
 @pytest.mark.parametrize(("problem", "message"), CHECKED)
-def test_checkify_says_which_sample_is_bad(problem, message):
-    checked = checkify.checkify(jax.jit(flatjax.relative_flatness))
-    error, value = checked(problem.params, problem.feats, problem.labels, weights=problem.weights)
-    assert np.isnan(value)
+def test_a_check_says_which_sample_is_bad(problem, message):
     with pytest.raises(checkify.JaxRuntimeError, match=message):
-        error.throw()
+        check(problem)[0].throw()
+    with pytest.raises(checkify.JaxRuntimeError, match=message):
+        flatjax.check_inputs(problem.params, problem.feats, problem.labels, weights=problem.weights)
 
 
-def test_checkify_does_not_name_padding():
+def test_a_check_does_not_name_padding():
     problem = PROBLEM._replace(labels=spoilt(PROBLEM.labels, 1, 17), weights=spoilt(PROBLEM.weights, 0, 0))
-    checked = checkify.checkify(jax.jit(flatjax.relative_flatness))
-    error, _ = checked(problem.params, problem.feats, problem.labels, weights=problem.weights)
     with pytest.raises(checkify.JaxRuntimeError, match=r"labels\[1\] is 17"):
-        error.throw()
+        check(problem)[0].throw()
 
 
-def test_checkify_lets_padding_pass():
+def test_a_check_lets_padding_pass():
     problem = PROBLEM._replace(
         labels=spoilt(PROBLEM.labels, 4, -1),
         feats=spoilt(PROBLEM.feats, 4, np.nan),
         weights=spoilt(PROBLEM.weights, 4, 0),
     )
-    checked = checkify.checkify(jax.jit(flatjax.relative_flatness))
-    error, value = checked(problem.params, problem.feats, problem.labels, weights=problem.weights)
-    error.throw()
-    assert np.isfinite(value)
+    check(problem)[0].throw()
+    assert np.isfinite(helpers.measure(problem).kappa)
+
+
+def test_a_check_counts_samples_in_row_major_order():
+    problem = helpers.random_problem(3, 5, (2, 3, 4))
+    labels = spoilt(problem.labels, (1, 1, 1), 9)
+    with pytest.raises(checkify.JaxRuntimeError, match=r"labels\[17\] is 9"):
+        check(problem._replace(labels=labels))[0].throw()
+
+
+def test_a_metric_has_no_effect_that_would_slow_its_call():
+    jaxpr = jax.make_jaxpr(flatjax.relative_flatness)(PROBLEM.params, PROBLEM.feats, PROBLEM.labels)
+    assert not jaxpr.effects

@@ -1,0 +1,52 @@
+"""Which sample is to blame for a NaN."""
+
+from typing import Any
+
+from jax.experimental import checkify
+from jax.typing import ArrayLike
+from jaxtyping import Float, Shaped
+
+from flatjax.flatness.losses import Loss, read_samples
+from flatjax.heads import HeadParams
+from flatjax.metric import metric
+
+
+@metric
+def check_inputs(
+    params: HeadParams,
+    feats: Float[ArrayLike, "*n m"],
+    labels: Shaped[ArrayLike, "*n"] | Shaped[ArrayLike, "*n k"],
+    *,
+    loss: Loss = "softmax_cross_entropy",
+    weights: Shaped[ArrayLike, "*n"] | None = None,
+) -> None:
+    """Raises an error that names the first sample whose values make a metric of the same arguments NaN.
+
+    The metrics themselves do not raise, as compiled code cannot. Nor can this function inside `jit`, unless
+    `jax.experimental.checkify.checkify` takes its error out.
+
+    Args:
+        params: the head, as for `relative_flatness`; so are the others.
+        feats: features (..., m).
+        labels: integer classes (...,), or targets (..., d).
+        loss: a name, or any callable, of whose labels nothing is known and nothing checked.
+        weights: sample weights (...,); what a sample of weight 0 holds is not checked.
+
+    Raises:
+        checkify.JaxRuntimeError: a feature is not finite, a label is out of range or a weight negative.
+        TypeError, ValueError: as `relative_flatness`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jax.experimental import checkify
+        >>> from flatjax import check_inputs
+        >>> arguments = {"kernel": jnp.ones((1, 3))}, jnp.array([[1.0], [2.0]]), jnp.array([0, 7])
+        >>> error, _ = checkify.checkify(jax.jit(check_inputs))(*arguments)
+        >>> print(error.get())
+        labels[1] is 7; wanted 0 <= label < 3, or weight 0 (`check` failed)
+    """
+    _, samples = read_samples(params, feats, labels, loss, weights)
+    for bad, message, details in samples.flaws:
+        first = bad.argmax()
+        named: dict[str, Any] = {name: values[first] for name, values in details.items()}
+        checkify.check(~bad.any(), message, i=first, **named)
