@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 from jax.experimental import checkify
 from jax.typing import ArrayLike
 from jaxtyping import Float, Shaped
@@ -33,7 +34,8 @@ def check_inputs(
         weights: sample weights (...,); what a sample of weight 0 holds is not checked.
 
     Raises:
-        checkify.JaxRuntimeError: a feature is not finite, a label is out of range or a weight negative.
+        checkify.JaxRuntimeError: a feature, a weight or the head is not finite, a label is out of range, a weight is
+            negative, or all are 0.
         TypeError, ValueError: as `relative_flatness`.
 
     Example:
@@ -45,7 +47,10 @@ def check_inputs(
         >>> print(error.get())
         labels[1] is 7; wanted 0 <= label < 3, or weight 0 (`check` failed)
     """
-    _, samples = read_samples(params, feats, labels, loss, weights)
+    head, samples = read_samples(params, feats, labels, loss, weights)
+    for name, array in zip(("weight", "bias"), head, strict=True):
+        checkify.check(jnp.all(jnp.isfinite(array)), f"the {name} of the head holds a NaN or an infinity")
+    checkify.check(jnp.any(samples.counts), "all weights are 0")
     for bad, message, details in samples.flaws:
         first = bad.argmax()
         named: dict[str, Any] = {name: values[first] for name, values in details.items()}

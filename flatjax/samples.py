@@ -27,15 +27,24 @@ class Samples(NamedTuple):
 
     feats: Float[Array, "n m"]
     labels: Shaped[Array, " n"] | Shaped[Array, "n k"]
-    shares: Float[Array, " n"]
-    """ω_i / Σω: they sum to 1. That of a bad sample is NaN."""
+    weights: Float[Array, " n"]
+    """ω_i; that of a bad sample is NaN."""
+    total_weight: Float[Array, ""]
+    """Σω, bad samples included."""
+    counts: Bool[Array, " n"]
+    """Where ω_i is not 0: elsewhere is padding."""
     flaws: tuple[Flaw, ...] = ()
 
-    def marked(self, bad: Bool[Array, " n"], message: str, **details: Shaped[Array, " n"]) -> "Samples":
-        """NaN in the share of a bad sample; padding is none, though it holds a copy of another sample."""
-        bad = bad & (self.shares != 0)
+    @property
+    def shares(self) -> Float[Array, " n"]:
+        """ω_i / Σω."""
+        return self.weights / self.total_weight
+
+    def marked(self, bad: Bool[Array, "..."], message: str, **details: Shaped[Array, " n"]) -> "Samples":
+        """NaN in the weight of a bad sample; padding is none, though it holds a copy of another sample."""
+        bad = bad & self.counts
         flaws = (*self.flaws, Flaw(bad, message, details))
-        return self._replace(shares=jnp.where(bad, jnp.nan, self.shares), flaws=flaws)
+        return self._replace(weights=jnp.where(bad, jnp.nan, self.weights), flaws=flaws)
 
 
 def flatten_samples(
@@ -81,8 +90,11 @@ def flatten_samples(
         """Padding becomes a copy of the first sample that counts, of which a loss has a value if it has any."""
         return jnp.where(counts.reshape(n, *[1] * (values.ndim - 1)), values, values[jnp.argmax(counts)][None])
 
-    samples = Samples(without_padding(feats), without_padding(labels), weights / jnp.sum(weights))
-    samples = samples.marked(weights < 0, "weights[{i}] is {weight}; wanted 0 or more", weight=weights)
+    # To padding nothing is sensitive, its weight included.
+    weights = jnp.where(counts, weights, 0)
+    samples = Samples(without_padding(feats), without_padding(labels), weights, jnp.sum(weights), counts)
+    bad = (weights < 0) | ~jnp.isfinite(samples.total_weight)
+    samples = samples.marked(bad, "weights[{i}] is {weight}; wanted 0 or more, and a finite sum", weight=weights)
     finite = jnp.isfinite(jnp.sum(samples.feats**2, axis=1))
     samples = samples.marked(~finite, "feats[{i}] holds a NaN, an infinity, or a number whose square is one")
     return LinearHead(head.weight.astype(dtype), head.bias.astype(dtype)), samples

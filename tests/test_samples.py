@@ -77,17 +77,29 @@ def test_what_does_not_fit_the_head_is_refused(error, match, feats, labels, weig
         flatten_samples(HEAD, feats, labels, weights)
 
 
+def weighed(labels, weights) -> Samples:
+    return flatten_samples(HEAD, np.ones((len(weights), 4), "float32"), np.array(labels), np.array(weights))[1]
+
+
 def test_a_bad_sample_has_no_share_and_padding_is_not_bad():
-    samples = Samples(jnp.ones((4, 1)), jnp.zeros(4, int), jnp.array([0.5, 0, 0.25, 0.25]))
+    samples = weighed([0, 0, 0, 0], [2.0, 0, 1, 1])
     bad = jnp.array([False, True, True, False])
     np.testing.assert_array_equal(samples.marked(bad, "never").shares, [0.5, 0, np.nan, 0.25])
-    np.testing.assert_array_equal(samples.marked(bad, "never").flaws[0].bad, [False, False, True, False])
+    np.testing.assert_array_equal(samples.marked(bad, "never").flaws[-1].bad, [False, False, True, False])
+
+
+def test_weights_whose_sum_overflows_have_no_shares():
+    assert np.all(np.isnan(weighed([0] * 6, np.full(6, 3e38, "float32")).shares))
+
+
+@pytest.mark.parametrize("weight", [np.nan, np.inf, -1.0])
+def test_a_weight_that_is_none_has_no_share(weight):
+    assert np.isnan(weighed([0, 0], [1.0, weight]).shares[1])
 
 
 @pytest.mark.parametrize(("label", "bad"), [(-1, True), (0, False), (4, False), (5, True)])
 def test_labels_from_zero_to_the_last_class_are_good(label, bad):
-    samples = Samples(jnp.ones((2, 4)), jnp.array([1, label]), jnp.full(2, 0.5))
-    assert np.isnan(mark_class_labels(samples, 5).shares[1]) == bad
+    assert np.isnan(mark_class_labels(weighed([1, label], [1.0, 1.0]), 5).shares[1]) == bad
 
 
 @pytest.mark.parametrize(("feature", "bad"), [(1e19, False), (2e19, True), (np.nan, True), (-np.inf, True)])

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from flatjax.samples import Samples
 
@@ -17,13 +17,12 @@ class ClassMeans(NamedTuple):
     num_empty: Int[Array, ""]
     num_single: Int[Array, ""]
     centred: Float[Array, "C m"]
-    """μ_c − μ_G, with μ_G the unweighted mean of the kept means."""
-    feats: Float[Array, "n m"]
-    """h_i − μ_G."""
+    """μ_c − μ_G, with μ_G the unweighted mean of the kept means, in units of the largest number in it."""
+    labels: Integer[Array, " n"]
     variances: Float[Array, " C"]
-    """V_c, the mean squared distance of a class to its mean."""
+    """V_c, the mean squared distance of a class to its mean, in the same units squared."""
     residuals: Float[Array, "n m"]
-    """h_i − μ_c(i)."""
+    """h_i − μ_c(i), in the same units."""
     shares: Float[Array, " n"]
     """Of the kept samples: they sum to 1."""
 
@@ -39,27 +38,27 @@ class ClassMeans(NamedTuple):
 
 def class_means(samples: Samples, num_classes: int) -> ClassMeans:
     """Centres first and squares second: no E[x²] − E[x]²."""
-    feats, labels, all_shares, _ = samples
+    feats, labels = samples.feats, samples.labels
 
     def per_class(values: Array) -> Array:
         return jax.ops.segment_sum(values, labels, num_classes)
 
-    counts = per_class((all_shares != 0).astype(jnp.int32))
+    counts = per_class(samples.counts.astype(jnp.int32))
     kept = counts >= 2
-    shares = jnp.where(kept[labels], all_shares, 0)
-    shares = shares / jnp.sum(shares)
-    masses = per_class(shares)[:, None]
+    # Weights, not shares: their sums are exact if they are 1, where many n-ths would round the same way every time.
+    weights = jnp.where(kept[labels], samples.weights, 0)
+    masses = per_class(weights)[:, None]
     masses = jnp.where(masses == 0, 1, masses)
 
     def around(means: Float[Array, "C m"]) -> tuple[Float[Array, "n m"], Float[Array, "C m"]]:
         """The samples from their class's mean, and what that mean lacks."""
         residuals = feats - means[labels]
-        return residuals, per_class(shares[:, None] * residuals) / masses
+        return residuals, per_class(weights[:, None] * residuals) / masses
 
     # A mean is rounded to ε times its size, which may exceed both the spread around it and the way to the next. So μ_c
     # is two numbers: `means`, as near as rounding allows, and `remainders`, which count once the size is subtracted.
     # The samples themselves are not moved first: near 0 they may be finer than where they would be moved to.
-    means = per_class(shares[:, None] * feats) / masses
+    means = per_class(weights[:, None] * feats) / masses
     means = means + around(means)[1]
     residuals, remainders = around(means)
     residuals = jnp.where(kept[labels][:, None], residuals - remainders[labels], 0)
@@ -67,13 +66,18 @@ def class_means(samples: Samples, num_classes: int) -> ClassMeans:
     centred = jnp.where(kept[:, None], means - means[jnp.argmax(kept)][None, :] + remainders, 0)
     grand_mean = jnp.sum(centred, axis=0, keepdims=True) / jnp.sum(kept).astype(feats.dtype)
     centred = jnp.where(kept[:, None], centred - grand_mean, 0)
+
+    # No metric knows the unit of the features, and their squares must not overflow.
+    size = jax.lax.stop_gradient(jnp.max(jnp.abs(centred)))
+    unit = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
+    centred, residuals = centred / unit, residuals / unit
     return ClassMeans(
         kept=kept,
         num_empty=jnp.sum(counts == 0),
         num_single=jnp.sum(counts == 1),
         centred=centred,
-        feats=residuals + centred[labels],
-        variances=per_class(shares * jnp.sum(residuals**2, axis=1)) / masses[:, 0],
+        labels=labels,
+        variances=per_class(weights * jnp.sum(residuals**2, axis=1)) / masses[:, 0],
         residuals=residuals,
-        shares=shares,
+        shares=weights / jnp.sum(weights),
     )

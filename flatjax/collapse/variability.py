@@ -1,5 +1,6 @@
 """Variability collapse: how wide the classes are against how far they lie apart (NC1, CDNV, NCC)."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -12,11 +13,16 @@ def within_over_between(classes: ClassMeans) -> Float[Array, ""]:
 
     NaN where all means are one: Σ_B⁺ = 0 would call that collapsed.
     """
-    num_classes, num_features = classes.centred.shape
-    rtol = max(num_classes, num_features) * jnp.finfo(classes.centred.dtype).eps
+    # The one direction in which the means do not differ is known, as they sum to 0: it is given a singular value of its
+    # own, that no cut is needed which would take the way between two close means for it. What is cut is rounding.
+    num_kept = classes.num_kept.astype(classes.centred.dtype)
+    size = jax.lax.stop_gradient(jnp.sqrt(jnp.sum(classes.centred**2) / num_kept))
+    sum_direction = jnp.where(classes.kept, size / jnp.sqrt(num_kept), 0)
+    extended = jnp.concatenate([classes.centred, sum_direction[:, None]], axis=1)
     # The derivative of a pseudo-inverse is finite where that of a singular value decomposition is not: at equal
     # singular values, which is where collapse leads.
-    coordinates = classes.residuals @ jnp.linalg.pinv(classes.centred, rtol=rtol)
+    inverse = jnp.linalg.pinv(extended, rtol=4 * jnp.finfo(extended.dtype).eps)[:-1]
+    coordinates = classes.residuals @ inverse
     nc1 = jnp.sum(classes.shares * jnp.sum(coordinates**2, axis=1))
     return jnp.where(jnp.any(classes.centred != 0), nc1, jnp.nan)
 

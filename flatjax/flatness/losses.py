@@ -63,7 +63,7 @@ def read_samples(
     if loss == "softmax_cross_entropy" and samples.labels.ndim == 2:
         samples = samples.marked(jnp.any(samples.labels < 0, axis=1), "labels[{i}] has a negative probability")
         # The targets enter the Hessian through their sum alone: ℓ = Σ_s y_s (logsumexp z − z_s).
-        samples = samples._replace(shares=samples.shares * jnp.sum(samples.labels, axis=1))
+        samples = samples._replace(weights=samples.weights * jnp.sum(samples.labels, axis=1))
     return head, samples
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from flatjax.heads import LinearHead
-from flatjax.pairwise import squared_distances_by_products
+from flatjax.pairwise import squared_distances_around
 
 
 class SoftmaxCurvature(NamedTuple):
@@ -35,25 +35,27 @@ class SoftmaxCurvature(NamedTuple):
 
     def variances_over_pairs(self) -> Float[Array, " n"]:
         """v_i = ½ Σ_{s,t} p_s p_t ‖w_s − w_t‖²."""
-        relative = _relative_to_largest(self.head.logits(self.feats))
-        distances = squared_distances_by_products(self.head.weight)
-        return jnp.sum((relative @ distances) * relative, axis=1) / (2 * jnp.sum(relative, axis=1) ** 2)
+        relative = _relative_to_largest(self._logits())
+        total = jnp.sum(relative, axis=1)
+        distances = squared_distances_around(self.head.weight, self._mean_row(relative / total[:, None]))
+        return jnp.sum((relative @ distances) * relative, axis=1) / (2 * total**2)
 
     def variances_around_the_largest(self) -> Float[Array, " n"]:
         """v_i = n̄ + q‖w_j‖² − 2⟨r, w_j⟩ − ‖r − q w_j‖² with n̄ = Σ p_s‖w_s‖², r = Σ p_s w_s over s ≠ j."""
-        logits = self.head.logits(self.feats)
+        logits = self._logits()
         j = jnp.argmax(logits, axis=1)
         largest = _row_mask(j, logits)
         # In units of the second largest probability, that no sum underflows before the result does.
-        lowest = jnp.finfo(logits.dtype).min  # for -inf: there may be no other row, or none but masked ones
+        lowest = jnp.finfo(logits.dtype).min  # for −∞: there may be no other row, or none but masked ones
         second = jax.lax.stop_gradient(
             jnp.max(jnp.where(largest, lowest, logits), axis=1, keepdims=True, initial=lowest)
         )
         others = jnp.exp(jnp.where(largest, -jnp.inf, logits - second))
         unit = jnp.exp(second[:, 0] - jnp.sum(jnp.where(largest, logits, 0), axis=1))
-        unit = unit / (1 + unit * jnp.sum(others, axis=1))
-        # The variance does not know what all rows share, and its rounding error does.
-        rows = self.head.weight - jnp.mean(self.head.weight, axis=0, keepdims=True)
+        total = 1 + unit * jnp.sum(others, axis=1)
+        unit = unit / total
+        p = jnp.where(largest, 1 / total[:, None], unit[:, None] * others)
+        rows = self.head.weight - self._mean_row(p)[None, :]
         row_norms = jnp.sum(rows**2, axis=1)
         q, r = jnp.sum(others, axis=1), others @ rows
         second_moment = others @ row_norms + q * row_norms[j] - 2 * jnp.sum(r * rows[j], axis=1)
@@ -74,12 +76,22 @@ class SoftmaxCurvature(NamedTuple):
         p, rest = self._probabilities()
         return p * rest
 
+    def _logits(self) -> Float[Array, "n d"]:
+        """The logits, each sample's up to a constant: what all rows share would cost them digits."""
+        weight, bias = self.head
+        centred = LinearHead(weight - jnp.mean(weight, axis=0, keepdims=True), bias)
+        return centred.logits(self.feats)
+
+    def _mean_row(self, p: Float[Array, "n d"]) -> Float[Array, " m"]:
+        """Where the rows that matter are: their variance does not know it, and their rounding errors do."""
+        return jax.lax.stop_gradient(jnp.mean(p, axis=0) @ self.head.weight)
+
     def _measure(self) -> Float[Array, " n"]:
         return self.shares * jnp.sum(self.feats**2, axis=1)
 
     def _probabilities(self) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
         """p and 1 − p, the latter as the sum of the other rows where the difference would cancel."""
-        logits = self.head.logits(self.feats)
+        logits = self._logits()
         relative = _relative_to_largest(logits)
         largest = _row_mask(jnp.argmax(logits, axis=1), relative)
         others = jnp.sum(jnp.where(largest, 0, relative), axis=1, keepdims=True)

@@ -8,9 +8,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flatjax import NeuralCollapse, neural_collapse
+from flatjax.heads import LinearHead
+from flatjax.samples import Samples, flatten_samples
 
 from . import oracle
 
@@ -109,3 +112,9 @@ def assert_close(
     for name in names:
         value = wanted[name] if isinstance(wanted, Mapping) else getattr(wanted, name)
         np.testing.assert_allclose(getattr(actual, name), value, rtol=rtol, atol=atol, err_msg=name)
+
+
+def samples_of(feats, labels, weights) -> Samples:
+    """As the metrics see them."""
+    head = LinearHead(jnp.ones((1, feats.shape[1]), feats.dtype), jnp.zeros(1, feats.dtype))
+    return flatten_samples(head, feats, labels, weights)[1]

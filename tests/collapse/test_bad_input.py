@@ -76,3 +76,10 @@ def test_a_bad_value_leaves_no_metric_that_looks_like_one(case):
 def test_weights_that_are_not_finite_leave_no_metric_that_looks_like_one(value):
     actual = measure(with_value("weights", 3, value))
     assert [name for name in METRICS if not np.isnan(getattr(actual, name))] == []
+
+
+@pytest.mark.parametrize("name", ["kernel", "bias"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_diverged_head_leaves_no_metric_that_looks_like_one(name, value):
+    actual = measure(with_value(name, 0, value))
+    assert [name for name in METRICS if not np.isnan(getattr(actual, name))] == []

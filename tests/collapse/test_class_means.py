@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from flatjax.collapse.class_means import class_means
-from flatjax.samples import Samples
 
 from .cases import (
     COUNTS,
@@ -20,6 +19,7 @@ from .cases import (
     gradients,
     measure,
     random_case,
+    samples_of,
 )
 
 MASKED = (6, 0, 5, 1, 7, 6, 1), 9  # of which `FEW_CLASSES` remain
@@ -28,7 +28,7 @@ ROUNDING = {"rtol": 1e-12, "atol": 1e-13}
 
 @functools.partial(jax.jit, static_argnums=3)
 def means_of(feats, labels, shares, num_classes):
-    return class_means(Samples(feats, labels, shares), num_classes)
+    return class_means(samples_of(feats, labels, shares), num_classes)
 
 
 @pytest.mark.parametrize("offset", [0, 1e2, 1e4])

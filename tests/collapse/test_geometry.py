@@ -1,15 +1,13 @@
 """At the simplex equiangular tight frame every metric is 0, and with too few features the floor is the minimum."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from flatjax.collapse.class_means import class_means
 from flatjax.collapse.geometry import etf_error
-from flatjax.samples import Samples
 
-from .cases import FEW_CLASSES, MANY_CLASSES, METRICS, assert_close, collapsed_case, measure, simplex
+from .cases import FEW_CLASSES, MANY_CLASSES, METRICS, assert_close, collapsed_case, measure, samples_of, simplex
 
 ZERO = dict.fromkeys(METRICS, 0.0)
 # Squares, which are rounded to ε².
@@ -51,7 +49,7 @@ def test_duality_is_of_directions_and_angles_are_of_either_sign(factor):
 
 def etf_error_of(means):
     labels = np.repeat(np.arange(len(means)), 2)
-    return etf_error(class_means(Samples(means[labels], labels, jnp.full(len(labels), 1 / len(labels))), len(means)))
+    return etf_error(class_means(samples_of(means[labels], labels, None), len(means)))
 
 
 @pytest.mark.parametrize(("num_classes", "num_features"), [(6, 4), (9, 2)])

@@ -9,9 +9,8 @@ import pytest
 
 from flatjax.collapse.class_means import class_means
 from flatjax.collapse.variability import class_distance_normalized_variances
-from flatjax.samples import Samples
 
-from .cases import FEW_CLASSES, MANY_CLASSES, SHAPES, Case, assert_close, expected, measure, random_case
+from .cases import FEW_CLASSES, MANY_CLASSES, SHAPES, Case, assert_close, expected, measure, random_case, samples_of
 
 VARIABILITY = ("nc1", "cdnv", "ncc")
 OF_MEANS = ("nc2_equinorm_means", "nc2_equiangularity_means", "nc2_cosine_std_means", "nc2_etf_error", "nc3", "nc4")
@@ -67,7 +66,7 @@ def test_cdnv_is_of_ordered_pairs_of_different_kept_classes():
 
     @jax.jit
     def pairs_of(feats, labels, shares):
-        return class_distance_normalized_variances(class_means(Samples(feats, labels, shares), 6))
+        return class_distance_normalized_variances(class_means(samples_of(feats, labels, shares), 6))
 
     actual = np.asarray(pairs_of(case.feats, case.labels, jnp.full(30, 1 / 30)))
     wanted = np.zeros((6, 6))
@@ -133,3 +132,23 @@ def assert_never_collapsed(case, names, seed):
         value = float(getattr(actual, name))
         # 0/0 or V/0. Should a 0 be rounded, it is to ε of the spread, and these are 1/ε² or more.
         assert not np.isfinite(value) or value > 1e10, (name, seed, value)
+
+
+@pytest.mark.parametrize("distance", [1e-3, 1e-5])
+def test_two_close_means_are_told_apart_by_nc1_and_nc4_in_float32(distance):
+    rng = np.random.default_rng(0)
+    means = rng.normal(size=(4, 9))
+    means[1] = means[0] + distance * rng.normal(size=9)
+    labels = np.repeat(np.arange(4), 25)
+    feats = means[labels] + 0.03 * distance * rng.normal(size=(100, 9))
+    feats -= means[0]  # where float32 resolves the two
+    case = Case(feats=feats, labels=labels, kernel=means.T, bias=-0.5 * np.sum(means**2, axis=1), weights=np.ones(100))
+    narrow = case.astype("float32")
+    centred = np.stack([np.mean(narrow.feats[labels == c].astype(float), axis=0) for c in range(4)])
+    residuals = narrow.feats - centred[labels]
+    coordinates = residuals @ np.linalg.pinv(centred - centred.mean(axis=0), rcond=1e-13)
+    actual = measure(narrow)
+    np.testing.assert_allclose(actual.nc1, np.mean(np.sum(coordinates**2, axis=1)), rtol=0.02)
+    squares = np.sum((narrow.feats[:, None] - centred[None]) ** 2, axis=-1)
+    disagreement = np.mean(np.argmin(squares, axis=1) != np.argmax(narrow.feats @ narrow.kernel + narrow.bias, axis=1))
+    np.testing.assert_allclose(actual.nc4, disagreement, atol=1e-6)

@@ -161,3 +161,13 @@ def test_every_metric_and_its_gradient_are_zero_at_exact_collapse(loss):
     point, labels = collapsed_point(*COLLAPSED[1])
     assert np.all(four_numbers(*point, labels=labels, loss=loss) == 0)
     assert all(np.all(x == 0) for x in jacobians(*point, labels=labels, loss=loss))
+
+
+def test_nothing_is_sensitive_to_the_weight_of_padding():
+    weight, bias, feats, labels, weights = random_problem(3, 5, 9)
+    gradient = gradient_of_kappa(
+        weight, bias, feats, np.where(np.arange(9) == 4, 0, weights), labels=labels, loss="softmax_cross_entropy"
+    )
+    assert gradient[3][4] == 0
+    assert np.all(gradient[2][4] == 0)
+    assert np.count_nonzero(gradient[3]) == 8

@@ -126,7 +126,7 @@ CHECKED = [
     (PROBLEM._replace(labels=spoilt(TARGETS, (4, 1), np.nan)), r"labels\[4\] has a target that is not finite"),
     (PROBLEM._replace(labels=spoilt(TARGETS, (4, 1), -0.1)), r"labels\[4\] has a negative probability"),
     (PROBLEM._replace(feats=spoilt(PROBLEM.feats, (7, 2), np.inf)), r"feats\[7\] holds a NaN"),
-    (PROBLEM._replace(weights=spoilt(PROBLEM.weights, 3, -2)), r"weights\[3\] is -2.0; wanted 0 or more"),
+    (PROBLEM._replace(weights=spoilt(PROBLEM.weights, 3, -2)), r"weights\[3\] is -2.0; wanted 0 or more, and"),
 ]
 
 

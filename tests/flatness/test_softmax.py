@@ -10,7 +10,7 @@ import pytest
 
 from flatjax.flatness.softmax import SoftmaxCurvature
 from flatjax.heads import LinearHead
-from flatjax.pairwise import squared_distances
+from flatjax.pairwise import squared_distances, squared_distances_around
 
 ROUTES = ["variances_over_pairs", "variances_around_the_largest"]
 
@@ -148,14 +148,46 @@ def test_float32_keeps_kappa_where_only_rows_near_each_other_are_confused(route)
     np.testing.assert_allclose(kappa(route, curvature(problem)), want, rtol=5e-4, atol=0)
 
 
-@pytest.mark.parametrize(("dtype", "rtol"), [("float64", 1e-14), ("float32", 1e-6)])
-def test_squared_distances_do_not_lose_to_what_all_rows_share(dtype, rtol):
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("nearness", "rtol"), [(1e-3, 1e-5), (1e-5, 1e-2)])
+def test_float32_keeps_kappa_where_two_near_rows_are_all_that_matter(route, nearness, rtol):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(4, 8))
+    rows[1] = rows[0] + nearness * rng.normal(size=8)
+    problem = helpers.Problem(
+        rows, np.array([30.0, 30, 0, 0]), rng.normal(size=(16, 8)), np.zeros(16, int), np.ones(16)
+    )
+    problem = problem.astype(np.float32)
+    want = helpers.softmax_flatness_without_cancellation(problem).kappa
+    np.testing.assert_allclose(kappa(route, curvature(problem)), want, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("size", [1e3, 1e5])
+def test_a_row_without_probability_costs_kappa_no_digits(route, size):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(4, 8))
+    rows[3] *= size
+    feats = rng.normal(size=(16, 8))
+    feats -= np.outer(feats @ rows[3], rows[3]) / np.sum(rows[3] ** 2)
+    problem = helpers.Problem(rows, np.array([0, 0, 0, -150.0]), feats, np.zeros(16, int), np.ones(16))
+    problem = problem.astype(np.float32)
+    want = helpers.softmax_flatness_without_cancellation(problem).kappa
+    np.testing.assert_allclose(kappa(route, curvature(problem)), want, rtol=3e-7 * size, atol=0)
+
+
+DISTANCES = [squared_distances, lambda rows: squared_distances_around(rows, jnp.mean(rows, axis=0))]
+
+
+@pytest.mark.parametrize("distances", DISTANCES, ids=["from differences", "from products"])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_squared_distances_do_not_lose_to_what_all_rows_share(dtype, distances):
     rng = np.random.default_rng(0)
     rows = (1e3 + rng.normal(size=(6, 5))).astype(dtype)
     exact = np.sum((rows[:, None].astype(float) - rows[None].astype(float)) ** 2, axis=-1)
-    got = np.asarray(squared_distances(jnp.asarray(rows)))
+    got = np.asarray(distances(jnp.asarray(rows)))
     # Centring leaves each entry the rounding of a mean of 1e3.
-    np.testing.assert_allclose(got, exact, rtol=rtol * 1e3, atol=0)
+    np.testing.assert_allclose(got, exact, rtol=1e4 * np.finfo(dtype).eps, atol=0)
     np.testing.assert_array_equal(got, got.T)
     assert np.all(np.diag(got) == 0)
 
@@ -163,6 +195,12 @@ def test_squared_distances_do_not_lose_to_what_all_rows_share(dtype, rtol):
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_squared_distances_of_equal_rows_are_not_negative(dtype):
     row = np.random.default_rng(0).normal(size=(1, 50)).astype(dtype)
-    got = np.asarray(squared_distances(jnp.asarray(np.repeat(row, 7, axis=0))))
+    got = np.asarray(squared_distances_around(jnp.asarray(np.repeat(row, 7, axis=0)), jnp.zeros(50, dtype)))
     assert np.all(got >= 0)
     assert np.max(got) <= 10 * np.finfo(dtype).eps * np.sum(row**2)
+
+
+def test_squared_distances_from_differences_tell_neighbours_apart():
+    rows = np.array([[1.0, 1], [1 + 2**-20, 1], [0, 0]], "float32")
+    got = squared_distances(jnp.asarray(rows))
+    assert got[0, 1] == 2.0**-40
