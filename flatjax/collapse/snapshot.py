@@ -79,10 +79,10 @@ def neural_collapse(
         weights: sample weights (...,), all 1 by default; 0 masks a sample.
 
     Returns:
-        The metrics, each a scalar. Classes without two samples are left out of all of them, and counted. Where a metric
-        has no value it is NaN or infinite: with fewer than two classes left, where two class means are one (CDNV, NCC),
-        or all of them (all metrics of means); and NaN where a feature is not finite, a label out of range, or a weight
-        negative; `flatjax.check_inputs` says where.
+        The metrics, scalars without a unit, at the memory of a few (C, C) arrays. Classes without two samples are left
+        out of all of them, and counted. Where a metric has no value it is NaN or infinite: with fewer than two classes
+        left, where two class means are one (CDNV, NCC), or all of them (all metrics of means); and NaN where a feature
+        or the head is not finite, a label out of range, or a weight negative; `flatjax.check_inputs` says where.
 
     Raises:
         TypeError: `params` is no mapping, or `labels` are not integers.
@@ -100,6 +100,8 @@ def neural_collapse(
     References:
         Papyan, Han, Donoho: *Prevalence of Neural Collapse during the Terminal Phase of Deep Learning Training*, 2020.
         Galanti, György, Hutter: *On the Role of Neural Collapse in Transfer Learning*, 2022 (CDNV).
+        Han, Kamp: *Flattening the Path to Generalization in LLMs*, a talk (NCC, the sum; not to be taken for the
+        accuracy of the nearest class centre, which goes by the same letters).
     """
     head, samples = _classified_samples(params, feats, labels, num_classes, weights)
     classes = class_means(samples, num_classes)

@@ -29,26 +29,29 @@ def relative_flatness(
 
     Under softmax cross-entropy κ is the mean of ‖φ‖² times the variance of the rows of W under the predicted
     probabilities, in a form that keeps its digits at any confidence: in float32 its relative error is about 1e-7 from
-    κ = 10 down to 1e-30. Only where the rows between which the network hesitates are close to each other, at a share
-    ρ of the spread of all rows, does it grow to about ε/ρ²: 1e-4 for ρ = 1 %. κ does not depend on which labels are
-    right.
+    κ = 10 down to 1e-30. It grows to about 10 ε/ρ² where the samples hesitate between rows that are close to each
+    other, each sample between others, at a share ρ of the spread of all these rows: 1e-4 to 1e-3 for ρ = 1 %. κ does
+    not depend on which labels are right.
 
     Args:
         params: the head as Flax keeps it: a mapping (or `nnx.State`) with `kernel` (m, d), or `embedding` (d, m) if it
             is tied, and optionally `bias` (d,).
         feats: features (..., m), what enters the head. Any leading shape; the mean is over all of it.
-        labels: integer classes (...,), or targets (..., d): probabilities for softmax cross-entropy.
+        labels: integer classes (...,), or targets (..., d). For softmax cross-entropy these are probabilities; if they
+            do not sum to 1, a sample's part of κ is scaled by their sum, as its loss is.
         loss: "softmax_cross_entropy", "squared_error" (½‖z − y‖²), "sigmoid_cross_entropy" (summed over the outputs),
             all in closed form; or any twice differentiable `(logits (d,), label) -> scalar`, in at most min(d, m)
             forward-over-reverse products in logit space.
         weights: sample weights ω (...,), all 1 by default. A sample of weight 0 is padding, whatever it holds.
 
     Returns:
-        κ, in float64 if any input is, else in float32. NaN if a feature is not finite, a label is out of range or a
-        weight negative; `flatjax.check_inputs` says where.
+        κ, a scalar in the unit of the loss, in float64 if any input is, else in float32. NaN if a feature is not
+        finite, a label of a named loss out of range, or a weight negative; `flatjax.check_inputs` says where. What a
+        callable makes of a bad label is its own affair.
 
     Raises:
-        TypeError: `params` is no mapping, or labels of an integer loss are not integers.
+        TypeError: `params` is no mapping, the features are not floating, the weights not real, labels of one class a
+            sample not integers, or the loss neither a name nor a callable.
         ValueError: a missing kernel, an unknown loss, or shapes that do not fit.
 
     Example:
@@ -83,7 +86,7 @@ def simplified_relative_flatness(
     It is what experiments often report as relative flatness. Unlike κ it changes when the same vector is added to
     every row of W, which a softmax does not notice.
 
-    Args, returns and errors are those of `relative_flatness`.
+    Args and errors are those of `relative_flatness`, and so is the return value but for being κ̂, in the same unit.
 
     Example:
         >>> import jax.numpy as jnp
@@ -114,9 +117,10 @@ def max_relative_flatness(
         κ_max = Σ_s ‖w_s‖² λ_max(H_{s,s}),    H_{s,s} = E_i G_i[s, s] φ_i φ_iᵀ
 
     with λ_max the algebraically largest eigenvalue. Exact: d weighted Gram matrices and their eigenvalues, one (m, m)
-    matrix at a time, at a cost of d·m²·(n + O(m)).
+    matrix at a time, at a cost of d·m²·(n + O(m)). Where the largest eigenvalue is repeated the gradient is one of
+    many, and where any is, the second derivative may be NaN.
 
-    Args, returns and errors are those of `relative_flatness`.
+    Args and errors are those of `relative_flatness`, and so is the return value but for being κ_max, in the same unit.
 
     Example:
         >>> import jax.numpy as jnp
@@ -158,7 +162,8 @@ def row_block_traces(
 
         T = E_i ‖φ_i‖² G_i,    κ = ⟨W Wᵀ, T⟩,    Tr H = Tr T
 
-    Args, returns and errors are those of `relative_flatness`.
+    Args and errors are those of `relative_flatness`. Returns T (d, d), symmetric, in the unit of the loss over that of
+    W squared; NaN where κ would be.
 
     Example:
         >>> import jax.numpy as jnp
@@ -169,5 +174,8 @@ def row_block_traces(
         [[ 655. -518. -138.]
          [-518. 1035. -518.]
          [-138. -518.  655.]]
+
+    References:
+        Petzka, Kamp, Adilova, Sminchisescu, Boley: *Relative Flatness and Generalization*, NeurIPS 2021.
     """
     return logit_curvature(params, feats, labels, loss, weights).block_traces()
