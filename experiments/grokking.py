@@ -89,6 +89,8 @@ class Config:
                 f"--checkpoint-every is {self.checkpoint_every}, wanted a multiple of --measure-every, "
                 f"{self.measure_every}: a run resumes at a measurement"
             )
+        if self.width % self.heads:
+            raise SystemExit(f"--width is {self.width}, wanted a multiple of --heads, {self.heads}")
 
 
 def main(config: Config) -> None:
@@ -239,14 +241,14 @@ def steps_to(records: list[Record], accuracy: str) -> int | None:
 
 
 def summarise(records: list[Record]) -> Record:
-    """The steps at which accuracy passes 99 %, and at which κ and NCC are half-way down, on a log axis."""
+    """The steps at which accuracy passes 99 %, and, if it did so held out, at which κ and NCC are half-way down."""
     steps = [record["step"] for record in records]
     generalized = steps_to(records, "held_out_accuracy")
     return {
         "train_accuracy_99": steps_to(records, "train_accuracy"),
         "held_out_accuracy_99": generalized,
         **{
-            f"{name}_halfway": halfway_down(steps, [record[name] for record in records], peak_by=generalized)
+            f"{name}_halfway": generalized and halfway_down(steps, [record[name] for record in records], generalized)
             for name in ("train_relative_flatness", "train_ncc", "held_out_relative_flatness", "held_out_ncc")
         },
         "last_step": steps[-1],

@@ -36,7 +36,8 @@ def linear_head(params: HeadParams) -> LinearHead:
     if keys - {"bias"} not in ({"kernel"}, {"embedding"}):
         raise ValueError(
             f"params has the keys {sorted(map(str, params))}, wanted 'kernel' (m, d) or 'embedding' (d, m), "
-            "and 'bias' (d,) if there is one: pass the parameters of the head alone"
+            "and 'bias' (d,) if there is one: pass the parameters of the head alone, params['head'] say, and a weight "
+            "(out, in) as {'kernel': weight.T}"
         )
     (name,) = keys - {"bias"}
     matrix = _floating(name, params[name])
@@ -49,7 +50,10 @@ def linear_head(params: HeadParams) -> LinearHead:
     weight = matrix.T if name == "kernel" else matrix
     bias = _floating("bias", params["bias"]) if "bias" in keys else jnp.zeros(weight.shape[0], weight.dtype)
     if bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias has shape {bias.shape}, but {name} has {weight.shape[0]} outputs: wanted one a output")
+        raise ValueError(
+            f"bias has shape {bias.shape}, but {name} has {weight.shape[0]} outputs, its shape being {matrix.shape}: a "
+            f"kernel is (in, out), an embedding (out, in), and a bias ({weight.shape[0]},)"
+        )
     return LinearHead(weight, bias)
 
 

@@ -18,40 +18,45 @@ from flatjax.samples import Samples, flatten_samples, mark_class_labels
 class NeuralCollapse(NamedTuple):
     """What `neural_collapse` returns: every metric falls to 0 (NC2's ETF error to its floor) as a network collapses.
 
-    Scalars, or under `vmap` one for each of the batch.
+    Scalars, or under `vmap` one for each of the batch. C is the number of classes kept.
+
+    Attributes:
+        nc1: tr(Σ_W Σ_B⁺)/C.
+        nc2_equinorm_means: std/mean of ‖μ_c − μ_G‖, with C − 1 in the denominator of the variance.
+        nc2_equinorm_classifier: the same of ‖w_c‖.
+        nc2_equiangularity_means: mean over c ≠ c' of |cos(μ_c − μ_G, μ_c' − μ_G) + 1/(C − 1)|.
+        nc2_equiangularity_classifier: the same of cos(w_c, w_c').
+        nc2_cosine_std_means: standard deviation over c ≠ c' of cos(μ_c − μ_G, μ_c' − μ_G), with the number of pairs in
+            the denominator of the variance.
+        nc2_cosine_std_classifier: the same of cos(w_c, w_c').
+        nc2_etf_error: ‖M̄ᵀM̄/‖M̄ᵀM̄‖_F − (I − 11ᵀ/C)/√(C − 1)‖_F with M̄ = [μ_c − μ_G].
+        nc2_etf_floor: what the ETF error cannot fall below with m features: √(2 − 2√(m/(C − 1))) where m < C − 1,
+            else 0.
+        nc3: ‖W/‖W‖_F − M̄ᵀ/‖M̄‖_F‖_F², squared.
+        nc4: share of samples where the network (bias included) and the nearest class mean disagree.
+        cdnv: class-distance normalized variance, the mean over c ≠ c' of (V_c + V_c')/(2‖μ_c − μ_c'‖²).
+        ncc: the same, summed over the ordered pairs c ≠ c', so C(C − 1) times as large.
+        num_classes_kept: C, classes with two samples or more.
+        num_classes_empty: classes with none.
+        num_classes_single: classes with one, masked like the empty ones: a single sample has no spread.
     """
 
     nc1: Float[Array, ""]
-    """tr(Σ_W Σ_B⁺)/C."""
     nc2_equinorm_means: Float[Array, ""]
-    """std/mean of ‖μ_c − μ_G‖ (C − 1 in the denominator of the variance)."""
     nc2_equinorm_classifier: Float[Array, ""]
-    """The same of ‖w_c‖."""
     nc2_equiangularity_means: Float[Array, ""]
-    """Mean over c ≠ c' of |cos(μ_c − μ_G, μ_c' − μ_G) + 1/(C − 1)|."""
     nc2_equiangularity_classifier: Float[Array, ""]
-    """The same of cos(w_c, w_c')."""
     nc2_cosine_std_means: Float[Array, ""]
-    """Standard deviation over c ≠ c' (all of them in the denominator) of cos(μ_c − μ_G, μ_c' − μ_G)."""
     nc2_cosine_std_classifier: Float[Array, ""]
-    """The same of cos(w_c, w_c')."""
     nc2_etf_error: Float[Array, ""]
-    """‖M̄ᵀM̄/‖M̄ᵀM̄‖_F − (I − 11ᵀ/C)/√(C − 1)‖_F with M̄ = [μ_c − μ_G]."""
     nc2_etf_floor: Float[Array, ""]
-    """What the ETF error cannot fall below with m features: √(2 − 2√(m/(C − 1))) where m < C − 1, else 0."""
     nc3: Float[Array, ""]
-    """‖W/‖W‖_F − M̄ᵀ/‖M̄‖_F‖_F², squared."""
     nc4: Float[Array, ""]
-    """Share of samples where the network (bias included) and the nearest class mean disagree."""
     cdnv: Float[Array, ""]
-    """Class-distance normalized variance: the mean over c ≠ c' of (V_c + V_c')/(2‖μ_c − μ_c'‖²)."""
     ncc: Float[Array, ""]
-    """The same, summed over the ordered pairs c ≠ c'."""
     num_classes_kept: Int[Array, ""]
-    """C: classes with two samples or more."""
     num_classes_empty: Int[Array, ""]
     num_classes_single: Int[Array, ""]
-    """Classes with one sample, masked like the empty ones: a single sample has no spread."""
 
 
 @metric
@@ -67,7 +72,7 @@ def neural_collapse(
 
     With h the features, μ_c the mean of class c and V_c the mean squared distance to it, μ_G the unweighted mean of the
     class means, Σ_W the covariance within the classes (over all samples), Σ_B = M̄M̄ᵀ/C that of the class means, and w_c
-    the rows of the head. The conventions, which differ between codes, stand with each field of `NeuralCollapse`.
+    the rows of the head. The conventions, which differ between codes, stand with the attributes of `NeuralCollapse`.
     Means come first and centred squares second: in float32 a V_c of 1e-12 of the squared distances keeps six digits.
 
     Args:
@@ -75,7 +80,7 @@ def neural_collapse(
             optionally `bias` (C,).
         feats: features (..., m).
         labels: integer classes (...,) in 0 … C − 1.
-        num_classes: C, at least 2.
+        num_classes: C, at least 2, and static: `jax.jit(neural_collapse, static_argnames="num_classes")`.
         weights: sample weights (...,), all 1 by default; 0 masks a sample.
 
     Returns:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Literal, get_args
 
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array
@@ -44,10 +45,13 @@ def read_samples(
 
     Raises:
         TypeError: `loss` is neither a name nor a callable; labels of one class a sample are not integers.
-        ValueError: `loss` is an unknown name, or `labels` does not fit the outputs.
+        ValueError: `loss` is an unknown name or returns no scalar, or `labels` does not fit the outputs.
     """
     head, samples = flatten_samples(linear_head(params), feats, labels, weights)
     if callable(loss):
+        shape = jax.eval_shape(loss, jax.typeof(head.bias), jax.typeof(samples.labels[0])).shape
+        if shape != ():
+            raise ValueError(f"loss returns the shape {shape} for one sample's logits (d,) and label, wanted a scalar")
         return head, samples
     if not isinstance(loss, str):
         raise TypeError(f"loss is a {type(loss).__name__}, wanted a name or a callable (logits (d,), label) -> scalar")
@@ -73,8 +77,8 @@ def _mark_labels(samples: Samples, num_outputs: int) -> Samples:
     if labels.ndim == 1:
         if not jnp.issubdtype(labels.dtype, jnp.integer):
             raise TypeError(
-                f"labels has dtype {labels.dtype} and one entry a sample, wanted integer classes, or targets of shape "
-                f"(..., {num_outputs})"
+                f"labels has dtype {labels.dtype} and one entry a sample, wanted integer classes (labels.astype(int)), "
+                f"or targets of shape (..., {num_outputs}) (for one output labels[..., None])"
             )
         return mark_class_labels(samples, num_outputs)
     if labels.shape[1] != num_outputs:

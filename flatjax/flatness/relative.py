@@ -41,7 +41,7 @@ def relative_flatness(
             do not sum to 1, a sample's part of κ is scaled by their sum, as its loss is.
         loss: "softmax_cross_entropy", "squared_error" (½‖z − y‖²), "sigmoid_cross_entropy" (summed over the outputs),
             all in closed form; or any twice differentiable `(logits (d,), label) -> scalar`, in at most min(d, m)
-            forward-over-reverse products in logit space.
+            forward-over-reverse products in logit space. Static: `jax.jit(relative_flatness, static_argnames="loss")`.
         weights: sample weights ω (...,), all 1 by default. A sample of weight 0 is padding, whatever it holds.
 
     Returns:

@@ -2,6 +2,7 @@
 
 import helpers
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import checkify
@@ -170,3 +171,11 @@ def test_a_check_counts_samples_in_row_major_order():
 def test_a_metric_has_no_effect_that_would_slow_its_call():
     jaxpr = jax.make_jaxpr(flatjax.relative_flatness)(PROBLEM.params, PROBLEM.feats, PROBLEM.labels)
     assert not jaxpr.effects
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,)])
+def test_a_loss_that_is_no_scalar_is_refused(shape):
+    with helpers.raises(ValueError, rf"loss returns the shape \({shape[0]},\)"):
+        flatjax.relative_flatness(
+            PROBLEM.params, PROBLEM.feats, PROBLEM.labels, loss=lambda z, y: jnp.broadcast_to(jnp.sum(z**2), shape)
+        )
