@@ -1,4 +1,8 @@
-"""Oracles: flatness by its definition, in float64, with none of the package's formulas; and heads to measure."""
+"""Oracles in float64, and heads to measure.
+
+Flatness by its definition, with none of the package's formulas; and, where that cancels, as in a collapsed head, from
+sums of non-negative terms in NumPy, which the definition confirms where it does not.
+"""
 
 import contextlib
 import functools

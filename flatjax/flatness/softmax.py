@@ -1,4 +1,4 @@
-"""Relative flatness under softmax cross-entropy, in closed form, with no difference of nearly equal numbers.
+"""Relative flatness under softmax cross-entropy, in closed form, without the cancellation of its usual one.
 
 With p_i = softmax(z_i) the logit-space Hessian is G_i = diag(p_i) − p_i p_iᵀ, and tr(Wᵀ G_i W) is the variance v_i of
 the rows of W under p_i. As training ends, p_i falls on one row and v_i to 1e-8 and far below, where the variance as it
