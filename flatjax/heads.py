@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 HeadParams = Mapping[str, Any]
 """A head as Flax keeps it: `{"kernel": (m, d)}` or `{"embedding": (d, m)}`, and optionally `"bias": (d,)`."""
@@ -15,6 +15,11 @@ class LinearHead(NamedTuple):
 
     weight: Float[Array, "d m"]
     bias: Float[Array, " d"]
+
+    @property
+    def is_finite(self) -> Bool[Array, ""]:
+        """That of a diverged network is not."""
+        return jnp.all(jnp.isfinite(self.weight)) & jnp.all(jnp.isfinite(self.bias))
 
     def logits(self, feats: Float[Array, "n m"]) -> Float[Array, "n d"]:
         return feats @ self.weight.T + self.bias[None, :]

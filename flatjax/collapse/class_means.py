@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer
 
+from flatjax.pairwise import squared_distances
 from flatjax.samples import Samples
 
 
@@ -18,6 +19,8 @@ class ClassMeans(NamedTuple):
     num_single: Int[Array, ""]
     centred: Float[Array, "C m"]
     """μ_c − μ_G, with μ_G the unweighted mean of the kept means, in units of the largest number in it."""
+    squared_distances: Float[Array, "C C"]
+    """‖μ_c − μ_c'‖², in the same units squared."""
     labels: Integer[Array, " n"]
     variances: Float[Array, " C"]
     """V_c, the mean squared distance of a class to its mean, in the same units squared."""
@@ -76,6 +79,7 @@ def class_means(samples: Samples, num_classes: int) -> ClassMeans:
         num_empty=jnp.sum(counts == 0),
         num_single=jnp.sum(counts == 1),
         centred=centred,
+        squared_distances=squared_distances(centred),
         labels=labels,
         variances=per_class(weights * jnp.sum(residuals**2, axis=1)) / masses[:, 0],
         residuals=residuals,

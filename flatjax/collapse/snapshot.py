@@ -11,7 +11,6 @@ from flatjax.collapse.geometry import equiangularity, equinorm, etf_error, etf_f
 from flatjax.collapse.variability import class_distance_normalized_variances, within_over_between
 from flatjax.heads import HeadParams, LinearHead, linear_head
 from flatjax.metric import metric
-from flatjax.pairwise import squared_distances
 from flatjax.samples import Samples, flatten_samples, mark_class_labels
 
 
@@ -130,8 +129,7 @@ def neural_collapse(
         "ncc": ncc,
     }
     # Not every metric is made of every number that may be bad.
-    diverged = ~(jnp.all(jnp.isfinite(head.weight)) & jnp.all(jnp.isfinite(head.bias)))
-    undefined = diverged | jnp.isnan(jnp.sum(samples.shares)) | (classes.num_kept < 2)
+    undefined = ~head.is_finite | jnp.isnan(jnp.sum(samples.shares)) | (classes.num_kept < 2)
     return NeuralCollapse(
         **{name: jnp.where(undefined, jnp.nan, value) for name, value in metrics.items()},
         num_classes_kept=classes.num_kept,
@@ -145,7 +143,7 @@ def nearest_mean_disagreement(logits: Float[Array, "n C"], classes: ClassMeans) 
     # ‖h − μ_y‖² − ‖h − μ_c‖² with y the sample's own class: a difference of neighbours, not of what they share.
     alignments = classes.residuals @ classes.centred.T
     own = jnp.take_along_axis(alignments, classes.labels[:, None], axis=1)
-    closeness = 2 * (alignments - own) - squared_distances(classes.centred)[classes.labels]
+    closeness = 2 * (alignments - own) - classes.squared_distances[classes.labels]
     nearest = jnp.argmax(jnp.where(classes.kept[None, :], closeness, -jnp.inf), axis=1)
     return jnp.sum(jnp.where(jnp.argmax(logits, axis=1) == nearest, 0, classes.shares))
 

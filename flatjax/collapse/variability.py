@@ -5,7 +5,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flatjax.collapse.class_means import ClassMeans
-from flatjax.pairwise import squared_distances
 
 
 def within_over_between(classes: ClassMeans) -> Float[Array, ""]:
@@ -29,6 +28,6 @@ def within_over_between(classes: ClassMeans) -> Float[Array, ""]:
 
 def class_distance_normalized_variances(classes: ClassMeans) -> Float[Array, "C C"]:
     """(V_c + V_c')/(2‖μ_c − μ_c'‖²) of every ordered pair of different kept classes, 0 elsewhere."""
-    distances = jnp.where(classes.pairs, squared_distances(classes.centred), 1)
+    distances = jnp.where(classes.pairs, classes.squared_distances, 1)
     sums = classes.variances[:, None] + classes.variances[None, :]
     return jnp.where(classes.pairs, sums / (2 * distances), 0)
