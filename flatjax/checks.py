@@ -45,10 +45,10 @@ def check_inputs(
         >>> arguments = {"kernel": jnp.ones((1, 3))}, jnp.array([[1.0], [2.0]]), jnp.array([0, 7])
         >>> error, _ = checkify.checkify(jax.jit(check_inputs))(*arguments)
         >>> print(error.get())
-        labels[1] is 7; wanted 0 <= label < 3, or weight 0 (`check` failed)
+        labels[1] is 7; wanted 0 <= label < 3, or -100 or weight 0 (`check` failed)
     """
     head, samples = read_samples(params, feats, labels, loss, weights)
-    for name, array in zip(("weight", "bias"), head, strict=True):
+    for name, array in {"weight": head.matrix, "bias": head.bias}.items():
         checkify.check(jnp.all(jnp.isfinite(array)), f"the {name} of the head holds a NaN or an infinity")
     checkify.check(jnp.any(samples.counts), "all weights are 0")
     for bad, message, details in samples.flaws:

@@ -1,25 +1,51 @@
 """What a linear head is: the layouts it is kept in, and its logits."""
 
+import dataclasses
+import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Shaped
 
 HeadParams = Mapping[str, Any]
 """A head as Flax keeps it: `{"kernel": (m, d)}` or `{"embedding": (d, m)}`, and optionally `"bias": (d,)`."""
 
 
-class LinearHead(NamedTuple):
-    """A linear layer z = Wφ + b, with one row of W an output."""
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["matrix", "bias"], meta_fields=["rows_axis"])
+@dataclasses.dataclass(frozen=True)
+class LinearHead:
+    """A linear layer z = Wφ + b, with one row of W an output, in the layout it was given in.
 
-    weight: Float[Array, "d m"]
-    bias: Float[Array, " d"]
+    A transposed copy of a vocabulary's head is one array too many: what reads it in parts transposes the parts.
+    """
+
+    matrix: Shaped[Array, "..."]
+    """W (d, m) if `rows_axis` is 0, else Wᵀ."""
+    bias: Shaped[Array, " d"]
+    rows_axis: int = 0
+
+    @property
+    def weight(self) -> Shaped[Array, "d m"]:
+        return self.matrix.T if self.rows_axis else self.matrix
+
+    @property
+    def num_outputs(self) -> int:
+        return self.matrix.shape[self.rows_axis]
+
+    @property
+    def num_features(self) -> int:
+        return self.matrix.shape[1 - self.rows_axis]
 
     @property
     def is_finite(self) -> Bool[Array, ""]:
         """That of a diverged network is not."""
-        return jnp.all(jnp.isfinite(self.weight)) & jnp.all(jnp.isfinite(self.bias))
+        return jnp.all(jnp.isfinite(self.matrix)) & jnp.all(jnp.isfinite(self.bias))
+
+    def astype(self, dtype: DTypeLike) -> "LinearHead":
+        return LinearHead(self.matrix.astype(dtype), self.bias.astype(dtype), self.rows_axis)
 
     def logits(self, feats: Float[Array, "n m"]) -> Float[Array, "n d"]:
         return feats @ self.weight.T + self.bias[None, :]
@@ -52,14 +78,15 @@ def linear_head(params: HeadParams) -> LinearHead:
             f"{name} has shape {matrix.shape}, wanted {wanted}, both at least 1: reshape the kernel of a general "
             "dense layer to a matrix"
         )
-    weight = matrix.T if name == "kernel" else matrix
-    bias = _floating("bias", params["bias"]) if "bias" in keys else jnp.zeros(weight.shape[0], weight.dtype)
-    if bias.shape != weight.shape[:1]:
+    rows_axis = 1 if name == "kernel" else 0
+    num_outputs = matrix.shape[rows_axis]
+    bias = _floating("bias", params["bias"]) if "bias" in keys else jnp.zeros(num_outputs, matrix.dtype)
+    if bias.shape != (num_outputs,):
         raise ValueError(
-            f"bias has shape {bias.shape}, but {name} has {weight.shape[0]} outputs, its shape being {matrix.shape}: a "
-            f"kernel is (in, out), an embedding (out, in), and a bias ({weight.shape[0]},)"
+            f"bias has shape {bias.shape}, but {name} has {num_outputs} outputs, its shape being {matrix.shape}: a "
+            f"kernel is (in, out), an embedding (out, in), and a bias ({num_outputs},)"
         )
-    return LinearHead(weight, bias)
+    return LinearHead(matrix, bias, rows_axis)
 
 
 def _floating(name: str, value: Any) -> Float[Array, "..."]:

@@ -1,6 +1,7 @@
 """What a labelled set of samples is: any leading shape flattened, weights as shares, bad values marked.
 
-A sample of weight 0 is padding: whatever it holds, NaN included, counts nowhere. A bad value elsewhere (a label out of
+A sample of weight 0, or of label −100 where labels are classes, is padding: whatever it holds, NaN included, counts
+nowhere. A bad value elsewhere (a label out of
 range, a negative weight) turns the share of its sample into NaN, so that no mean over the samples can look plausible.
 """
 
@@ -11,6 +12,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Shaped
 
 from flatjax.heads import LinearHead
+
+IGNORED_LABEL = -100
+"""By the convention of those who pad tokens."""
 
 
 class Flaw(NamedTuple):
@@ -32,7 +36,7 @@ class Samples(NamedTuple):
     total_weight: Float[Array, ""]
     """Σω, bad samples included."""
     counts: Bool[Array, " n"]
-    """Where ω_i is not 0: elsewhere is padding."""
+    """Where ω_i is not 0, nor the label −100: elsewhere is padding."""
     flaws: tuple[Flaw, ...] = ()
 
     @property
@@ -48,16 +52,21 @@ class Samples(NamedTuple):
 
 
 def flatten_samples(
-    head: LinearHead, feats: ArrayLike, labels: ArrayLike, weights: ArrayLike | None
-) -> tuple[LinearHead, Samples]:
-    """Flattens the leading shape, and casts everything to the dtype to compute in: float64 if given, else float32.
+    head: LinearHead,
+    feats: ArrayLike,
+    labels: ArrayLike,
+    weights: ArrayLike | None,
+    *,
+    ignored_label: int | None = IGNORED_LABEL,
+) -> Samples:
+    """Flattens the leading shape, and casts to the dtype to compute in: float64 if it or the head has it, or float32.
 
     Raises:
         TypeError: `feats` is not of a floating dtype, or `weights` not of a real one.
         ValueError: the shapes of `feats`, `labels`, `weights` and the head do not fit each other.
     """
     feats, labels = jnp.asarray(feats), jnp.asarray(labels)
-    num_features = head.weight.shape[1]
+    num_features = head.num_features
     if not jnp.issubdtype(feats.dtype, jnp.floating):
         raise TypeError(f"feats has dtype {feats.dtype}, wanted a floating dtype")
     if feats.ndim < 1 or feats.shape[-1] != num_features:
@@ -80,15 +89,19 @@ def flatten_samples(
     if not any(jnp.issubdtype(weights.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
         raise TypeError(f"weights has dtype {weights.dtype}, wanted a real one")
 
-    dtype = _computing_dtype(head.weight, head.bias, feats, labels, weights)
+    dtype = _computing_dtype(head.matrix, head.bias, feats, labels, weights)
     n = feats.size // num_features
     feats, weights = feats.astype(dtype).reshape(n, num_features), weights.astype(dtype).reshape(n)
     labels = _widened(labels).reshape(n, *labels.shape[len(leading) :])
     counts = weights != 0
+    if ignored_label is not None and labels.ndim == 1 and jnp.issubdtype(labels.dtype, jnp.integer):
+        counts &= labels != ignored_label
 
     def without_padding(values: Shaped[Array, "n ..."]) -> Shaped[Array, "n ..."]:
         """Padding becomes a copy of the first sample that counts, of which a loss has a value if it has any."""
-        return jnp.where(counts.reshape(n, *[1] * (values.ndim - 1)), values, values[jnp.argmax(counts)][None])
+        first = values[jnp.argmax(counts)]
+        first = jnp.where(jnp.any(counts), first, jnp.zeros_like(first))  # a device may hold nothing but padding
+        return jnp.where(counts.reshape(n, *[1] * (values.ndim - 1)), values, first[None])
 
     # To padding nothing is sensitive, its weight included.
     weights = jnp.where(counts, weights, 0)
@@ -96,8 +109,7 @@ def flatten_samples(
     bad = (weights < 0) | ~jnp.isfinite(samples.total_weight)
     samples = samples.marked(bad, "weights[{i}] is {weight}; wanted 0 or more, and a finite sum", weight=weights)
     finite = jnp.isfinite(jnp.sum(samples.feats**2, axis=1))
-    samples = samples.marked(~finite, "feats[{i}] holds a NaN, an infinity, or a number whose square is one")
-    return LinearHead(head.weight.astype(dtype), head.bias.astype(dtype)), samples
+    return samples.marked(~finite, "feats[{i}] holds a NaN, an infinity, or a number whose square is one")
 
 
 def _computing_dtype(*arrays: Shaped[Array, "..."]) -> jnp.dtype:
@@ -114,5 +126,5 @@ def _widened(labels: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
 def mark_class_labels(samples: Samples, num_classes: int) -> Samples:
     """Marks integer labels that are not in 0 … `num_classes` − 1."""
     labels = samples.labels
-    message = f"labels[{{i}}] is {{label}}; wanted 0 <= label < {num_classes}, or weight 0"
+    message = f"labels[{{i}}] is {{label}}; wanted 0 <= label < {num_classes}, or {IGNORED_LABEL} or weight 0"
     return samples.marked((labels < 0) | (labels >= num_classes), message, label=labels)

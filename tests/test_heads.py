@@ -15,10 +15,11 @@ KERNEL = np.arange(12.0).reshape(4, 3)
 
 @pytest.mark.parametrize("params", [{"kernel": KERNEL}, {"embedding": KERNEL.T}, {"kernel": KERNEL, "bias": None}])
 def test_weights_have_a_row_an_output_and_the_missing_bias_is_zero(params):
-    weight, bias = linear_head(params)
-    np.testing.assert_array_equal(weight, KERNEL.T)
-    np.testing.assert_array_equal(bias, np.zeros(3))
-    assert bias.dtype == weight.dtype
+    head = linear_head(params)
+    np.testing.assert_array_equal(head.weight, KERNEL.T)
+    np.testing.assert_array_equal(head.bias, np.zeros(3))
+    assert head.bias.dtype == head.weight.dtype
+    assert (head.num_outputs, head.num_features) == (3, 4)
 
 
 LAYERS = {
@@ -35,9 +36,9 @@ LAYERS = {
 def test_the_parameters_of_a_flax_layer_are_read_as_they_are(layer):
     params = LAYERS[layer]()
     arrays = {name: np.asarray(params[name][...]) for name in params}
-    weight, bias = linear_head(params)
-    np.testing.assert_array_equal(weight, arrays["kernel"].T if "kernel" in arrays else arrays["embedding"])
-    np.testing.assert_array_equal(bias, arrays.get("bias", np.zeros(3)))
+    head = linear_head(params)
+    np.testing.assert_array_equal(head.weight, arrays["kernel"].T if "kernel" in arrays else arrays["embedding"])
+    np.testing.assert_array_equal(head.bias, arrays.get("bias", np.zeros(3)))
 
 
 def test_logits_are_those_of_the_layer():

@@ -16,19 +16,19 @@ LABELS = np.arange(6).reshape(2, 3)
 
 def test_samples_are_flattened_in_row_major_order():
     weights = np.arange(1, 7).reshape(2, 3)
-    _, samples = flatten_samples(HEAD, FEATS, LABELS, weights)
+    samples = flatten_samples(HEAD, FEATS, LABELS, weights)
     np.testing.assert_array_equal(samples.feats, FEATS.reshape(6, 4))
     np.testing.assert_array_equal(samples.labels, LABELS.reshape(6))
     np.testing.assert_allclose(samples.shares, weights.reshape(6) / 21, rtol=1e-7)
 
 
 def test_targets_keep_their_last_axis():
-    _, samples = flatten_samples(HEAD, FEATS, np.stack([LABELS, -LABELS], axis=-1), None)
+    samples = flatten_samples(HEAD, FEATS, np.stack([LABELS, -LABELS], axis=-1), None)
     np.testing.assert_array_equal(samples.labels, np.stack([np.arange(6), -np.arange(6)], axis=-1))
 
 
 def test_one_sample_needs_no_leading_axis():
-    _, samples = flatten_samples(HEAD, FEATS[0, 0], np.int32(2), np.float32(0.3))
+    samples = flatten_samples(HEAD, FEATS[0, 0], np.int32(2), np.float32(0.3))
     assert samples.feats.shape == (1, 4)
     assert samples.labels.shape == (1,)
     assert samples.shares.tolist() == [1]
@@ -36,21 +36,21 @@ def test_one_sample_needs_no_leading_axis():
 
 @pytest.mark.parametrize("weights", [None, np.full((2, 3), 7)])
 def test_equal_weights_are_equal_shares(weights):
-    _, samples = flatten_samples(HEAD, FEATS, LABELS, weights)
+    samples = flatten_samples(HEAD, FEATS, LABELS, weights)
     np.testing.assert_allclose(samples.shares, np.full(6, 1 / 6), rtol=1e-7)
 
 
 def test_weights_of_half_precision_are_summed_in_float32():
     n = 5000  # Whose sum float16 rounds to a multiple of 4, and bfloat16 to one of 32.
     for dtype in ("float16", "bfloat16"):
-        _, samples = flatten_samples(HEAD, np.ones((n, 4), "float32"), np.zeros(n, int), jnp.ones(n, dtype))
+        samples = flatten_samples(HEAD, np.ones((n, 4), "float32"), np.zeros(n, int), jnp.ones(n, dtype))
         np.testing.assert_allclose(samples.shares, np.full(n, 1 / n), rtol=1e-6)
 
 
 def test_a_sample_of_weight_zero_holds_nothing():
     feats, labels = FEATS.copy(), LABELS.astype(float)
     feats[1, 1], labels[1, 1] = np.nan, np.nan
-    _, samples = flatten_samples(HEAD, feats, labels, np.ones((2, 3)) - np.eye(6)[4].reshape(2, 3))
+    samples = flatten_samples(HEAD, feats, labels, np.ones((2, 3)) - np.eye(6)[4].reshape(2, 3))
     assert np.all(np.isfinite(samples.feats))
     assert np.all(np.isfinite(samples.labels))
     assert samples.shares[4] == 0
@@ -78,7 +78,7 @@ def test_what_does_not_fit_the_head_is_refused(error, match, feats, labels, weig
 
 
 def weighed(labels, weights) -> Samples:
-    return flatten_samples(HEAD, np.ones((len(weights), 4), "float32"), np.array(labels), np.array(weights))[1]
+    return flatten_samples(HEAD, np.ones((len(weights), 4), "float32"), np.array(labels), np.array(weights))
 
 
 def test_a_bad_sample_has_no_share_and_padding_is_not_bad():
@@ -102,17 +102,37 @@ def test_labels_from_zero_to_the_last_class_are_good(label, bad):
     assert np.isnan(mark_class_labels(weighed([1, label], [1.0, 1.0]), 5).shares[1]) == bad
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int32", "int64"])
+def test_the_label_minus_100_is_padding(dtype):
+    samples = mark_class_labels(weighed(np.array([3, -100, 1], dtype), [1.0, np.nan, 1.0]), 5)
+    np.testing.assert_array_equal(samples.shares, [0.5, 0, 0.5])
+    np.testing.assert_array_equal(samples.labels, [3, 3, 1])
+
+
+def test_where_labels_are_no_classes_minus_100_is_a_label():
+    samples = flatten_samples(HEAD, FEATS[0], np.array([3, -100, 1]), None, ignored_label=None)
+    assert np.all(samples.counts)
+    targets = flatten_samples(HEAD, FEATS[0], np.full((3, 2), -100), None)
+    assert np.all(targets.counts)
+
+
+def test_samples_that_are_all_padding_hold_no_nan():
+    feats = np.full((2, 4), np.nan, "float32")
+    samples = flatten_samples(HEAD, feats, np.zeros(2, int), np.zeros(2))
+    np.testing.assert_array_equal(samples.feats, np.zeros((2, 4)))
+
+
 @pytest.mark.parametrize(("feature", "bad"), [(1e19, False), (2e19, True), (np.nan, True), (-np.inf, True)])
 def test_features_whose_square_overflows_are_bad(feature, bad):
     feats = jnp.ones((2, 4), "float32").at[1, 3].set(feature)
     head = LinearHead(jnp.ones((3, 4), "float32"), jnp.zeros(3, "float32"))
-    _, samples = flatten_samples(head, feats, jnp.zeros(2, int), None)
+    samples = flatten_samples(head, feats, jnp.zeros(2, int), None)
     assert np.isnan(samples.shares[1]) == bad
 
 
 def test_gradients_pass_through_the_shares():
     def third_share(weights):
-        return flatten_samples(HEAD, FEATS, LABELS, weights)[1].shares[2]
+        return flatten_samples(HEAD, FEATS, LABELS, weights).shares[2]
 
     got = jax.grad(third_share)(jnp.ones((2, 3)))
     np.testing.assert_allclose(got.reshape(6), (np.eye(6)[2] - 1 / 6) / 6, rtol=1e-6)

@@ -151,13 +151,14 @@ def nearest_mean_disagreement(logits: Float[Array, "n C"], classes: ClassMeans) 
 def _classified_samples(
     params: HeadParams, feats: ArrayLike, labels: ArrayLike, num_classes: int, weights: ArrayLike | None
 ) -> tuple[LinearHead, Samples]:
-    head, samples = flatten_samples(linear_head(params), feats, labels, weights)
+    head = linear_head(params)
+    samples = flatten_samples(head, feats, labels, weights)
     if num_classes < 2:
         raise ValueError(f"num_classes is {num_classes}; there is nothing between fewer than 2 classes")
-    if num_classes != len(head.weight):
-        raise ValueError(f"num_classes is {num_classes}, but the head has {len(head.weight)} outputs, one a class")
+    if num_classes != head.num_outputs:
+        raise ValueError(f"num_classes is {num_classes}, but the head has {head.num_outputs} outputs, one a class")
     if samples.labels.ndim != 1 or not jnp.issubdtype(samples.labels.dtype, jnp.integer):
         raise TypeError(
             f"labels has dtype {samples.labels.dtype} and shape {jnp.shape(labels)}, wanted one integer class a sample"
         )
-    return head, mark_class_labels(samples, num_classes)
+    return head.astype(samples.feats.dtype), mark_class_labels(samples, num_classes)

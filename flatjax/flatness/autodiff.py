@@ -37,7 +37,7 @@ class AutodiffCurvature(NamedTuple):
 
     def block_traces(self) -> Float[Array, "d d"]:
         """T = Σ_i e_i ‖φ_i‖² G_i."""
-        return self._products(jnp.eye(len(self.head.weight), dtype=self.feats.dtype))
+        return self._products(jnp.eye(self.head.num_outputs, dtype=self.feats.dtype))
 
     def trace(self) -> Float[Array, ""]:
         """Tr H = Σ_s T[s, s]."""

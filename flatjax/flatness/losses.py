@@ -12,7 +12,7 @@ from flatjax.flatness.autodiff import AutodiffCurvature
 from flatjax.flatness.separable import SeparableCurvature, sigmoid_cross_entropy, squared_error
 from flatjax.flatness.softmax import SoftmaxCurvature
 from flatjax.heads import HeadParams, LinearHead, linear_head
-from flatjax.samples import Samples, flatten_samples, mark_class_labels
+from flatjax.samples import IGNORED_LABEL, Samples, flatten_samples, mark_class_labels
 
 NamedLoss = Literal["softmax_cross_entropy", "squared_error", "sigmoid_cross_entropy"]
 Loss = NamedLoss | Callable[[Array, Array], Array]
@@ -28,6 +28,7 @@ def logit_curvature(
 ) -> LogitCurvature:
     """The curvature of the loss of a head on its samples; errors are those of `read_samples`."""
     head, samples = read_samples(params, feats, labels, loss, weights)
+    head = head.astype(samples.feats.dtype)
     if callable(loss):
         return AutodiffCurvature(loss, head, samples.feats, samples.labels, samples.shares)
     closed_form = {
@@ -47,9 +48,13 @@ def read_samples(
         TypeError: `loss` is neither a name nor a callable; labels of one class a sample are not integers.
         ValueError: `loss` is an unknown name or returns no scalar, or `labels` does not fit the outputs.
     """
-    head, samples = flatten_samples(linear_head(params), feats, labels, weights)
+    head = linear_head(params)
+    # Of what a label means to a callable nothing is known.
+    ignored_label = None if callable(loss) else IGNORED_LABEL
+    samples = flatten_samples(head, feats, labels, weights, ignored_label=ignored_label)
     if callable(loss):
-        shape = jax.eval_shape(loss, jax.typeof(head.bias), jax.typeof(samples.labels[0])).shape
+        logits = jax.typeof(head.bias.astype(samples.feats.dtype))
+        shape = jax.eval_shape(loss, logits, jax.typeof(samples.labels[0])).shape
         if shape != ():
             raise ValueError(f"loss returns the shape {shape} for one sample's logits (d,) and label, wanted a scalar")
         return head, samples
@@ -58,12 +63,12 @@ def read_samples(
     if loss not in get_args(NamedLoss):
         names = ", ".join(map(repr, get_args(NamedLoss)))
         raise ValueError(f"loss is {loss!r}, wanted {names}, or a callable (logits (d,), label) -> scalar")
-    if loss == "sigmoid_cross_entropy" and samples.labels.ndim == 1 and len(head.weight) == 1:
+    if loss == "sigmoid_cross_entropy" and samples.labels.ndim == 1 and head.num_outputs == 1:
         raise ValueError(
             f"labels has shape {jnp.shape(labels)}, which names one of 1 classes; wanted the binary targets of the "
             "one output: labels[..., None]"
         )
-    samples = _mark_labels(samples, len(head.weight))
+    samples = _mark_labels(samples, head.num_outputs)
     if loss == "softmax_cross_entropy" and samples.labels.ndim == 2:
         samples = samples.marked(jnp.any(samples.labels < 0, axis=1), "labels[{i}] has a negative probability")
         # The targets enter the Hessian through their sum alone: ℓ = Σ_s y_s (logsumexp z − z_s).

@@ -40,7 +40,7 @@ class SeparableCurvature(NamedTuple):
 def squared_error(head: LinearHead, feats: Float[Array, "n m"], shares: Float[Array, " n"]) -> SeparableCurvature:
     """½‖z − y‖²: g = 1, but of a head that holds a NaN or an infinity."""
     second_derivative = jnp.where(head.is_finite, 1, jnp.nan).astype(feats.dtype)
-    return SeparableCurvature(head, feats, shares, jnp.full((len(feats), len(head.weight)), second_derivative))
+    return SeparableCurvature(head, feats, shares, jnp.full((len(feats), head.num_outputs), second_derivative))
 
 
 def sigmoid_cross_entropy(

@@ -78,8 +78,8 @@ class SoftmaxCurvature(NamedTuple):
 
     def _logits(self) -> Float[Array, "n d"]:
         """The logits, each sample's up to a constant: what all rows share would cost them digits."""
-        weight, bias = self.head
-        centred = LinearHead(weight - jnp.mean(weight, axis=0, keepdims=True), bias)
+        weight = self.head.weight
+        centred = LinearHead(weight - jnp.mean(weight, axis=0, keepdims=True), self.head.bias)
         return centred.logits(self.feats)
 
     def _mean_row(self, p: Float[Array, "n d"]) -> Float[Array, " m"]:

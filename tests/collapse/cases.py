@@ -117,4 +117,4 @@ def assert_close(
 def samples_of(feats, labels, weights) -> Samples:
     """As the metrics see them."""
     head = LinearHead(jnp.ones((1, feats.shape[1]), feats.dtype), jnp.zeros(1, feats.dtype))
-    return flatten_samples(head, feats, labels, weights)[1]
+    return flatten_samples(head, feats, labels, weights)
