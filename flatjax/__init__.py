@@ -3,6 +3,7 @@
 from flatjax.checks import check_inputs as check_inputs
 from flatjax.collapse.snapshot import NeuralCollapse as NeuralCollapse
 from flatjax.collapse.snapshot import neural_collapse as neural_collapse
+from flatjax.flatness.cross_entropy import cross_entropy_and_flatness as cross_entropy_and_flatness
 from flatjax.flatness.relative import max_relative_flatness as max_relative_flatness
 from flatjax.flatness.relative import relative_flatness as relative_flatness
 from flatjax.flatness.relative import row_block_traces as row_block_traces

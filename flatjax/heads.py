@@ -47,6 +47,10 @@ class LinearHead:
     def astype(self, dtype: DTypeLike) -> "LinearHead":
         return LinearHead(self.matrix.astype(dtype), self.bias.astype(dtype), self.rows_axis)
 
+    def squared_norm(self, dtype: DTypeLike) -> Float[Array, ""]:
+        """‖W‖_F²."""
+        return jnp.sum(self.matrix.astype(dtype) ** 2)
+
     def logits(self, feats: Float[Array, "n m"]) -> Float[Array, "n d"]:
         return feats @ self.weight.T + self.bias[None, :]
 

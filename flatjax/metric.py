@@ -5,7 +5,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import jax
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import PartitionSpec
+
+from flatjax.sharding import explicit_mesh
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -26,7 +28,7 @@ def metric(function: F) -> F:
             return function(*args, **arrays, **options)
 
         with jax.default_matmul_precision("highest"):
-            mesh = _explicit_mesh((args, arrays))
+            mesh = explicit_mesh((args, arrays))
             if mesh is None:
                 return compute(args, arrays)
             with jax.sharding.use_abstract_mesh(mesh):
@@ -37,8 +39,3 @@ def metric(function: F) -> F:
 
 
 _ARRAYS = ("params", "feats", "labels", "weights")
-
-
-def _explicit_mesh(tree: Any) -> AbstractMesh | None:
-    meshes = (jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
-    return next((mesh for mesh in meshes if mesh.explicit_axes), None)

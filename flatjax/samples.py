@@ -97,11 +97,14 @@ def flatten_samples(
     if ignored_label is not None and labels.ndim == 1 and jnp.issubdtype(labels.dtype, jnp.integer):
         counts &= labels != ignored_label
 
+    is_first = counts & (jnp.arange(n) == jnp.argmax(counts))
+
     def without_padding(values: Shaped[Array, "n ..."]) -> Shaped[Array, "n ..."]:
         """Padding becomes a copy of the first sample that counts, of which a loss has a value if it has any."""
-        first = values[jnp.argmax(counts)]
-        first = jnp.where(jnp.any(counts), first, jnp.zeros_like(first))  # a device may hold nothing but padding
-        return jnp.where(counts.reshape(n, *[1] * (values.ndim - 1)), values, first[None])
+        column = (n, *[1] * (values.ndim - 1))
+        # Summed, not sliced: of samples split among devices a slice is cut once all are gathered. Zero if none counts.
+        first = jnp.sum(jnp.where(is_first.reshape(column), values, jnp.zeros_like(values)), axis=0)
+        return jnp.where(counts.reshape(column), values, first.astype(values.dtype)[None])
 
     # To padding nothing is sensitive, its weight included.
     weights = jnp.where(counts, weights, 0)

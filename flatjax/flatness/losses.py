@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from flatjax.flatness.autodiff import AutodiffCurvature
 from flatjax.flatness.separable import SeparableCurvature, sigmoid_cross_entropy, squared_error
-from flatjax.flatness.softmax import SoftmaxCurvature
+from flatjax.flatness.softmax import SoftmaxCurvature, TiledSoftmaxCurvature, reads_in_tiles
 from flatjax.heads import HeadParams, LinearHead, linear_head
 from flatjax.samples import IGNORED_LABEL, Samples, flatten_samples, mark_class_labels
 
@@ -21,6 +21,28 @@ Loss = NamedLoss | Callable[[Array, Array], Array]
 
 LogitCurvature = SoftmaxCurvature | SeparableCurvature | AutodiffCurvature
 """The Hessians G_i (d, d) of a loss in the logits, and their sums over samples of shares e_i."""
+
+
+def summed_curvature(
+    params: HeadParams,
+    feats: ArrayLike,
+    labels: ArrayLike,
+    loss: Loss,
+    weights: ArrayLike | None,
+    tile_size: int | None,
+) -> LogitCurvature | TiledSoftmaxCurvature:
+    """The curvature where κ and the trace alone are asked for: of a large softmax head, without its logits.
+
+    Raises:
+        ValueError: `tile_size` is below 1, or the loss is not softmax cross-entropy; and as `read_samples`.
+    """
+    if tile_size is not None and loss != "softmax_cross_entropy":
+        raise ValueError(f"tile_size is {tile_size}, but only softmax_cross_entropy is read in tiles: leave it out")
+    if loss == "softmax_cross_entropy":
+        head, samples = read_samples(params, feats, labels, loss, weights)
+        if reads_in_tiles(head, len(samples.feats), tile_size):
+            return TiledSoftmaxCurvature(head, samples.feats, samples.shares, tile_size)
+    return logit_curvature(params, feats, labels, loss, weights)
 
 
 def logit_curvature(

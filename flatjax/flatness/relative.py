@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
-from flatjax.flatness.losses import Loss, logit_curvature
+from flatjax.flatness.losses import Loss, logit_curvature, summed_curvature
 from flatjax.heads import HeadParams
 from flatjax.metric import metric
 
@@ -18,6 +18,7 @@ def relative_flatness(
     *,
     loss: Loss = "softmax_cross_entropy",
     weights: Shaped[ArrayLike, "*n"] | None = None,
+    tile_size: int | None = None,
 ) -> Float[Array, ""]:
     r"""Relative flatness κ of a linear head: larger is sharper.
 
@@ -42,7 +43,11 @@ def relative_flatness(
         loss: "softmax_cross_entropy", "squared_error" (½‖z − y‖²), "sigmoid_cross_entropy" (summed over the outputs),
             all in closed form; or any twice differentiable `(logits (d,), label) -> scalar`, in at most min(d, m)
             forward-over-reverse products in logit space. Static: `jax.jit(relative_flatness, static_argnames="loss")`.
-        weights: sample weights ω (...,), all 1 by default. A sample of weight 0 is padding, whatever it holds.
+        weights: sample weights ω (...,), all 1 by default. A sample of weight 0, or of the class −100, is padding,
+            whatever it holds.
+        tile_size: of a softmax head, so many rows are read at a time, and the logits of all samples are never in memory
+            at once; 2 products of matrices, n·d·m each. Static. By default it is the shapes that decide: n·d logits are
+            in memory at once as long as they are at most 2²³, or d ≤ m. A `tile_size` of d or more forces that.
 
     Returns:
         κ, a scalar in the unit of the loss, in float64 if any input is, else in float32. NaN if a feature is not
@@ -52,7 +57,8 @@ def relative_flatness(
     Raises:
         TypeError: `params` is no mapping, the features are not floating, the weights not real, labels of one class a
             sample not integers, or the loss neither a name nor a callable.
-        ValueError: a missing kernel, an unknown loss, or shapes that do not fit.
+        ValueError: a missing kernel, an unknown loss, shapes that do not fit, or a `tile_size` below 1 or for another
+            loss than softmax cross-entropy.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -67,7 +73,7 @@ def relative_flatness(
     References:
         Petzka, Kamp, Adilova, Sminchisescu, Boley: *Relative Flatness and Generalization*, NeurIPS 2021.
     """
-    return logit_curvature(params, feats, labels, loss, weights).relative_flatness()
+    return summed_curvature(params, feats, labels, loss, weights, tile_size).relative_flatness()
 
 
 @metric
@@ -78,6 +84,7 @@ def simplified_relative_flatness(
     *,
     loss: Loss = "softmax_cross_entropy",
     weights: Shaped[ArrayLike, "*n"] | None = None,
+    tile_size: int | None = None,
 ) -> Float[Array, ""]:
     """Simplified relative flatness κ̂ of a linear head, a bound κ ≤ κ̂ where the loss is convex in the logits.
 
@@ -99,8 +106,8 @@ def simplified_relative_flatness(
     References:
         Adilova, Abourayya, Li, Dada, Petzka, Egger, Kleesiek, Kamp: *FAM: Relative Flatness Aware Minimization*, 2023.
     """
-    curvature = logit_curvature(params, feats, labels, loss, weights)
-    return jnp.sum(curvature.head.weight**2) * curvature.trace()
+    curvature = summed_curvature(params, feats, labels, loss, weights, tile_size)
+    return curvature.head.squared_norm(curvature.feats.dtype) * curvature.trace()
 
 
 @metric

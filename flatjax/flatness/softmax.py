@@ -7,6 +7,8 @@ is usually written, Σp‖w‖² − ‖Σpw‖², is noise in float32. Two form
 * over pairs of rows, v = Σ_{s<t} p_s p_t ‖w_s − w_t‖²: a sum of non-negative terms, for heads with few outputs;
 * around the row j of the largest logit, for heads with many: with sums over s ≠ j alone, q = Σ p_s,
   v = Σ p_s ‖w_s − w_j‖² − ‖Σ p_s (w_s − w_j)‖², where every term is of the order of q.
+
+Heads whose logits are too many to be in memory at once are read in tiles of rows, around the largest logit so far.
 """
 
 from typing import NamedTuple
@@ -15,8 +17,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
+from flatjax.flatness.tiles import check_tile_size
+from flatjax.flatness.vocabulary import Readout, read_out
 from flatjax.heads import LinearHead
 from flatjax.pairwise import squared_distances_around
+
+MOST_LOGITS = 2**23
+"""In memory at once, by choice."""
 
 
 class SoftmaxCurvature(NamedTuple):
@@ -97,6 +104,43 @@ class SoftmaxCurvature(NamedTuple):
         others = jnp.sum(jnp.where(largest, 0, relative), axis=1, keepdims=True)
         total = jnp.sum(relative, axis=1, keepdims=True)
         return relative / total, jnp.where(largest, others, total - relative) / total
+
+
+class TiledSoftmaxCurvature(NamedTuple):
+    """The logit-space Hessians G_i = diag(p_i) − p_i p_iᵀ of a head, as far as they need no logits in memory."""
+
+    head: LinearHead
+    feats: Float[Array, "n m"]
+    shares: Float[Array, " n"]
+    tile_size: int | None = None
+
+    def relative_flatness(self) -> Float[Array, ""]:
+        """κ = Σ_i e_i ‖φ_i‖² v_i."""
+        return self._measured(self._readout().variances)
+
+    def trace(self) -> Float[Array, ""]:
+        """Tr H = Σ_i e_i ‖φ_i‖² tr G_i."""
+        return self._measured(self._readout().traces)
+
+    def _measured(self, values: Float[Array, " n"]) -> Float[Array, ""]:
+        return jnp.sum(self.shares * jnp.sum(self.feats**2, axis=1) * values)
+
+    def _readout(self) -> Readout:
+        any_label = jnp.zeros_like(self.feats[:, 0], int)
+        return read_out(self.head, self.feats, any_label, tile_size=self.tile_size)
+
+
+def reads_in_tiles(head: LinearHead, num_samples: int, tile_size: int | None) -> bool:
+    """Whether the logits are not to be in memory at once: if many, and larger than the features.
+
+    Raises:
+        TypeError: `tile_size` is no integer.
+        ValueError: `tile_size` is below 1.
+    """
+    check_tile_size(tile_size)
+    if tile_size is not None:
+        return tile_size < head.num_outputs
+    return head.num_outputs > head.num_features and num_samples * head.num_outputs > MOST_LOGITS
 
 
 def _relative_to_largest(logits: Float[Array, "n d"]) -> Float[Array, "n d"]:

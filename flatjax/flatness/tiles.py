@@ -1,0 +1,78 @@
+"""A head in tiles of rows, with the logits of the samples there, so that all logits need never be at once."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Integer
+
+from flatjax.heads import LinearHead
+
+
+class Tile(NamedTuple):
+    """Some rows of a head that follow each other, and the logits of the samples there."""
+
+    rows: Float[Array, "t m"]
+    logits: Float[Array, "n t"]
+    """−∞ for the rows that were read before."""
+    output: Integer[Array, ""]
+    """Which output the first row is of."""
+    num_read: Integer[Array, ""]
+    """So many rows were read before: a last tile begins early, to be as large as the others."""
+
+    @property
+    def places(self) -> Integer[Array, " t"]:
+        return jnp.arange(len(self.rows), dtype=self.output.dtype)
+
+    def is_output(self, outputs: Integer[Array, " n"]) -> Bool[Array, "n t"]:
+        """Where a row, if not read before, is the one of its sample's output."""
+        place, inside = self.find(outputs)
+        return self.places[None, :] == jnp.where(inside, place, -1)[:, None]
+
+    def find(self, outputs: Integer[Array, " n"]) -> tuple[Integer[Array, " n"], Bool[Array, " n"]]:
+        """An output's place among the rows, and whether it is there and was not read before."""
+        place, size = outputs - self.output, len(self.rows)
+        return jnp.clip(place, 0, size - 1), (place >= self.num_read) & (place < size)
+
+
+def tile(
+    head: LinearHead,
+    centre: Float[Array, " m"],
+    feats: Float[Array, "n m"],
+    first_output: Integer[Array, ""],
+    tile_size: int,
+    i: Integer[Array, ""],
+) -> Tile:
+    """Tile `i` of a head whose rows are of the outputs from `first_output` on, the rows less `centre`."""
+    start = _start(head, tile_size, i)
+    rows = take_rows(head, tile_size, i, feats.dtype)[0] - centre[None, :]
+    num_read = i * tile_size - start
+    bias = jax.lax.dynamic_slice_in_dim(head.bias, start, tile_size).astype(feats.dtype)
+    bias = jnp.where(jnp.arange(tile_size, dtype=num_read.dtype) >= num_read, bias, -jnp.inf)
+    return Tile(rows, feats @ rows.T + bias[None, :], first_output + start, num_read)
+
+
+def take_rows(
+    head: LinearHead, tile_size: int, i: Integer[Array, ""], dtype: jnp.dtype
+) -> tuple[Float[Array, "t m"], Float[Array, " t"]]:
+    """The rows of tile `i` and their biases, linear in the head."""
+    start = _start(head, tile_size, i)
+    rows = jax.lax.dynamic_slice_in_dim(head.matrix, start, tile_size, head.rows_axis).astype(dtype)
+    bias = jax.lax.dynamic_slice_in_dim(head.bias, start, tile_size).astype(dtype)
+    return (rows.T if head.rows_axis else rows), bias
+
+
+def _start(head: LinearHead, tile_size: int, i: Integer[Array, ""]) -> Integer[Array, ""]:
+    return jnp.minimum(i * tile_size, head.num_outputs - tile_size)
+
+
+def check_tile_size(tile_size: int | None) -> None:
+    """Raises a TypeError for what is no integer, and a ValueError for one below 1."""
+    if tile_size is None:
+        return
+    if not isinstance(tile_size, int):
+        raise TypeError(
+            f"tile_size is a {type(tile_size).__name__}, wanted a number of rows, static under jit, or None"
+        )
+    if tile_size < 1:
+        raise ValueError(f"tile_size is {tile_size}, wanted at least 1 row, or None")

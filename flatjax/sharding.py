@@ -1,0 +1,43 @@
+"""What the types of arrays say of how they are sharded."""
+
+import math
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+from jaxtyping import Array
+
+T = TypeVar("T")
+
+
+def explicit_mesh(tree: Any) -> AbstractMesh | None:
+    """The mesh with explicit axes, if an array of `tree` lies on one."""
+    return next((mesh for mesh in _meshes(tree) if mesh.explicit_axes), None)
+
+
+def num_devices(tree: Any) -> int:
+    """Among which the compiler splits the work on `tree`: those of the arrays' mesh, or else of the one that is set."""
+    mesh = next((mesh for mesh in _meshes(tree) if not mesh.empty), jax.sharding.get_abstract_mesh())
+    sizes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return math.prod(size for size, axis_type in sizes if axis_type == AxisType.Auto)
+
+
+def varying_axes(tree: Any) -> frozenset[str]:
+    """The axes of a `jax.shard_map` along which an array of `tree` may differ from device to device."""
+    return frozenset().union(*(jax.typeof(leaf).mat.varying for leaf in jax.tree.leaves(tree)))
+
+
+def varying_like(tree: T, like: Any) -> T:
+    """`tree`, said to vary along the axes that `like` varies along: as the start of a loop that mixes them."""
+    axes = varying_axes(like)
+
+    def cast(leaf: Array) -> Array:
+        missing = tuple(sorted(axes - varying_axes(leaf)))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(cast, tree)
+
+
+def _meshes(tree: Any) -> Iterator[AbstractMesh]:
+    return (jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
