@@ -1,6 +1,8 @@
 """What the metrics cost, side by side with the loss itself and with the published algorithm.
 
-    python experiments/benchmark.py head      # κ of a head against its cross-entropy: about two minutes on 2 cores
+    python experiments/benchmark.py head        # κ of a head against its cross-entropy: about two minutes on 2 cores
+    python experiments/benchmark.py vocabulary  # the same for a language model's head, with memory and error: ten
+    python experiments/benchmark.py growth      # time and memory against the vocabulary and the batch, a figure: ten
 
 Prints a table and writes the same figures to `runs/benchmark/<name>.json`. Every figure is a median over rounds in
 which the functions take turns; a ratio is taken within a round, and stands with its quartiles.
@@ -15,11 +17,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 import tyro
+from harness.baselines import cross_entropy, tiled_cross_entropy, weight_by_weight
+from harness.growth import Growth, draw_growth, exponent
 from harness.timing import side_by_side
 
-from flatjax import max_relative_flatness, relative_flatness, row_block_traces, simplified_relative_flatness
+from flatjax import (
+    cross_entropy_and_flatness,
+    max_relative_flatness,
+    relative_flatness,
+    row_block_traces,
+    simplified_relative_flatness,
+)
 
 Batch = tuple[dict[str, jax.Array], jax.Array, jax.Array]
 
@@ -47,6 +57,157 @@ def head(seed: int = 0, seconds: float = 5.0, folder: Path = Path("runs/benchmar
         batch = random_batch(num_outputs, num_features, num_samples, seed)
         rows += compare(functions, batch, reference="κ", seconds=seconds)
     write_record(folder / "head.json", rows)
+
+
+def vocabulary(
+    num_outputs: int = 50_257,
+    num_features: int = 768,
+    num_samples: int = 4096,
+    tile_size: int | None = None,
+    seed: int = 0,
+    folder: Path = Path("runs/benchmark"),
+) -> None:
+    """κ of a language model's head: its error, its memory, and its time against that of the loss.
+
+    Args:
+        num_outputs: V, the size of the vocabulary.
+        num_features: m.
+        num_samples: N, tokens.
+        tile_size: rows of the head that are read at a time, as for `cross_entropy_and_flatness`.
+        seed: of the data.
+        folder: where the record goes.
+    """
+    record: list[dict[str, Any]] = []
+    for size in (1, 2, 511, 512, 513, 1000, num_outputs):
+        record.append(errors(size, scale=1.0, seed=seed))
+    record.append(errors(1000, scale=60.0, seed=seed))
+
+    tile = tile_size or max(512, 2**22 // num_samples // 128 * 128)
+    both = partial(cross_entropy_and_flatness, tile_size=tile)
+    forward = {
+        "cross-entropy": cross_entropy,
+        "κ": partial(relative_flatness, tile_size=tile),
+        "κ̂": partial(simplified_relative_flatness, tile_size=tile),
+        "(cross-entropy, κ)": both,
+    }
+    backward = {
+        "∇ tiled cross-entropy": value_and_gradient(partial(tiled_cross_entropy, tile_size=min(tile, num_outputs))),
+        "∇ cross-entropy": value_and_gradient(cross_entropy),
+        "∇ ours, without κ": value_and_gradient(lambda *batch: both(*batch)[0]),
+        "∇ ours, κ given too": value_and_gradient(both, has_aux=True),
+        "∇ (cross-entropy + κ/10)": value_and_gradient(lambda *batch: weighed(*both(*batch))),
+    }
+    batch = random_batch(num_outputs, num_features, num_samples, seed)
+    logits = 4 * num_outputs * num_samples
+    for name, function in (forward | backward).items():
+        memory = temporary_memory(function, batch)
+        print(
+            f"{name:26}  temporary memory {memory / 2**20:8.1f} MiB = {memory / logits:.4f} of all logits", flush=True
+        )
+        record.append({"function": name, "temporary_bytes": memory, "share_of_logits": memory / logits})
+    for functions in (forward, backward):
+        record += compare(functions, batch, reference=next(iter(functions)), seconds=30)
+    write_record(folder / "vocabulary.json", record)
+
+
+def growth(seed: int = 0, num_features: int = 512, folder: Path = Path("runs/benchmark")) -> None:
+    """Time and memory against the size of the vocabulary and that of the batch, with the exponents, and a figure.
+
+    Args:
+        seed: of the data.
+        num_features: m.
+        folder: where the record and the figure go.
+    """
+    functions = {
+        "cross-entropy": cross_entropy,
+        "κ": partial(relative_flatness, tile_size=512),
+        "∇ (cross-entropy + κ/10)": value_and_gradient(lambda *batch: weighed(*cross_entropy_and_flatness(*batch))),
+    }
+    sweeps = {
+        "V, at N = 1024": [(size, 1024) for size in (1000, 4000, 16_000, 64_000, 256_000)],
+        "N, at V = 16,000": [(16_000, size) for size in (256, 1024, 4096, 16_384)],
+    }
+    record: list[dict[str, Any]] = []
+    growths = []
+    for axis, shapes in sweeps.items():
+        sizes = [shape[0] if axis.startswith("V") else shape[1] for shape in shapes]
+        seconds: dict[str, list[float]] = {name: [] for name in functions}
+        mebibytes: dict[str, list[float]] = {name: [] for name in functions}
+        for num_outputs, num_samples in shapes:
+            batch = random_batch(num_outputs, num_features, num_samples, seed)
+            rows = compare(functions, batch, reference="cross-entropy", seconds=1)
+            record += rows
+            for row, (name, function) in zip(rows, functions.items(), strict=True):
+                seconds[name].append(row["seconds"])
+                mebibytes[name].append(temporary_memory(function, batch) / 2**20)
+        growths += [Growth(axis, "seconds", sizes, seconds), Growth(axis, "temporary MiB", sizes, mebibytes)]
+    for growth in growths:
+        for name, costs in growth.costs.items():
+            slope, error = exponent(growth.sizes, costs)
+            print(f"{growth.cost:14} of {name:26} ~ ({growth.size.split(',')[0]})^{slope:.2f} ± {error:.2f}")
+            record.append(
+                {"cost": growth.cost, "size": growth.size, "function": name, "exponent": slope} | growth._asdict()
+            )
+    write_record(folder / "growth.json", record)
+    draw_growth(folder / "growth.png", growths, f"A head of V outputs and {num_features} features on N samples")
+    print(f"the figure is {folder / 'growth.png'}")
+
+
+def errors(
+    num_outputs: int, *, scale: float, seed: int, num_features: int = 64, num_samples: int = 64
+) -> dict[str, Any]:
+    """Relative errors in float32 against float64, from sums of terms of one sign.
+
+    With a scale of 1 the logits are random; above, features lie along their label's row, and samples are certain.
+    """
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(num_outputs, num_features)) / np.sqrt(num_features)
+    labels = rng.integers(0, num_outputs, num_samples)
+    feats = scale * (rows[labels] if scale > 1 else 2 * rng.normal(size=(num_samples, num_features)))
+    rows, feats = rows.astype(np.float32), feats.astype(np.float32)
+    kappa = exact_kappa(rows.astype(float), feats.astype(float))
+    arguments = {"embedding": jnp.asarray(rows)}, jnp.asarray(feats), jnp.asarray(labels)
+    measured = {
+        tile: float(jax.jit(partial(relative_flatness, tile_size=tile))(*arguments)) for tile in (128, 512, num_outputs)
+    }
+    worst = max(abs(value - kappa) for value in measured.values()) / (kappa or 1)
+    spread = (max(measured.values()) - min(measured.values())) / (kappa or 1)
+    print(
+        f"V = {num_outputs:6}, κ = {kappa:9.3g}: in tiles of 128 and 512 rows and at once off by at most {worst:.1e}, "
+        f"apart by {spread:.1e}",
+        flush=True,
+    )
+    return {"outputs": num_outputs, "kappa": kappa, "relative_error": worst, "spread_over_tile_sizes": spread}
+
+
+def exact_kappa(rows: np.ndarray, feats: np.ndarray) -> float:
+    """κ with variances around the largest logit's row, sample by sample."""
+    total = 0.0
+    for feature in feats:
+        logits = rows @ feature
+        j = np.argmax(logits)
+        p = np.exp(logits - logits[j])
+        p /= p.sum()
+        differences = rows - rows[j]
+        total += feature @ feature * (p @ np.sum(differences**2, axis=1) - np.sum((p @ differences) ** 2))
+    return total / len(feats)
+
+
+def value_and_gradient(function: Callable, *, has_aux: bool = False) -> Callable:
+    """By the parameters and the features."""
+    return jax.value_and_grad(function, argnums=(0, 1), has_aux=has_aux)
+
+
+def weighed(loss: jax.Array, kappa: jax.Array) -> jax.Array:
+    return loss + 0.1 * kappa
+
+
+def temporary_memory(function: Callable, batch: Batch) -> int:
+    """Bytes, beside the arguments and the results, as compiled."""
+    analysis = jax.jit(function).lower(*batch).compile().memory_analysis()
+    if analysis is None:
+        raise RuntimeError(f"the {jax.default_backend()} backend of jax does not say what memory it takes")
+    return analysis.temp_size_in_bytes
 
 
 def compare(functions: dict[str, Callable], batch: Batch, *, reference: str, seconds: float) -> list[dict[str, Any]]:
@@ -81,32 +242,5 @@ def random_batch(num_outputs: int, num_features: int, num_samples: int, seed: in
     return {"kernel": kernel, "bias": jnp.zeros(num_outputs)}, feats, labels
 
 
-def cross_entropy(params: dict[str, jax.Array], feats: jax.Array, labels: jax.Array) -> jax.Array:
-    """What a training loop computes."""
-    logits = feats @ params["kernel"] + params["bias"]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
-def weight_by_weight(params: dict[str, jax.Array], feats: jax.Array, labels: jax.Array) -> jax.Array:
-    """The published algorithm: a backward pass through the gradient a weight, then the traces of the row blocks.
-
-    It is kinder than the published code in that it is compiled, and never holds the whole Hessian.
-    """
-    kernel, bias = params["kernel"], params["bias"]
-
-    def gradient_entry(kernel: jax.Array, feature: jax.Array, output: jax.Array) -> jax.Array:
-        return jax.grad(lambda kernel: cross_entropy({"kernel": kernel, "bias": bias}, feats, labels))(kernel)[
-            feature, output
-        ]
-
-    def contribution(index: jax.Array) -> jax.Array:
-        """Of the weight w_sk to Σ_s' ⟨w_s, w_s'⟩ Tr H_{s,s'}: its Hessian row at the same feature k of every row s'."""
-        feature, output = jnp.divmod(index, kernel.shape[1])
-        hessian_row = jax.grad(gradient_entry)(kernel, feature, output)
-        return hessian_row[feature] @ (kernel.T @ kernel[:, output])
-
-    return jnp.sum(jax.lax.map(contribution, jnp.arange(kernel.size)))
-
-
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"head": head})
+    tyro.extras.subcommand_cli_from_dict({"head": head, "vocabulary": vocabulary, "growth": growth})

@@ -43,7 +43,8 @@ def cross_entropy_and_flatness(
         feats: features (..., m), what enters the head.
         labels: integer classes (...,). A sample of the label −100 is ignored, whatever it holds.
         weights: sample weights ω (...,), all 1 by default. A sample of weight 0 is ignored, whatever it holds.
-        tile_size: how many rows of W a device reads at a time, static; chosen by the shapes if None.
+        tile_size: how many rows of W are read at a time, by all devices together, or in a `jax.shard_map` by each;
+            static. Chosen by the shapes if None.
         axis_name: inside a `jax.shard_map`, the mesh axis or axes along which the rows of W are split, or the samples,
             static; which of the two is known from the types. Then both results are those of all rows and all samples.
             Elsewhere leave it out: sharded arrays are read where they are, and the head is never gathered. There the

@@ -4,12 +4,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Integer, Shaped
+from jaxtyping import Array, Bool, Float, Integer
 
+from flatjax.flatness.parts import AxisNames, total, total_max
 from flatjax.flatness.tiles import Tile
-
-AxisNames = tuple[str, ...]
-"""Mesh axes of a `jax.shard_map`."""
 
 
 class OnlineSoftmax(NamedTuple):
@@ -97,7 +95,7 @@ class OnlineSoftmax(NamedTuple):
 
 
 def merged(parts: OnlineSoftmax, axis_names: AxisNames) -> tuple[OnlineSoftmax, Float[Array, " n"]]:
-    """The sums over all parts, those along the first axis and those of all devices along mesh axes; and v.
+    """The sums over all parts, and v.
 
     v is worked out where w_j was read: if it is all that is asked for, w_j is not sent.
     """
@@ -119,18 +117,6 @@ def merged(parts: OnlineSoftmax, axis_names: AxisNames) -> tuple[OnlineSoftmax, 
     )
     variances = jax.vmap(lambda row: sums._replace(row=row).variances())(parts.row)
     return sums, total(jnp.where(holds_j, variances, 0), axis_names)
-
-
-def total(parts: Shaped[Array, "k ..."], axis_names: AxisNames) -> Shaped[Array, "..."]:
-    """The sum along the first axis, and over all devices along mesh axes."""
-    sums = jnp.sum(parts, axis=0)
-    return jax.lax.psum(sums, axis_names) if axis_names else sums
-
-
-def total_max(parts: Shaped[Array, "k ..."], axis_names: AxisNames) -> Shaped[Array, "..."]:
-    """The largest along the first axis, and of all devices along mesh axes; without a derivative."""
-    largest = jnp.max(parts, axis=0)
-    return jax.lax.pmax(largest, axis_names) if axis_names else largest
 
 
 def _first_largest(logits: Float[Array, "n t"], dtype: jnp.dtype) -> Integer[Array, " n"]:

@@ -62,8 +62,16 @@ def take_rows(
     return (rows.T if head.rows_axis else rows), bias
 
 
-def _start(head: LinearHead, tile_size: int, i: Integer[Array, ""]) -> Integer[Array, ""]:
-    return jnp.minimum(i * tile_size, head.num_outputs - tile_size)
+def rows_of(head: LinearHead, outputs: Integer[Array, " n"], dtype: jnp.dtype) -> Float[Array, "n m"]:
+    """The rows of some outputs, and 0 for an output that the head has not."""
+    inside = (outputs >= 0) & (outputs < head.num_outputs)
+    rows = jnp.take(head.matrix, jnp.clip(outputs, 0, head.num_outputs - 1), axis=head.rows_axis).astype(dtype)
+    return jnp.where(inside[:, None], rows.T if head.rows_axis else rows, 0)
+
+
+def tile_indices(head: LinearHead, tile_size: int, dtype: jnp.dtype) -> Integer[Array, " _"]:
+    """Of the tiles that hold all rows, the last of them ragged."""
+    return jnp.arange(-(-head.num_outputs // tile_size), dtype=dtype)
 
 
 def check_tile_size(tile_size: int | None) -> None:
@@ -76,3 +84,7 @@ def check_tile_size(tile_size: int | None) -> None:
         )
     if tile_size < 1:
         raise ValueError(f"tile_size is {tile_size}, wanted at least 1 row, or None")
+
+
+def _start(head: LinearHead, tile_size: int, i: Integer[Array, ""]) -> Integer[Array, ""]:
+    return jnp.minimum(i * tile_size, head.num_outputs - tile_size)

@@ -6,21 +6,20 @@ tile by tile, at a cost of two products of matrices, n·d·m each, and a memory 
 """
 
 import functools
-import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from flatjax.flatness.online_softmax import AxisNames, OnlineSoftmax, merged, total
-from flatjax.flatness.tiles import Tile, check_tile_size, take_rows, tile
+from flatjax.flatness.online_softmax import OnlineSoftmax, merged
+from flatjax.flatness.parts import AxisNames, SplitHead, map_parts, split, total
+from flatjax.flatness.tiles import Tile, check_tile_size, rows_of, take_rows, tile, tile_indices
 from flatjax.heads import LinearHead
-from flatjax.sharding import num_devices, varying_like
+from flatjax.sharding import varying_like
 
 LOGITS_AT_ONCE = 2**22
-"""Of all samples in a tile, unless its rows were then too few for a product of matrices to be fast."""
+"""A device's, unless the rows of a tile were then too few for a product of matrices to be fast."""
 FEWEST_ROWS = 512
 
 
@@ -45,86 +44,60 @@ def read_out(
 ) -> Readout:
     """Reads a head in tiles of `tile_size` rows; inside a `jax.shard_map`, a head split by rows along `axis_names`.
 
-    On a mesh where the compiler splits the work the rows are first put into as many parts as there are devices, if they
-    can be: each device then reads the parts it has, and only the sums over a part are ever sent.
-
     Raises:
         TypeError: `tile_size` is no integer.
         ValueError: `tile_size` is below 1.
     """
     check_tile_size(tile_size)
-    num_parts = math.gcd(head.num_outputs, num_devices((head, feats)))
-    size = head.num_outputs // num_parts
+    parts = split(head, axis_names, feats)
+    num_parts = len(parts.bias)
     if tile_size is None:
-        tile_size = max(FEWEST_ROWS, LOGITS_AT_ONCE // len(feats) // 128 * 128)
-    shape = list(head.matrix.shape)
-    shape[head.rows_axis : head.rows_axis + 1] = num_parts, size
-    plan = _Plan(head.rows_axis, min(tile_size, size), axis_names)
-    return _read_parts(plan, head.matrix.reshape(shape), head.bias.reshape(num_parts, size), feats, labels)
-
-
-class _Plan(NamedTuple):
-    """How the parts of a head are read."""
-
-    rows_axis: int
-    tile_size: int
-    axis_names: AxisNames
+        tile_size = max(FEWEST_ROWS, num_parts * LOGITS_AT_ONCE // len(feats))
+    rows_of_part = -(-tile_size // num_parts)
+    return _read_out(min(rows_of_part, parts.num_rows), parts, feats, labels)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _read_parts(
-    plan: _Plan,
-    matrix: Float[Array, "_ _ _"],
-    bias: Float[Array, "k p"],
-    feats: Float[Array, "n m"],
-    labels: Integer[Array, " n"],
-) -> Readout:
-    sums, variances = merged(_sums(plan, matrix, bias, feats, labels), plan.axis_names)
-    return Readout(sums.losses(), sums.traces(), variances)
+def _read_out(tile_size: int, head: SplitHead, feats: Float[Array, "n m"], labels: Integer[Array, " n"]) -> Readout:
+    return _read_sums(tile_size, head, feats, labels)[1]
 
 
 # The derivative is given forward, linear in the tangents: transposed, it is the gradient, which takes the tiles one by
 # one and makes their logits again; and made of nothing but operations of JAX, it has derivatives of both kinds itself.
-@_read_parts.defjvp
-def _read_parts_jvp(plan: _Plan, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Readout, Readout]:
-    matrix, bias, feats, labels = primals
+@_read_out.defjvp
+def _read_out_jvp(tile_size: int, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Readout, Readout]:
+    (head, feats, labels), (d_head, d_feats, _) = primals, tangents
     with jax.default_matmul_precision("highest"):
-        sums, variances = merged(_sums(plan, matrix, bias, feats, labels), plan.axis_names)
-        centre = _centre(plan, matrix, feats)
+        sums, values = _read_sums(tile_size, head, feats, labels)
+        centre = _centre(head, feats)
+        first_outputs = head.first_outputs(labels.dtype)
         # Each part and each device gets its own φ̇, and each device its own ẇ and ḃ: transposed, what they add to a
         # gradient is summed once all tiles were read, not tile by tile.
-        first_outputs = _first_outputs(plan, bias, labels)
-        d_feats = jnp.broadcast_to(tangents[2][None], (len(first_outputs), *feats.shape))
-        d_matrix, d_bias, d_feats = varying_like((*tangents[:2], d_feats), (matrix, bias, feats, labels))
+        d_feats_of_parts = jnp.broadcast_to(d_feats[None], (len(first_outputs), *feats.shape))
+        d_head, d_feats_of_parts = varying_like((d_head, d_feats_of_parts), primals)
 
-        def part(
-            first_output: Array, d_feats: Array, matrix: Array, bias: Array, d_matrix: Array, d_bias: Array
-        ) -> Readout:
-            head, d_head = (LinearHead(*arrays, plan.rows_axis) for arrays in ((matrix, bias), (d_matrix, d_bias)))
-
+        def of_part(head: LinearHead, d_head: LinearHead, first_output: Array, d_feats: Array) -> Readout:
             @functools.partial(jax.checkpoint, prevent_cse=False)
             def of_tile(head: LinearHead, d_head: LinearHead, d_feats: Array, sums: OnlineSoftmax, i: Array) -> Readout:
-                read = tile(head, centre, feats, first_output, plan.tile_size, i)
-                d_rows, d_bias = take_rows(d_head, plan.tile_size, i, feats.dtype)
-                return _tile_tangents(sums, variances, read, labels, feats, d_rows, d_bias, d_feats)
+                read = tile(head, centre, feats, first_output, tile_size, i)
+                d_rows, d_bias = take_rows(d_head, tile_size, i, feats.dtype)
+                return _tile_tangents(sums, values.variances, read, labels, feats, d_rows, d_bias, d_feats)
 
             def step(_: None, i: Array) -> tuple[None, Readout]:
                 return None, of_tile(head, d_head, d_feats, sums, i)
 
             # Stacked, and not summed by the scan: a result that is not asked for then costs its transpose nothing.
-            d_values = jax.lax.scan(step, None, _tile_indices(plan, head, labels))[1]
+            d_values = jax.lax.scan(step, None, tile_indices(head, tile_size, labels.dtype))[1]
             d_values = Readout(*(jnp.sum(x, axis=0) for x in d_values))
-            through_label = jnp.sum(_rows_of(head, labels, first_output, feats.dtype) * d_feats, axis=1)
+            through_label = jnp.sum(rows_of(head, labels - first_output, feats.dtype) * d_feats, axis=1)
             return d_values._replace(losses=d_values.losses - jnp.where(labels == sums.output, 0, through_label))
 
-        axes = (0, 0, plan.rows_axis, 0, plan.rows_axis, 0)
-        d_parts = _over_parts(part, axes, first_outputs, d_feats, matrix, bias, d_matrix, d_bias)
-        d_values = Readout(*(total(x, plan.axis_names) for x in d_parts))
+        d_parts = map_parts(of_part, (head, d_head), first_outputs, d_feats_of_parts)
+        d_values = Readout(*(total(x, head.axis_names) for x in d_parts))
         # Σ_s (p_s − [s = y]) ⟨w_s, φ̇⟩ = ⟨c − w_y, φ̇⟩; where y is j, to all digits.
         offsets = sums.offsets()
         means = jnp.where((labels == sums.output)[:, None], offsets, sums.row + centre[None, :] + offsets)
-        d_losses = d_values.losses + jnp.sum(means * tangents[2], axis=1)
-        return Readout(sums.losses(), sums.traces(), variances), d_values._replace(losses=d_losses)
+        return values, d_values._replace(losses=d_values.losses + jnp.sum(means * d_feats, axis=1))
 
 
 def _tile_tangents(
@@ -176,55 +149,22 @@ def _tile_tangents(
     )
 
 
-def _sums(
-    plan: _Plan, matrix: Float[Array, "_ _ _"], bias: Float[Array, "k p"], feats: Float[Array, "n m"], labels: Array
-) -> OnlineSoftmax:
-    """Of every part, along a first axis."""
-    centre = _centre(plan, matrix, feats)
-    nothing = varying_like(OnlineSoftmax.of_no_rows(feats, labels), (matrix, bias, feats, labels))
+def _read_sums(
+    tile_size: int, head: SplitHead, feats: Float[Array, "n m"], labels: Integer[Array, " n"]
+) -> tuple[OnlineSoftmax, Readout]:
+    centre = _centre(head, feats)
+    nothing = varying_like(OnlineSoftmax.of_no_rows(feats, labels), (head, feats, labels))
 
-    def part(first_output: Array, matrix: Array, bias: Array) -> OnlineSoftmax:
-        head = LinearHead(matrix, bias, plan.rows_axis)
-
+    def of_part(head: LinearHead, first_output: Array) -> OnlineSoftmax:
         def step(sums: OnlineSoftmax, i: Array) -> tuple[OnlineSoftmax, None]:
-            return sums.with_tile(tile(head, centre, feats, first_output, plan.tile_size, i), labels), None
+            return sums.with_tile(tile(head, centre, feats, first_output, tile_size, i), labels), None
 
-        return jax.lax.scan(step, nothing, _tile_indices(plan, head, labels))[0]
+        return jax.lax.scan(step, nothing, tile_indices(head, tile_size, labels.dtype))[0]
 
-    return _over_parts(part, (0, plan.rows_axis, 0), _first_outputs(plan, bias, labels), matrix, bias)
+    sums, variances = merged(map_parts(of_part, (head,), head.first_outputs(labels.dtype)), head.axis_names)
+    return sums, Readout(sums.losses(), sums.traces(), variances)
 
 
-def _centre(plan: _Plan, matrix: Float[Array, "_ _ _"], feats: Float[Array, "n m"]) -> Float[Array, " m"]:
+def _centre(head: SplitHead, feats: Float[Array, "n m"]) -> Float[Array, " m"]:
     """The mean row, which nothing depends on but the rounding errors of what all rows share."""
-    part_means = jnp.mean(jax.lax.stop_gradient(matrix), axis=plan.rows_axis + 1, dtype=feats.dtype)
-    means = jnp.mean(part_means, axis=plan.rows_axis)
-    return jax.lax.pmean(means, plan.axis_names) if plan.axis_names else means
-
-
-def _rows_of(
-    head: LinearHead, outputs: Integer[Array, " n"], first_output: Integer[Array, ""], dtype: jnp.dtype
-) -> Float[Array, "n m"]:
-    """The rows of the outputs that a part has, and 0 for others."""
-    places = outputs - first_output
-    inside = (places >= 0) & (places < head.num_outputs)
-    rows = jnp.take(head.matrix, jnp.clip(places, 0, head.num_outputs - 1), axis=head.rows_axis).astype(dtype)
-    return jnp.where(inside[:, None], rows.T if head.rows_axis else rows, 0)
-
-
-def _over_parts(function: Callable[..., Any], axes: tuple[int, ...], *arrays: Array) -> Any:
-    """Maps a function over the axes along which arrays are in parts."""
-    if arrays[0].shape[axes[0]] > 1:
-        return jax.vmap(function, in_axes=axes)(*arrays)
-    # An axis of one entry costs a loop of XLA's a tenth of its time on a CPU.
-    result = function(*(jnp.squeeze(array, axis) for array, axis in zip(arrays, axes, strict=True)))
-    return jax.tree.map(lambda x: x[None], result)
-
-
-def _first_outputs(plan: _Plan, bias: Float[Array, "k p"], labels: Integer[Array, " n"]) -> Integer[Array, " k"]:
-    num_parts, size = bias.shape
-    device = jax.lax.axis_index(plan.axis_names).astype(labels.dtype) if plan.axis_names else 0
-    return (device * num_parts + jnp.arange(num_parts, dtype=labels.dtype)) * size
-
-
-def _tile_indices(plan: _Plan, head: LinearHead, labels: Integer[Array, " n"]) -> Integer[Array, " _"]:
-    return jnp.arange(-(-head.num_outputs // plan.tile_size), dtype=labels.dtype)
+    return jax.lax.stop_gradient(head.mean_row(feats.dtype))

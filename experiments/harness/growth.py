@@ -1,0 +1,50 @@
+"""How a cost grows with a size: the exponent of the power law that fits best, and a figure."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+
+class Growth(NamedTuple):
+    """What several functions cost at each of some sizes."""
+
+    size: str
+    cost: str
+    sizes: Sequence[int]
+    costs: Mapping[str, Sequence[float]]
+
+
+def exponent(sizes: Sequence[int], costs: Sequence[float]) -> tuple[float, float]:
+    """The slope of log cost on log size by least squares, and its standard error."""
+    x, y = np.log(sizes), np.log(costs)
+    x = x - x.mean()
+    slope = x @ y / (x @ x)
+    residuals = y - y.mean() - slope * x
+    return float(slope), float(np.sqrt(residuals @ residuals / max(len(x) - 2, 1) / (x @ x)))
+
+
+def draw_growth(path: Path, growths: Sequence[Growth], title: str) -> None:
+    """A panel each, on log axes, the exponents in the legend."""
+    columns = 2
+    rows = -(-len(growths) // columns)
+    with plt.rc_context({"font.size": 9}):
+        figure, panels = plt.subplots(rows, columns, figsize=(8, 3 * rows + 0.4), layout="constrained", dpi=200)
+        for axes, growth in zip(np.ravel(panels), growths, strict=True):
+            for name, costs in growth.costs.items():
+                slope, error = exponent(growth.sizes, costs)
+                label = f"{name}: exponent {slope:.2f} ± {error:.2f}"
+                axes.plot(growth.sizes, costs, marker="o", markersize=3, linewidth=1.2, label=label)
+            axes.set(xscale="log", yscale="log", xlabel=growth.size, ylabel=growth.cost)
+            axes.grid(alpha=0.25, linewidth=0.5)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.legend(frameon=False, fontsize=7)
+        figure.suptitle(title)
+        figure.savefig(path)
+    plt.close(figure)
