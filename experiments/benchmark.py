@@ -65,6 +65,7 @@ def vocabulary(
     num_samples: int = 4096,
     tile_size: int | None = None,
     seed: int = 0,
+    seconds: float = 30,
     folder: Path = Path("runs/benchmark"),
 ) -> None:
     """κ of a language model's head: its error, its memory, and its time against that of the loss.
@@ -75,12 +76,14 @@ def vocabulary(
         num_samples: N, tokens.
         tile_size: rows of the head that are read at a time, as for `cross_entropy_and_flatness`.
         seed: of the data.
+        seconds: how long the functions of each kind are measured at least, in no fewer than 5 rounds.
         folder: where the record goes.
     """
     record: list[dict[str, Any]] = []
     for size in (1, 2, 511, 512, 513, 1000, num_outputs):
-        record.append(errors(size, scale=1.0, seed=seed))
-    record.append(errors(1000, scale=60.0, seed=seed))
+        record.append(errors(size, certainty=0, seed=seed))
+    for certainty in (30, 60, 90):
+        record.append(errors(1000, certainty=certainty, seed=seed))
 
     tile = tile_size or max(512, 2**22 // num_samples // 128 * 128)
     both = partial(cross_entropy_and_flatness, tile_size=tile)
@@ -106,7 +109,7 @@ def vocabulary(
         )
         record.append({"function": name, "temporary_bytes": memory, "share_of_logits": memory / logits})
     for functions in (forward, backward):
-        record += compare(functions, batch, reference=next(iter(functions)), seconds=30)
+        record += compare(functions, batch, reference=next(iter(functions)), seconds=seconds)
     write_record(folder / "vocabulary.json", record)
 
 
@@ -154,16 +157,16 @@ def growth(seed: int = 0, num_features: int = 512, folder: Path = Path("runs/ben
 
 
 def errors(
-    num_outputs: int, *, scale: float, seed: int, num_features: int = 64, num_samples: int = 64
+    num_outputs: int, *, certainty: float, seed: int, num_features: int = 512, num_samples: int = 64
 ) -> dict[str, Any]:
     """Relative errors in float32 against float64, from sums of terms of one sign.
 
-    With a scale of 1 the logits are random; above, features lie along their label's row, and samples are certain.
+    Without certainty the features are random; else they lie along their label's row, whose logit is about `certainty`.
     """
     rng = np.random.default_rng(seed)
     rows = rng.normal(size=(num_outputs, num_features)) / np.sqrt(num_features)
     labels = rng.integers(0, num_outputs, num_samples)
-    feats = scale * (rows[labels] if scale > 1 else 2 * rng.normal(size=(num_samples, num_features)))
+    feats = certainty * rows[labels] if certainty else 2 * rng.normal(size=(num_samples, num_features))
     rows, feats = rows.astype(np.float32), feats.astype(np.float32)
     kappa = exact_kappa(rows.astype(float), feats.astype(float))
     arguments = {"embedding": jnp.asarray(rows)}, jnp.asarray(feats), jnp.asarray(labels)

@@ -11,7 +11,7 @@ Params = dict[str, jax.Array]
 
 def cross_entropy(params: Params, feats: jax.Array, labels: jax.Array) -> jax.Array:
     """What a training loop computes."""
-    logits = feats @ params["kernel"] + params["bias"]
+    logits = feats @ params["kernel"] + params["bias"][None, :]
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
@@ -31,12 +31,13 @@ def _tiled_forward(tile_size, params, feats, labels):
         _, columns, fresh, logits = _tile(tile_size, params, feats, i)
         new = jnp.maximum(largest, jnp.max(logits, axis=1))
         mass = mass * jnp.exp(largest - new) + jnp.sum(jnp.exp(logits - new[:, None]), axis=1)
-        inside = jnp.clip(labels - columns[0], 0, tile_size - 1)
-        here = (columns[inside] == labels) & fresh[inside]
+        inside = jnp.clip(labels - columns[0].astype(labels.dtype), 0, tile_size - 1)
+        here = (columns.astype(labels.dtype)[inside] == labels) & fresh[inside]
         label_logit = jnp.where(here, jnp.take_along_axis(logits, inside[:, None], axis=1)[:, 0], label_logit)
         return (new, mass, label_logit), None
 
-    start = (jnp.full(len(feats), -jnp.inf), jnp.zeros(len(feats)), jnp.zeros(len(feats)))
+    zeros = jnp.zeros_like(feats[:, 0])
+    start = (zeros - jnp.inf, zeros, zeros)
     (largest, mass, label_logit), _ = jax.lax.scan(step, start, _tile_indices(tile_size, params))
     normalizers = largest + jnp.log(mass)
     return jnp.mean(normalizers - label_logit), (params, feats, labels, normalizers)
@@ -48,8 +49,8 @@ def _tiled_backward(tile_size, residuals, cotangent):
     def step(carry, i):
         d_kernel, d_bias, d_feats = carry
         kernel, columns, fresh, logits = _tile(tile_size, params, feats, i)
-        one_hot = (columns[None, :] == labels[:, None]) & fresh[None, :]
-        d_logits = (jnp.exp(logits - normalizers[:, None]) - one_hot) * (cotangent / len(feats))
+        one_hot = (columns.astype(labels.dtype)[None, :] == labels[:, None]) & fresh[None, :]
+        d_logits = (jnp.exp(logits - normalizers[:, None]) - one_hot.astype(logits.dtype)) * (cotangent / len(feats))
         start = columns[0]
         before = jax.lax.dynamic_slice_in_dim(d_kernel, start, tile_size, 1)
         d_kernel = jax.lax.dynamic_update_slice_in_dim(d_kernel, before + (d_logits.T @ feats).T, start, 1)
@@ -66,17 +67,17 @@ _tiled_cross_entropy.defvjp(_tiled_forward, _tiled_backward)
 
 
 def _tile_indices(tile_size, params):
-    return jnp.arange(-(-len(params["bias"]) // tile_size))
+    return jnp.arange(-(-len(params["bias"]) // tile_size), dtype=jnp.int32)
 
 
 def _tile(tile_size, params, feats, i):
     """A tile's kernel, columns, which of them are new (a last tile overlaps the one before), and logits."""
     start = jnp.minimum(i * tile_size, len(params["bias"]) - tile_size)
-    columns = start + jnp.arange(tile_size)
+    columns = start + jnp.arange(tile_size, dtype=start.dtype)
     fresh = columns >= i * tile_size
     kernel = jax.lax.dynamic_slice_in_dim(params["kernel"], start, tile_size, 1)
     bias = jax.lax.dynamic_slice_in_dim(params["bias"], start, tile_size)
-    return kernel, columns, fresh, feats @ kernel + jnp.where(fresh, bias, -jnp.inf)
+    return kernel, columns, fresh, feats @ kernel + jnp.where(fresh, bias, -jnp.inf)[None, :]
 
 
 def weight_by_weight(params: Params, feats: jax.Array, labels: jax.Array) -> jax.Array:

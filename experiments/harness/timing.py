@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 
 class Timing(NamedTuple):
@@ -19,15 +20,22 @@ class Timing(NamedTuple):
 def side_by_side(
     calls: Mapping[str, Callable[[], Any]], *, reference: str, min_seconds: float = 3.0, min_rounds: int = 5
 ) -> dict[str, Timing]:
-    """Runs every call in turn, round after round, until `min_seconds` and `min_rounds` have passed."""
+    """Runs every call in turn, round after round, until `min_seconds` and `min_rounds` have passed.
+
+    The bar counts the calls of the fewest rounds.
+    """
     repeats = {}
     for name, call in calls.items():
         jax.block_until_ready(call())
         repeats[name] = max(1, round(_SECONDS_A_TURN / _seconds(call, 1)))
     rounds: list[list[float]] = []
     started = time.perf_counter()
-    while len(rounds) < min_rounds or time.perf_counter() - started < min_seconds:
-        rounds.append([_seconds(call, repeats[name]) for name, call in calls.items()])
+    with tqdm(total=min_rounds * len(calls), desc="timing", leave=False, disable=None) as bar:
+        while len(rounds) < min_rounds or time.perf_counter() - started < min_seconds:
+            rounds.append([])
+            for name, call in calls.items():
+                rounds[-1].append(_seconds(call, repeats[name]))
+                bar.update()
     seconds = np.array(rounds)
     ratios = seconds / seconds[:, [list(calls).index(reference)]]
     quartiles = np.percentile(ratios, [25, 75], axis=0)
