@@ -82,7 +82,7 @@ class OnlineSoftmax(NamedTuple):
         """Σ e_s (w_s − w_j)."""
         return self.rows - self.mass[:, None] * self.row
 
-    def relative_to(self, largest: Float[Array, "*k n"], stays: Bool[Array, "*k n"]) -> "OnlineSoftmax":
+    def relative_to(self, largest: Float[Array, "*#k n"], stays: Bool[Array, "*k n"]) -> "OnlineSoftmax":
         """The sums in units of another largest logit; a row j that does not stay the reference goes back into them."""
         unit = jnp.exp(self.largest - largest)
         returned = jnp.where(stays | (self.output < 0), 0, unit)
@@ -104,12 +104,13 @@ def merged(parts: OnlineSoftmax, axis_names: AxisNames) -> tuple[OnlineSoftmax, 
     contenders = jnp.where(parts.largest == largest[None], parts.output, jnp.iinfo(parts.output.dtype).max)
     holds_j = parts.output == -total_max(-contenders, axis_names)[None]
     largest = total(jnp.where(holds_j, parts.largest, 0), axis_names)
+    output = total(jnp.where(holds_j, parts.output, 0), axis_names)
     relative = parts.relative_to(largest[None], holds_j)
     sums = OnlineSoftmax(
         largest=largest,
-        output=total(jnp.where(holds_j, parts.output, 0), axis_names),
+        output=output,
         row=total(jnp.where(holds_j[..., None], parts.row, 0), axis_names),
-        mass=total(relative.mass, axis_names),
+        mass=jnp.where(output < 0, jnp.nan, total(relative.mass, axis_names)),  # every logit is −∞
         squares=total(relative.squares, axis_names),
         norms=total(relative.norms, axis_names),
         rows=total(relative.rows, axis_names),

@@ -81,7 +81,7 @@ def map_parts(function: Callable[..., Any], heads: tuple[SplitHead, ...], *array
 
 def total(parts: Shaped[Array, "k ..."], axis_names: AxisNames) -> Shaped[Array, "..."]:
     """The sum over all parts, those along the first axis and those of all devices along mesh axes."""
-    sums = jnp.sum(parts, axis=0)
+    sums = jnp.sum(parts, axis=0, dtype=parts.dtype)
     return jax.lax.psum(sums, axis_names) if axis_names else sums
 
 

@@ -62,11 +62,11 @@ def take_rows(
     return (rows.T if head.rows_axis else rows), bias
 
 
-def rows_of(head: LinearHead, outputs: Integer[Array, " n"], dtype: jnp.dtype) -> Float[Array, "n m"]:
-    """The rows of some outputs, and 0 for an output that the head has not."""
+def rows_of(head: LinearHead, centre: Float[Array, " m"], outputs: Integer[Array, " n"]) -> Float[Array, "n m"]:
+    """The rows of some outputs, less `centre`, and 0 for an output that the head has not."""
     inside = (outputs >= 0) & (outputs < head.num_outputs)
-    rows = jnp.take(head.matrix, jnp.clip(outputs, 0, head.num_outputs - 1), axis=head.rows_axis).astype(dtype)
-    return jnp.where(inside[:, None], rows.T if head.rows_axis else rows, 0)
+    rows = jnp.take(head.matrix, jnp.clip(outputs, 0, head.num_outputs - 1), axis=head.rows_axis).astype(centre.dtype)
+    return jnp.where(inside[:, None], (rows.T if head.rows_axis else rows) - centre[None, :], 0)
 
 
 def tile_indices(head: LinearHead, tile_size: int, dtype: jnp.dtype) -> Integer[Array, " _"]:

@@ -89,14 +89,14 @@ def _read_out_jvp(tile_size: int, primals: tuple[Any, ...], tangents: tuple[Any,
             # Stacked, and not summed by the scan: a result that is not asked for then costs its transpose nothing.
             d_values = jax.lax.scan(step, None, tile_indices(head, tile_size, labels.dtype))[1]
             d_values = Readout(*(jnp.sum(x, axis=0) for x in d_values))
-            through_label = jnp.sum(rows_of(head, labels - first_output, feats.dtype) * d_feats, axis=1)
+            through_label = jnp.sum(rows_of(head, centre, labels - first_output) * d_feats, axis=1)
             return d_values._replace(losses=d_values.losses - jnp.where(labels == sums.output, 0, through_label))
 
         d_parts = map_parts(of_part, (head, d_head), first_outputs, d_feats_of_parts)
         d_values = Readout(*(total(x, head.axis_names) for x in d_parts))
         # Σ_s (p_s − [s = y]) ⟨w_s, φ̇⟩ = ⟨c − w_y, φ̇⟩; where y is j, to all digits.
         offsets = sums.offsets()
-        means = jnp.where((labels == sums.output)[:, None], offsets, sums.row + centre[None, :] + offsets)
+        means = jnp.where((labels == sums.output)[:, None], offsets, sums.row + offsets)
         return values, d_values._replace(losses=d_values.losses + jnp.sum(means * d_feats, axis=1))
 
 
