@@ -12,14 +12,15 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
-def test_the_readme_shows_nnx_and_linen():
-    assert [re.search(r"from flax import (\w+)", example)[1] for example in EXAMPLES] == ["nnx", "linen"]
+def test_the_readme_shows_nnx_linen_and_training():
+    assert [re.search(r"from flax import (\w+)", example)[1] for example in EXAMPLES] == ["nnx", "linen", "nnx"]
+    assert "cross_entropy_and_flatness" in EXAMPLES[2]
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["NNX", "Linen"])
+@pytest.mark.parametrize("example", EXAMPLES, ids=["NNX", "Linen", "training"])
 def test_an_example_of_the_readme_prints_a_number(example):
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     command = [sys.executable, "-W", "error", "-c", example]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
-    assert re.match(r"κ \d+\.\d{3}", result.stdout)
+    assert re.search(r"κ \d+\.\d{3}", result.stdout)

@@ -32,7 +32,8 @@ def cross_entropy_and_flatness(
     features, to any order and in both modes, so that `loss + strength * kappa` trains; its gradient is the whole one,
     third derivatives of the loss included, and reaches every layer before the head. In matrix products of size n·d·m:
     2 for the values, 4 with the gradient of L, as many as without κ, and 7 with the gradient of both. Memory is
-    O(n·(m + t) + t·m) beside the arguments and the gradient, for tiles of t rows.
+    O(n·(m + t) + t·m) beside the arguments and the gradient, for tiles of t rows; a Hessian-vector product by forward
+    over reverse, `jvp` of `grad`, takes as little, by reverse over reverse as much as all logits.
 
     In float32 both keep their digits however certain the head is: κ = 1e-30 as well as L = 1e-30, and their gradients.
     Where samples hesitate between rows near to each other κ loses some, as for `relative_flatness`, which κ equals.
@@ -45,11 +46,11 @@ def cross_entropy_and_flatness(
         weights: sample weights ω (...,), all 1 by default. A sample of weight 0 is ignored, whatever it holds.
         tile_size: how many rows of W are read at a time, by all devices together, or in a `jax.shard_map` by each;
             static. Chosen by the shapes if None.
-        axis_name: inside a `jax.shard_map`, the mesh axis or axes along which the rows of W are split, or the samples,
-            static; which of the two is known from the types. Then both results are those of all rows and all samples.
-            Elsewhere leave it out: sharded arrays are read where they are, and the head is never gathered. There the
-            gradient of a head that is the same on all devices is summed over them tile by tile; in a `shard_map` at
-            once.
+        axis_name: inside a `jax.shard_map`, the mesh axis or axes along which the rows of W are split, in the order of
+            in_specs, or the samples; static. Which of the two is known from the types. Then both results are those of
+            all rows and all samples. Elsewhere leave it out: sharded arrays are read where they are, and a head split
+            by rows is never gathered. Where every device holds the whole head, a `shard_map` is the better choice: its
+            gradient is then summed over the devices once, not tile by tile, and takes less memory.
 
     Returns:
         (L, κ), scalars in nats, in float64 if any input is, else in float32. NaN if a feature or the head is not
@@ -91,7 +92,8 @@ def cross_entropy_and_flatness(
     samples = samples._replace(total_weight=jnp.where(jnp.isfinite(total_weight), total_weight, jnp.nan))
 
     readout = read_out(head, samples.feats, samples.labels, tile_size=tile_size, axis_names=row_axes)
-    cross_entropy = jnp.sum(samples.shares * readout.losses)
+    # Padding is a copy of a sample, whose loss may be infinite.
+    cross_entropy = jnp.sum(jnp.where(samples.shares == 0, 0, samples.shares * readout.losses))
     kappa = jnp.sum(samples.shares * jnp.sum(samples.feats**2, axis=1) * readout.variances)
     return _sum(cross_entropy, sample_axes), _sum(kappa, sample_axes)
 

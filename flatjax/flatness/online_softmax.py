@@ -70,17 +70,20 @@ class OnlineSoftmax(NamedTuple):
         return (2 * self.mass + self.mass**2 - self.squares) / (1 + self.mass) ** 2
 
     def variances(self) -> Float[Array, " n"]:
-        """Σ p_s ‖w_s − c‖²."""
-        mixed = self.norms + self.mass * jnp.sum(self.row**2, axis=1) - 2 * jnp.sum(self.rows * self.row, axis=1)
-        return (mixed - jnp.sum(self._differences() ** 2, axis=1) / (1 + self.mass)) / (1 + self.mass)
+        """v = Σ p_s ‖w_s − c‖² = (1 − p_j) (Σ_{s≠j} p'_s ‖w_s − w_j‖² − (1 − p_j) ‖c' − w_j‖²), p' and c' as below."""
+        mean, square = self._others()
+        about_j = square + jnp.sum(self.row**2, axis=1) - 2 * jnp.sum(mean * self.row, axis=1)
+        rest = self.mass / (1 + self.mass)
+        return rest * (about_j - rest * jnp.sum((mean - self.row) ** 2, axis=1))
 
     def offsets(self) -> Float[Array, "n m"]:
-        """c − w_j."""
-        return self._differences() / (1 + self.mass[:, None])
+        """c − w_j = (1 − p_j) (c' − w_j)."""
+        return (self.mass / (1 + self.mass))[:, None] * (self._others()[0] - self.row)
 
-    def _differences(self) -> Float[Array, "n m"]:
-        """Σ e_s (w_s − w_j)."""
-        return self.rows - self.mass[:, None] * self.row
+    def _others(self) -> tuple[Float[Array, "n m"], Float[Array, " n"]]:
+        """c' = Σ p'_s w_s and Σ p'_s ‖w_s‖² with p'_s = e_s / q, over s ≠ j: not small, however small q is."""
+        mass = jnp.where(self.mass == 0, 1, self.mass)
+        return self.rows / mass[:, None], self.norms / mass
 
     def relative_to(self, largest: Float[Array, "*#k n"], stays: Bool[Array, "*k n"]) -> "OnlineSoftmax":
         """The sums in units of another largest logit; a row j that does not stay the reference goes back into them."""

@@ -47,10 +47,17 @@ class SplitHead:
         device = jax.lax.axis_index(self.axis_names).astype(dtype) if self.axis_names else 0
         return (device * num_parts + jnp.arange(num_parts, dtype=dtype)) * self.num_rows
 
-    def mean_row(self, dtype: DTypeLike) -> Float[Array, " m"]:
-        part_means = jnp.mean(self.matrix, axis=self.rows_axis + 1, dtype=dtype)
-        mean = jnp.mean(part_means, axis=self.rows_axis)
-        return jax.lax.pmean(mean, self.axis_names) if self.axis_names else mean
+    def mean_row(self, feats: Float[Array, "n m"]) -> Float[Array, " m"]:
+        """The mean of the rows under the probabilities predicted for some features, roughly: in the head's dtype."""
+        rows = "mkp" if self.rows_axis else "kpm"
+        product = functools.partial(jnp.einsum, preferred_element_type=feats.dtype)
+        logits = product(f"nm,{rows}->knp", feats.astype(self.matrix.dtype), self.matrix)
+        logits += self.bias.astype(feats.dtype)[:, None, :]
+        largest = total_max(jnp.max(logits, axis=2), self.axis_names)
+        e = jnp.exp(logits - largest[None, :, None])
+        p = e / total(jnp.sum(e, axis=2), self.axis_names)[None, :, None]
+        mean = product(f"kp,{rows}->m", jnp.mean(p, axis=1).astype(self.matrix.dtype), self.matrix)
+        return jax.lax.psum(mean, self.axis_names) if self.axis_names else mean
 
 
 def split(head: LinearHead, axis_names: AxisNames, like: Any) -> SplitHead:

@@ -1,5 +1,6 @@
 """A head in tiles of rows, with the logits of the samples there, so that all logits need never be at once."""
 
+import numbers
 from typing import NamedTuple
 
 import jax
@@ -78,7 +79,7 @@ def check_tile_size(tile_size: int | None) -> None:
     """Raises a TypeError for what is no integer, and a ValueError for one below 1."""
     if tile_size is None:
         return
-    if not isinstance(tile_size, int):
+    if not isinstance(tile_size, numbers.Integral) or isinstance(tile_size, bool):
         raise TypeError(
             f"tile_size is a {type(tile_size).__name__}, wanted a number of rows, static under jit, or None"
         )

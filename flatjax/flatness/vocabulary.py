@@ -22,6 +22,8 @@ LOGITS_AT_ONCE = 2**22
 """A device's, unless the rows of a tile were then too few for a product of matrices to be fast."""
 FEWEST_ROWS = 512
 
+_SAMPLES_FOR_CENTRE = 8
+
 
 class Readout(NamedTuple):
     """What depends on the logits of a sample alone."""
@@ -53,7 +55,7 @@ def read_out(
     num_parts = len(parts.bias)
     if tile_size is None:
         tile_size = max(FEWEST_ROWS, num_parts * LOGITS_AT_ONCE // len(feats))
-    rows_of_part = -(-tile_size // num_parts)
+    rows_of_part = -(-int(tile_size) // num_parts)
     return _read_out(min(rows_of_part, parts.num_rows), parts, feats, labels)
 
 
@@ -156,6 +158,7 @@ def _read_sums(
     nothing = varying_like(OnlineSoftmax.of_no_rows(feats, labels), (head, feats, labels))
 
     def of_part(head: LinearHead, first_output: Array) -> OnlineSoftmax:
+        @functools.partial(jax.checkpoint, prevent_cse=False)
         def step(sums: OnlineSoftmax, i: Array) -> tuple[OnlineSoftmax, None]:
             return sums.with_tile(tile(head, centre, feats, first_output, tile_size, i), labels), None
 
@@ -166,5 +169,9 @@ def _read_sums(
 
 
 def _centre(head: SplitHead, feats: Float[Array, "n m"]) -> Float[Array, " m"]:
-    """The mean row, which nothing depends on but the rounding errors of what all rows share."""
-    return jax.lax.stop_gradient(head.mean_row(feats.dtype))
+    """A row among those that matter. Nothing depends on it but the rounding errors of what such rows share."""
+    head, feats = jax.lax.stop_gradient((head, feats))
+    places = jnp.linspace(0, len(feats) - 1, min(len(feats), _SAMPLES_FOR_CENTRE)).round()
+    # Summed, not sliced: of samples split among devices a slice is cut once all are gathered.
+    chosen = places[:, None] == jnp.arange(len(feats), dtype=places.dtype)[None, :]
+    return head.mean_row(chosen.astype(feats.dtype) @ feats)

@@ -323,7 +323,11 @@ def test_two_processes_give_what_one_gives(tmp_path):
         free.bind(("localhost", 0))
         command = [sys.executable, pathlib.Path(__file__).with_name("two_processes.py"), str(free.getsockname()[1])]
     with (tmp_path / "log").open("w+") as log:
-        options = {"stdout": log, "stderr": log, "env": os.environ | {"XLA_FLAGS": ""}}
+        options = {
+            "stdout": log,
+            "stderr": log,
+            "env": os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        }
         processes = [subprocess.Popen([*command, str(i)], **options) for i in range(2)]
         try:
             exits = [process.wait(timeout=180) for process in processes]
