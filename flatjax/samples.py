@@ -1,8 +1,8 @@
 """What a labelled set of samples is: any leading shape flattened, weights as shares, bad values marked.
 
 A sample of weight 0, or of label −100 where labels are classes, is padding: whatever it holds, NaN included, counts
-nowhere. A bad value elsewhere (a label out of
-range, a negative weight) turns the share of its sample into NaN, so that no mean over the samples can look plausible.
+nowhere. A bad value elsewhere (a label out of range, a negative weight) turns the share of its sample into NaN, so that
+no mean over the samples can look plausible.
 """
 
 from typing import NamedTuple

@@ -32,8 +32,9 @@ def cross_entropy_and_flatness(
     features, to any order and in both modes, so that `loss + strength * kappa` trains; its gradient is the whole one,
     third derivatives of the loss included, and reaches every layer before the head. In matrix products of size n·d·m:
     2 for the values, 4 with the gradient of L, as many as without κ, and 7 with the gradient of both. Memory is
-    O(n·(m + t) + t·m) beside the arguments and the gradient, for tiles of t rows; a Hessian-vector product by forward
-    over reverse, `jvp` of `grad`, takes as little, by reverse over reverse as much as all logits.
+    O(n·(m + t) + t·m) beside the arguments and the gradient, for tiles of t ≥ √d rows; so it is for a Hessian-vector
+    product by `jvp` of `grad`, where a reverse pass over a derivative takes more than all logits do. Beside these
+    products the head is read once more for eight of the samples, to find the rows that matter.
 
     In float32 both keep their digits however certain the head is: κ = 1e-30 as well as L = 1e-30, and their gradients.
     Where samples hesitate between rows near to each other κ loses some, as for `relative_flatness`, which κ equals.
@@ -42,7 +43,8 @@ def cross_entropy_and_flatness(
         params: the head as Flax keeps it: a mapping (or `nnx.State`) with `kernel` (m, d), or `embedding` (d, m) if it
             is tied, and optionally `bias` (d,), of any floating dtypes: products are summed in float32, or float64.
         feats: features (..., m), what enters the head.
-        labels: integer classes (...,). A sample of the label −100 is ignored, whatever it holds.
+        labels: integer classes (...,), of all rows, also where a device has only some of them. A sample of the label
+            −100 is ignored, whatever it holds.
         weights: sample weights ω (...,), all 1 by default. A sample of weight 0 is ignored, whatever it holds.
         tile_size: how many rows of W are read at a time, by all devices together, or in a `jax.shard_map` by each;
             static. Chosen by the shapes if None.
@@ -93,7 +95,7 @@ def cross_entropy_and_flatness(
 
     readout = read_out(head, samples.feats, samples.labels, tile_size=tile_size, axis_names=row_axes)
     # Padding is a copy of a sample, whose loss may be infinite.
-    cross_entropy = jnp.sum(jnp.where(samples.shares == 0, 0, samples.shares * readout.losses))
+    cross_entropy = jnp.sum(samples.shares * jnp.where(samples.shares == 0, 0, readout.losses))
     kappa = jnp.sum(samples.shares * jnp.sum(samples.feats**2, axis=1) * readout.variances)
     return _sum(cross_entropy, sample_axes), _sum(kappa, sample_axes)
 

@@ -70,20 +70,20 @@ class OnlineSoftmax(NamedTuple):
         return (2 * self.mass + self.mass**2 - self.squares) / (1 + self.mass) ** 2
 
     def variances(self) -> Float[Array, " n"]:
-        """v = Σ p_s ‖w_s − c‖² = (1 − p_j) (Σ_{s≠j} p'_s ‖w_s − w_j‖² − (1 − p_j) ‖c' − w_j‖²), p' and c' as below."""
-        mean, square = self._others()
-        about_j = square + jnp.sum(self.row**2, axis=1) - 2 * jnp.sum(mean * self.row, axis=1)
-        rest = self.mass / (1 + self.mass)
-        return rest * (about_j - rest * jnp.sum((mean - self.row) ** 2, axis=1))
+        """v = Σ p_s ‖w_s − c‖² = [Σ e_s ‖w_s − w_j‖² − ‖Σ e_s (w_s − w_j)‖² / (1 + q)] / (1 + q)."""
+        scale = self._scale()
+        mass, norms, rows = self.mass / scale, self.norms / scale, self.rows / scale[:, None]
+        about_j = norms + mass * jnp.sum(self.row**2, axis=1) - 2 * jnp.sum(rows * self.row, axis=1)
+        square = jnp.sum((rows - mass[:, None] * self.row) ** 2, axis=1)
+        return scale * (about_j - scale * square / (1 + self.mass)) / (1 + self.mass)
 
     def offsets(self) -> Float[Array, "n m"]:
-        """c − w_j = (1 − p_j) (c' − w_j)."""
-        return (self.mass / (1 + self.mass))[:, None] * (self._others()[0] - self.row)
+        """c − w_j = Σ e_s (w_s − w_j) / (1 + q)."""
+        return (self.rows - self.mass[:, None] * self.row) / (1 + self.mass[:, None])
 
-    def _others(self) -> tuple[Float[Array, "n m"], Float[Array, " n"]]:
-        """c' = Σ p'_s w_s and Σ p'_s ‖w_s‖² with p'_s = e_s / q, over s ≠ j: not small, however small q is."""
-        mass = jnp.where(self.mass == 0, 1, self.mass)
-        return self.rows / mass[:, None], self.norms / mass
+    def _scale(self) -> Float[Array, " n"]:
+        """A constant in whose units the sums are as large as rows, and no product of theirs underflows."""
+        return jax.lax.stop_gradient(jnp.where(self.mass == 0, 1, self.mass))
 
     def relative_to(self, largest: Float[Array, "*#k n"], stays: Bool[Array, "*k n"]) -> "OnlineSoftmax":
         """The sums in units of another largest logit; a row j that does not stay the reference goes back into them."""
@@ -100,7 +100,7 @@ class OnlineSoftmax(NamedTuple):
 def merged(parts: OnlineSoftmax, axis_names: AxisNames) -> tuple[OnlineSoftmax, Float[Array, " n"]]:
     """The sums over all parts, and v.
 
-    v is worked out where w_j was read: if it is all that is asked for, w_j is not sent.
+    v is worked out where w_j was read: if it alone is asked for, and no derivative of it, w_j is not sent.
     """
     largest = total_max(jax.lax.stop_gradient(parts.largest), axis_names)
     # Of several largest logits the first is j.
@@ -124,7 +124,10 @@ def merged(parts: OnlineSoftmax, axis_names: AxisNames) -> tuple[OnlineSoftmax, 
 
 
 def _first_largest(logits: Float[Array, "n t"], dtype: jnp.dtype) -> Integer[Array, " n"]:
-    """What argmax gives, from reductions of floats, which XLA vectorises on a CPU where it does not vectorise that."""
+    """What argmax gives, from reductions of floats, which XLA vectorises on a CPU where it does not vectorise that.
+
+    Places are floats here: in float32 exact up to 2²⁴ rows a tile.
+    """
     logits = jax.lax.stop_gradient(logits)
     places = jnp.arange(logits.shape[1], dtype=logits.dtype)
     is_largest = logits == jnp.max(logits, axis=1)[:, None]

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Integer, Shaped
+from jaxtyping import Array, Integer, Shaped
 
 from flatjax.heads import LinearHead
 from flatjax.sharding import num_devices
@@ -46,18 +46,6 @@ class SplitHead:
         num_parts = len(self.bias)
         device = jax.lax.axis_index(self.axis_names).astype(dtype) if self.axis_names else 0
         return (device * num_parts + jnp.arange(num_parts, dtype=dtype)) * self.num_rows
-
-    def mean_row(self, feats: Float[Array, "n m"]) -> Float[Array, " m"]:
-        """The mean of the rows under the probabilities predicted for some features, roughly: in the head's dtype."""
-        rows = "mkp" if self.rows_axis else "kpm"
-        product = functools.partial(jnp.einsum, preferred_element_type=feats.dtype)
-        logits = product(f"nm,{rows}->knp", feats.astype(self.matrix.dtype), self.matrix)
-        logits += self.bias.astype(feats.dtype)[:, None, :]
-        largest = total_max(jnp.max(logits, axis=2), self.axis_names)
-        e = jnp.exp(logits - largest[None, :, None])
-        p = e / total(jnp.sum(e, axis=2), self.axis_names)[None, :, None]
-        mean = product(f"kp,{rows}->m", jnp.mean(p, axis=1).astype(self.matrix.dtype), self.matrix)
-        return jax.lax.psum(mean, self.axis_names) if self.axis_names else mean
 
 
 def split(head: LinearHead, axis_names: AxisNames, like: Any) -> SplitHead:
@@ -93,6 +81,6 @@ def total(parts: Shaped[Array, "k ..."], axis_names: AxisNames) -> Shaped[Array,
 
 
 def total_max(parts: Shaped[Array, "k ..."], axis_names: AxisNames) -> Shaped[Array, "..."]:
-    """The largest of all parts; of no use to a derivative."""
+    """The largest of all parts; it has no derivative."""
     largest = jnp.max(parts, axis=0)
     return jax.lax.pmax(largest, axis_names) if axis_names else largest

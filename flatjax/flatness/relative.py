@@ -46,8 +46,10 @@ def relative_flatness(
         weights: sample weights ω (...,), all 1 by default. A sample of weight 0, or of the class −100, is padding,
             whatever it holds.
         tile_size: of a softmax head, so many rows are read at a time, and the logits of all samples are never in memory
-            at once; 2 products of matrices, n·d·m each. Static. By default it is the shapes that decide: n·d logits are
-            in memory at once as long as they are at most 2²³, or d ≤ m. A `tile_size` of d or more forces that.
+            at once; 2 products of matrices, n·d·m each. The spread of the rows in play, of which ρ is a share, is then
+            that around the mean row which eight of the samples predict. Static. By default it is the shapes that
+            decide: n·d logits are in memory at once as long as they are at most 2²³, or d ≤ m. A `tile_size` of d or
+            more forces that.
 
     Returns:
         κ, a scalar in the unit of the loss, in float64 if any input is, else in float32. NaN if a feature is not

@@ -26,7 +26,7 @@ _SAMPLES_FOR_CENTRE = 8
 
 
 class Readout(NamedTuple):
-    """What depends on the logits of a sample alone."""
+    """Of each sample, how far its loss has fallen and how it curves, in the logits."""
 
     losses: Float[Array, " n"]
     """ℓ = −log p_y."""
@@ -61,7 +61,7 @@ def read_out(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _read_out(tile_size: int, head: SplitHead, feats: Float[Array, "n m"], labels: Integer[Array, " n"]) -> Readout:
-    return _read_sums(tile_size, head, feats, labels)[1]
+    return _read_sums(tile_size, head, feats, labels, _centre(tile_size, head, feats, labels))[1]
 
 
 # The derivative is given forward, linear in the tangents: transposed, it is the gradient, which takes the tiles one by
@@ -70,8 +70,8 @@ def _read_out(tile_size: int, head: SplitHead, feats: Float[Array, "n m"], label
 def _read_out_jvp(tile_size: int, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Readout, Readout]:
     (head, feats, labels), (d_head, d_feats, _) = primals, tangents
     with jax.default_matmul_precision("highest"):
-        sums, values = _read_sums(tile_size, head, feats, labels)
-        centre = _centre(head, feats)
+        centre = _centre(tile_size, head, feats, labels)
+        sums, values = _read_sums(tile_size, head, feats, labels, centre)
         first_outputs = head.first_outputs(labels.dtype)
         # Each part and each device gets its own φ̇, and each device its own ẇ and ḃ: transposed, what they add to a
         # gradient is summed once all tiles were read, not tile by tile.
@@ -124,8 +124,8 @@ def _tile_tangents(
     """
     total_mass = 1 + sums.mass[:, None]
     is_j, is_y = read.is_output(sums.output), read.is_output(labels)
-    p = jnp.exp(read.logits - sums.largest[:, None]) / total_mass
-    others = jnp.where(is_j, 0, p)
+    others = jnp.where(is_j, 0, jnp.exp(read.logits - sums.largest[:, None])) / total_mass
+    p = jnp.where(is_j, 1 / total_mass, others)
 
     by_loss = jnp.where(is_j & is_y, -sums.mass[:, None] / total_mass, p - is_y.astype(p.dtype))
 
@@ -152,10 +152,13 @@ def _tile_tangents(
 
 
 def _read_sums(
-    tile_size: int, head: SplitHead, feats: Float[Array, "n m"], labels: Integer[Array, " n"]
+    tile_size: int,
+    head: SplitHead,
+    feats: Float[Array, "n m"],
+    labels: Integer[Array, " n"],
+    centre: Float[Array, " m"],
 ) -> tuple[OnlineSoftmax, Readout]:
-    centre = _centre(head, feats)
-    nothing = varying_like(OnlineSoftmax.of_no_rows(feats, labels), (head, feats, labels))
+    nothing = varying_like(OnlineSoftmax.of_no_rows(feats, labels), (head, feats, labels, centre))
 
     def of_part(head: LinearHead, first_output: Array) -> OnlineSoftmax:
         @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -168,10 +171,17 @@ def _read_sums(
     return sums, Readout(sums.losses(), sums.traces(), variances)
 
 
-def _centre(head: SplitHead, feats: Float[Array, "n m"]) -> Float[Array, " m"]:
-    """A row among those that matter. Nothing depends on it but the rounding errors of what such rows share."""
+def _centre(tile_size: int, head: SplitHead, feats: Float[Array, "n m"], labels: Array) -> Float[Array, " m"]:
+    """The mean row that some of the samples predict.
+
+    Nothing depends on it but the rounding errors of what the rows that matter share.
+    """
     head, feats = jax.lax.stop_gradient((head, feats))
     places = jnp.linspace(0, len(feats) - 1, min(len(feats), _SAMPLES_FOR_CENTRE)).round()
     # Summed, not sliced: of samples split among devices a slice is cut once all are gathered.
     chosen = places[:, None] == jnp.arange(len(feats), dtype=places.dtype)[None, :]
-    return head.mean_row(chosen.astype(feats.dtype) @ feats)
+    feats = chosen.astype(feats.dtype) @ feats
+    any_label = jnp.zeros_like(feats[:, 0], labels.dtype)
+    sums, _ = _read_sums(tile_size, head, feats, any_label, jnp.zeros_like(feats[0]))
+    centre = jnp.mean(sums.row + sums.offsets(), axis=0)
+    return jnp.where(jnp.isfinite(centre), centre, 0)

@@ -349,3 +349,29 @@ def test_tiles_and_their_gradients_are_exported_for_every_platform():
     exported = jax.export.export(jax.jit(gradients(all_in_tiles(TILE))), platforms=platforms)(*arguments())
     assert exported.platforms == platforms
     assert_close(exported.call(*arguments()), jax.jit(gradients(all_in_tiles(None)))(*arguments()), 2e-6)
+
+
+@pytest.mark.parametrize("mode", ["forward over reverse", "reverse over reverse"])
+@pytest.mark.parametrize("scale", [20, 60])
+def test_float32_keeps_hessian_vector_products_of_certain_samples(scale, mode):
+    problem = helpers.collapsed_problem(13, 16, 40, scale)
+    rng = np.random.default_rng(0)
+    direction = rng.normal(size=problem.weight.shape).astype(np.float32), rng.normal(size=problem.feats.shape)
+
+    def product(dtype):
+        weight, bias, feats, labels, _ = problem.astype(dtype)
+        along = tuple(x.astype(dtype) for x in direction)
+
+        def objective(weight, feats):
+            values = flatjax.cross_entropy_and_flatness({"embedding": weight, "bias": bias}, feats, labels, tile_size=5)
+            return values[0] + values[1]
+
+        gradient = jax.grad(objective, (0, 1))
+        if mode == "forward over reverse":
+            return jax.jit(lambda *point: jax.jvp(gradient, point, along)[1])(weight, feats)
+        inner = lambda *point: sum(jnp.vdot(g, x) for g, x in zip(gradient(*point), along, strict=True))  # noqa: E731
+        return jax.jit(jax.grad(inner, (0, 1)))(weight, feats)
+
+    for got, want in zip(product(np.float32), product(np.float64), strict=True):
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.max(np.abs(want)))
