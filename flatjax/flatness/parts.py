@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Integer, Shaped
+from jaxtyping import Array, Float, Integer, Shaped
 
 from flatjax.heads import LinearHead
 from flatjax.sharding import num_devices
@@ -46,6 +46,27 @@ class SplitHead:
         num_parts = len(self.bias)
         device = jax.lax.axis_index(self.axis_names).astype(dtype) if self.axis_names else 0
         return (device * num_parts + jnp.arange(num_parts, dtype=dtype)) * self.num_rows
+
+    def predicted_row(self, feats: Float[Array, "n m"]) -> Float[Array, " m"]:
+        """The mean of the rows under the probabilities of a few samples, as well as the head's dtype knows it.
+
+        NaN where logits overflow.
+        """
+        # The orders of axes are those for which XLA lays out no copy of the head.
+        product = "nm,mkp->nkp" if self.rows_axis else "kpm,nm->kpn"
+        operands = [feats.astype(self.matrix.dtype), self.matrix]
+        logits = jnp.einsum(
+            product, *(operands if self.rows_axis else operands[::-1]), preferred_element_type=feats.dtype
+        )
+        logits = jnp.transpose(logits, (1, 0, 2) if self.rows_axis else (0, 2, 1))
+        logits += self.bias.astype(feats.dtype)[:, None, :]
+        largest = total_max(jnp.max(logits, axis=2), self.axis_names)
+        e = jnp.exp(logits - largest[None, :, None])
+        mass = total(jnp.sum(e, axis=2), self.axis_names)
+        p = jnp.mean(e / mass[None, :, None], axis=1)
+        weighed = self.matrix.astype(feats.dtype) * (p[None] if self.rows_axis else p[:, :, None])
+        row = jnp.sum(weighed, axis=(1, 2) if self.rows_axis else (0, 1))
+        return jax.lax.psum(row, self.axis_names) if self.axis_names else row
 
 
 def split(head: LinearHead, axis_names: AxisNames, like: Any) -> SplitHead:

@@ -61,7 +61,7 @@ def read_out(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _read_out(tile_size: int, head: SplitHead, feats: Float[Array, "n m"], labels: Integer[Array, " n"]) -> Readout:
-    return _read_sums(tile_size, head, feats, labels, _centre(tile_size, head, feats, labels))[1]
+    return _read_sums(tile_size, head, feats, labels, _centre(head, feats))[1]
 
 
 # The derivative is given forward, linear in the tangents: transposed, it is the gradient, which takes the tiles one by
@@ -70,7 +70,7 @@ def _read_out(tile_size: int, head: SplitHead, feats: Float[Array, "n m"], label
 def _read_out_jvp(tile_size: int, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Readout, Readout]:
     (head, feats, labels), (d_head, d_feats, _) = primals, tangents
     with jax.default_matmul_precision("highest"):
-        centre = _centre(tile_size, head, feats, labels)
+        centre = _centre(head, feats)
         sums, values = _read_sums(tile_size, head, feats, labels, centre)
         first_outputs = head.first_outputs(labels.dtype)
         # Each part and each device gets its own φ̇, and each device its own ẇ and ḃ: transposed, what they add to a
@@ -171,7 +171,7 @@ def _read_sums(
     return sums, Readout(sums.losses(), sums.traces(), variances)
 
 
-def _centre(tile_size: int, head: SplitHead, feats: Float[Array, "n m"], labels: Array) -> Float[Array, " m"]:
+def _centre(head: SplitHead, feats: Float[Array, "n m"]) -> Float[Array, " m"]:
     """The mean row that some of the samples predict.
 
     Nothing depends on it but the rounding errors of what the rows that matter share.
@@ -180,8 +180,5 @@ def _centre(tile_size: int, head: SplitHead, feats: Float[Array, "n m"], labels:
     places = jnp.linspace(0, len(feats) - 1, min(len(feats), _SAMPLES_FOR_CENTRE)).round()
     # Summed, not sliced: of samples split among devices a slice is cut once all are gathered.
     chosen = places[:, None] == jnp.arange(len(feats), dtype=places.dtype)[None, :]
-    feats = chosen.astype(feats.dtype) @ feats
-    any_label = jnp.zeros_like(feats[:, 0], labels.dtype)
-    sums, _ = _read_sums(tile_size, head, feats, any_label, jnp.zeros_like(feats[0]))
-    centre = jnp.mean(sums.row + sums.offsets(), axis=0)
+    centre = head.predicted_row(chosen.astype(feats.dtype) @ feats)
     return jnp.where(jnp.isfinite(centre), centre, 0)
