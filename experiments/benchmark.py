@@ -30,6 +30,7 @@ from flatjax import (
     row_block_traces,
     simplified_relative_flatness,
 )
+from flatjax.flatness.vocabulary import FEWEST_ROWS, LOGITS_AT_ONCE
 
 Batch = tuple[dict[str, jax.Array], jax.Array, jax.Array]
 
@@ -85,7 +86,7 @@ def vocabulary(
     for certainty in (30, 60, 90):
         record.append(errors(1000, certainty=certainty, seed=seed))
 
-    tile = tile_size or max(512, 2**22 // num_samples // 128 * 128)
+    tile = tile_size or max(FEWEST_ROWS, LOGITS_AT_ONCE // num_samples)
     both = partial(cross_entropy_and_flatness, tile_size=tile)
     forward = {
         "cross-entropy": cross_entropy,
@@ -144,12 +145,12 @@ def growth(seed: int = 0, num_features: int = 512, folder: Path = Path("runs/ben
                 seconds[name].append(row["seconds"])
                 mebibytes[name].append(temporary_memory(function, batch) / 2**20)
         growths += [Growth(axis, "seconds", sizes, seconds), Growth(axis, "temporary MiB", sizes, mebibytes)]
-    for growth in growths:
-        for name, costs in growth.costs.items():
-            slope, error = exponent(growth.sizes, costs)
-            print(f"{growth.cost:14} of {name:26} ~ ({growth.size.split(',')[0]})^{slope:.2f} ± {error:.2f}")
+    for measured in growths:
+        for name, costs in measured.costs.items():
+            slope, error = exponent(measured.sizes, costs)
+            print(f"{measured.cost:14} of {name:26} ~ ({measured.size.split(',')[0]})^{slope:.2f} ± {error:.2f}")
             record.append(
-                {"cost": growth.cost, "size": growth.size, "function": name, "exponent": slope} | growth._asdict()
+                {"cost": measured.cost, "size": measured.size, "function": name, "exponent": slope} | measured._asdict()
             )
     write_record(folder / "growth.json", record)
     draw_growth(folder / "growth.png", growths, f"A head of V outputs and {num_features} features on N samples")

@@ -126,6 +126,14 @@ def _widened(labels: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     return labels.astype(jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32)
 
 
+def check_one_class_a_sample(samples: Samples, labels: ArrayLike) -> None:
+    """Raises a TypeError for `labels`, as they were given, that are no integers or more than one a sample."""
+    if samples.labels.ndim != 1 or not jnp.issubdtype(samples.labels.dtype, jnp.integer):
+        raise TypeError(
+            f"labels has dtype {samples.labels.dtype} and shape {jnp.shape(labels)}, wanted one integer class a sample"
+        )
+
+
 def mark_class_labels(samples: Samples, num_classes: int) -> Samples:
     """Marks integer labels that are not in 0 … `num_classes` − 1."""
     labels = samples.labels

@@ -39,5 +39,10 @@ def varying_like(tree: T, like: Any) -> T:
     return jax.tree.map(cast, tree)
 
 
+def sum_over_devices(value: Array, axis_names: tuple[str, ...]) -> Array:
+    """Along axes of a `jax.shard_map`, if there are any."""
+    return jax.lax.psum(value, axis_names) if axis_names else value
+
+
 def _meshes(tree: Any) -> Iterator[AbstractMesh]:
     return (jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))

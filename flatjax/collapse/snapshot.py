@@ -11,7 +11,7 @@ from flatjax.collapse.geometry import equiangularity, equinorm, etf_error, etf_f
 from flatjax.collapse.variability import class_distance_normalized_variances, within_over_between
 from flatjax.heads import HeadParams, LinearHead, linear_head
 from flatjax.metric import metric
-from flatjax.samples import Samples, flatten_samples, mark_class_labels
+from flatjax.samples import Samples, check_one_class_a_sample, flatten_samples, mark_class_labels
 
 
 class NeuralCollapse(NamedTuple):
@@ -157,8 +157,5 @@ def _classified_samples(
         raise ValueError(f"num_classes is {num_classes}; there is nothing between fewer than 2 classes")
     if num_classes != head.num_outputs:
         raise ValueError(f"num_classes is {num_classes}, but the head has {head.num_outputs} outputs, one a class")
-    if samples.labels.ndim != 1 or not jnp.issubdtype(samples.labels.dtype, jnp.integer):
-        raise TypeError(
-            f"labels has dtype {samples.labels.dtype} and shape {jnp.shape(labels)}, wanted one integer class a sample"
-        )
+    check_one_class_a_sample(samples, labels)
     return head.astype(samples.feats.dtype), mark_class_labels(samples, num_classes)

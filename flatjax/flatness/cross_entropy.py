@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Integer, Shaped
 from flatjax.flatness.vocabulary import read_out
 from flatjax.heads import HeadParams, linear_head
 from flatjax.metric import metric
-from flatjax.samples import flatten_samples, mark_class_labels
-from flatjax.sharding import varying_axes
+from flatjax.samples import check_one_class_a_sample, flatten_samples, mark_class_labels
+from flatjax.sharding import sum_over_devices, varying_axes
 
 
 @metric
@@ -84,24 +84,17 @@ def cross_entropy_and_flatness(
     axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
     row_axes, sample_axes = _split_by(axes, head.matrix, feats)
     samples = flatten_samples(head, feats, labels, weights)
-    if samples.labels.ndim != 1 or not jnp.issubdtype(samples.labels.dtype, jnp.integer):
-        raise TypeError(
-            f"labels has dtype {samples.labels.dtype} and shape {jnp.shape(labels)}, wanted one integer class a sample"
-        )
+    check_one_class_a_sample(samples, labels)
     num_outputs = head.num_outputs * jax.lax.axis_size(row_axes) if row_axes else head.num_outputs
     samples = mark_class_labels(samples, num_outputs)
-    total_weight = _sum(samples.total_weight, sample_axes)
+    total_weight = sum_over_devices(samples.total_weight, sample_axes)
     samples = samples._replace(total_weight=jnp.where(jnp.isfinite(total_weight), total_weight, jnp.nan))
 
     readout = read_out(head, samples.feats, samples.labels, tile_size=tile_size, axis_names=row_axes)
     # Padding is a copy of a sample, whose loss may be infinite.
     cross_entropy = jnp.sum(samples.shares * jnp.where(samples.shares == 0, 0, readout.losses))
     kappa = jnp.sum(samples.shares * jnp.sum(samples.feats**2, axis=1) * readout.variances)
-    return _sum(cross_entropy, sample_axes), _sum(kappa, sample_axes)
-
-
-def _sum(value: Float[Array, ""], axis_names: tuple[str, ...]) -> Float[Array, ""]:
-    return jax.lax.psum(value, axis_names) if axis_names else value
+    return sum_over_devices(cross_entropy, sample_axes), sum_over_devices(kappa, sample_axes)
 
 
 def _split_by(axis_names: tuple[str, ...], matrix: Any, feats: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -38,18 +38,20 @@ def summed_curvature(
     """
     if tile_size is not None and loss != "softmax_cross_entropy":
         raise ValueError(f"tile_size is {tile_size}, but only softmax_cross_entropy is read in tiles: leave it out")
-    if loss == "softmax_cross_entropy":
-        head, samples = read_samples(params, feats, labels, loss, weights)
-        if reads_in_tiles(head, len(samples.feats), tile_size):
-            return TiledSoftmaxCurvature(head, samples.feats, samples.shares, tile_size)
-    return logit_curvature(params, feats, labels, loss, weights)
+    head, samples = read_samples(params, feats, labels, loss, weights)
+    if loss == "softmax_cross_entropy" and reads_in_tiles(head, len(samples.feats), tile_size):
+        return TiledSoftmaxCurvature(head, samples.feats, samples.shares, tile_size)
+    return _curvature(head, samples, loss)
 
 
 def logit_curvature(
     params: HeadParams, feats: ArrayLike, labels: ArrayLike, loss: Loss, weights: ArrayLike | None
 ) -> LogitCurvature:
     """The curvature of the loss of a head on its samples; errors are those of `read_samples`."""
-    head, samples = read_samples(params, feats, labels, loss, weights)
+    return _curvature(*read_samples(params, feats, labels, loss, weights), loss)
+
+
+def _curvature(head: LinearHead, samples: Samples, loss: Loss) -> LogitCurvature:
     head = head.astype(samples.feats.dtype)
     if callable(loss):
         return AutodiffCurvature(loss, head, samples.feats, samples.labels, samples.shares)

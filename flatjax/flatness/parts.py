@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer, Shaped
 
 from flatjax.heads import LinearHead
-from flatjax.sharding import num_devices
+from flatjax.sharding import num_devices, sum_over_devices
 
 AxisNames = tuple[str, ...]
 """Axes of the mesh of a `jax.shard_map`."""
@@ -65,8 +65,7 @@ class SplitHead:
         mass = total(jnp.sum(e, axis=2), self.axis_names)
         p = jnp.mean(e / mass[None, :, None], axis=1)
         weighed = self.matrix.astype(feats.dtype) * (p[None] if self.rows_axis else p[:, :, None])
-        row = jnp.sum(weighed, axis=(1, 2) if self.rows_axis else (0, 1))
-        return jax.lax.psum(row, self.axis_names) if self.axis_names else row
+        return sum_over_devices(jnp.sum(weighed, axis=(1, 2) if self.rows_axis else (0, 1)), self.axis_names)
 
 
 def split(head: LinearHead, axis_names: AxisNames, like: Any) -> SplitHead:
@@ -97,8 +96,7 @@ def map_parts(function: Callable[..., Any], heads: tuple[SplitHead, ...], *array
 
 def total(parts: Shaped[Array, "k ..."], axis_names: AxisNames) -> Shaped[Array, "..."]:
     """The sum over all parts, those along the first axis and those of all devices along mesh axes."""
-    sums = jnp.sum(parts, axis=0, dtype=parts.dtype)
-    return jax.lax.psum(sums, axis_names) if axis_names else sums
+    return sum_over_devices(jnp.sum(parts, axis=0, dtype=parts.dtype), axis_names)
 
 
 def total_max(parts: Shaped[Array, "k ..."], axis_names: AxisNames) -> Shaped[Array, "..."]:

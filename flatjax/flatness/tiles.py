@@ -46,9 +46,9 @@ def tile(
 ) -> Tile:
     """Tile `i` of a head whose rows are of the outputs from `first_output` on, the rows less `centre`."""
     start = _start(head, tile_size, i)
-    rows = take_rows(head, tile_size, i, feats.dtype)[0] - centre[None, :]
+    rows, bias = take_rows(head, tile_size, i, feats.dtype)
+    rows = rows - centre[None, :]
     num_read = i * tile_size - start
-    bias = jax.lax.dynamic_slice_in_dim(head.bias, start, tile_size).astype(feats.dtype)
     bias = jnp.where(jnp.arange(tile_size, dtype=num_read.dtype) >= num_read, bias, -jnp.inf)
     return Tile(rows, feats @ rows.T + bias[None, :], first_output + start, num_read)
 
