@@ -52,20 +52,24 @@ class SplitHead:
 
         NaN where logits overflow.
         """
+        dtype = feats.dtype
+        product = functools.partial(jnp.einsum, preferred_element_type=dtype)
+        feats = feats.astype(self.matrix.dtype)
         # The orders of axes are those for which XLA lays out no copy of the head.
-        product = "nm,mkp->nkp" if self.rows_axis else "kpm,nm->kpn"
-        operands = [feats.astype(self.matrix.dtype), self.matrix]
-        logits = jnp.einsum(
-            product, *(operands if self.rows_axis else operands[::-1]), preferred_element_type=feats.dtype
-        )
-        logits = jnp.transpose(logits, (1, 0, 2) if self.rows_axis else (0, 2, 1))
-        logits += self.bias.astype(feats.dtype)[:, None, :]
+        if self.rows_axis:
+            logits = jnp.transpose(product("nm,mkp->nkp", feats, self.matrix), (1, 0, 2))
+        else:
+            logits = jnp.transpose(product("kpm,nm->kpn", self.matrix, feats), (0, 2, 1))
+        logits += self.bias.astype(dtype)[:, None, :]
         largest = total_max(jnp.max(logits, axis=2), self.axis_names)
         e = jnp.exp(logits - largest[None, :, None])
         mass = total(jnp.sum(e, axis=2), self.axis_names)
-        p = jnp.mean(e / mass[None, :, None], axis=1)
-        weighed = self.matrix.astype(feats.dtype) * (p[None] if self.rows_axis else p[:, :, None])
-        return sum_over_devices(jnp.sum(weighed, axis=(1, 2) if self.rows_axis else (0, 1)), self.axis_names)
+        e = e.astype(self.matrix.dtype)
+        if self.rows_axis:
+            rows = jnp.transpose(product("mkp,knp->kmn", self.matrix, e), (0, 2, 1))
+        else:
+            rows = product("knp,kpm->knm", e, self.matrix)
+        return jnp.mean(total(rows, self.axis_names) / mass[:, None], axis=0)
 
 
 def split(head: LinearHead, axis_names: AxisNames, like: Any) -> SplitHead:
