@@ -44,7 +44,8 @@ def draw_growth(path: Path, growths: Sequence[Growth], title: str) -> None:
             axes.set(xscale="log", yscale="log", xlabel=growth.size, ylabel=growth.cost)
             axes.grid(alpha=0.25, linewidth=0.5)
             axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(frameon=False, fontsize=7)
+            axes.set_ylim(top=8 * axes.get_ylim()[1])  # room for the legend
+            axes.legend(frameon=False, fontsize=7, loc="upper left")
         figure.suptitle(title)
         figure.savefig(path)
     plt.close(figure)
