@@ -86,7 +86,7 @@ def vocabulary(
     for certainty in (30, 60, 90):
         record.append(errors(1000, certainty=certainty, seed=seed))
 
-    tile = tile_size or max(FEWEST_ROWS, LOGITS_AT_ONCE // num_samples)
+    tile = max(FEWEST_ROWS, LOGITS_AT_ONCE // num_samples) if tile_size is None else tile_size
     both = partial(cross_entropy_and_flatness, tile_size=tile)
     forward = {
         "cross-entropy": cross_entropy,
@@ -124,7 +124,7 @@ def growth(seed: int = 0, num_features: int = 512, folder: Path = Path("runs/ben
     """
     functions = {
         "cross-entropy": cross_entropy,
-        "κ": partial(relative_flatness, tile_size=512),
+        "κ, 512 rows at a time": partial(relative_flatness, tile_size=512),
         "∇ (cross-entropy + κ/10)": value_and_gradient(lambda *batch: weighed(*cross_entropy_and_flatness(*batch))),
     }
     sweeps = {

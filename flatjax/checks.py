@@ -50,7 +50,7 @@ def check_inputs(
     head, samples = read_samples(params, feats, labels, loss, weights)
     for name, array in {"weight": head.matrix, "bias": head.bias}.items():
         checkify.check(jnp.all(jnp.isfinite(array)), f"the {name} of the head holds a NaN or an infinity")
-    checkify.check(jnp.any(samples.counts), "all weights are 0")
+    checkify.check(jnp.any(samples.counts), "all weights are 0, or all labels ignored")
     for bad, message, details in samples.flaws:
         first = bad.argmax()
         named: dict[str, Any] = {name: values[first] for name, values in details.items()}

@@ -79,7 +79,8 @@ def flatten_samples(
         raise ValueError(f"feats has shape {feats.shape}, which holds no sample: wanted at least one")
     if labels.shape[: len(leading)] != leading or labels.ndim > len(leading) + 1:
         raise ValueError(
-            f"labels has shape {labels.shape}, wanted {leading} or {(*leading, 'd')}, as feats has {feats.shape}"
+            f"labels has shape {labels.shape}, wanted {leading} or {(*leading, head.num_outputs)}, as feats has "
+            f"{feats.shape}"
         )
     weights = jnp.ones(leading, feats.dtype) if weights is None else jnp.asarray(weights)
     if weights.shape != leading:

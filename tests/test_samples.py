@@ -64,7 +64,7 @@ def test_a_sample_of_weight_zero_holds_nothing():
         (ValueError, r"feats has shape \(2, 3, 3\), but the head takes 4 features", FEATS[..., :3], LABELS, None),
         (ValueError, r"feats has shape \(\), but the head takes 4 features", FEATS[0, 0, 0], LABELS, None),
         (ValueError, r"feats has shape \(0, 3, 4\), which holds no sample", FEATS[:0], LABELS[:0], None),
-        (ValueError, r"labels has shape \(6,\), wanted \(2, 3\) or \(2, 3, 'd'\)", FEATS, LABELS.reshape(6), None),
+        (ValueError, r"labels has shape \(6,\), wanted \(2, 3\) or \(2, 3, 3\)", FEATS, LABELS.reshape(6), None),
         (ValueError, r"labels has shape \(\), wanted \(2, 3\)", FEATS, np.int32(0), None),
         (ValueError, r"labels has shape \(2, 3, 1, 1\), wanted", FEATS, LABELS[..., None, None], None),
         (ValueError, r"weights has shape \(6,\), wanted \(2, 3\), one a sample", FEATS, LABELS, np.ones(6)),

@@ -36,7 +36,8 @@ def cross_entropy_and_flatness(
     product by `jvp` of `grad`, where a reverse pass over a derivative takes more than all logits do. Beside these
     products the head is read once more for eight of the samples, to find the rows that matter.
 
-    In float32 both keep their digits however certain the head is: κ = 1e-30 as well as L = 1e-30, and their gradients.
+    In float32 both keep the digits that the logits have however certain the head is, and so do their gradients: at
+    L = 1e-30 and κ = 1e-30 about five.
     Where samples hesitate between rows near to each other κ loses some, as for `relative_flatness`, which κ equals.
 
     Args:
@@ -56,7 +57,8 @@ def cross_entropy_and_flatness(
 
     Returns:
         (L, κ), scalars in nats, in float64 if any input is, else in float32. NaN if a feature or the head is not
-        finite, a label out of range, a weight negative, or all samples are ignored; `flatjax.check_inputs` says where.
+        finite, but for a bias of −∞, which leaves its output out, a label out of range, a weight negative, or all
+        samples are ignored; `flatjax.check_inputs` says where.
 
     Raises:
         TypeError: `params` is no mapping, the features are not floating, the weights not real, or the labels not one

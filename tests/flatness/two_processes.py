@@ -51,7 +51,7 @@ def main(port, process_id):
         shardings = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
         put = jax.tree.map(lambda x, at: jax.make_array_from_callback(x.shape, at, x.__getitem__), arguments, shardings)
         jax.tree.map(assert_shards_are_of, program(*put), want)
-    print("ok")
+    sys.stdout.write("ok\n")  # at once, where print may let the other process in between a line and its end
 
 
 if __name__ == "__main__":
