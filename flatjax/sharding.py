@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import jax
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from jaxtyping import Array
 
 T = TypeVar("T")
@@ -37,6 +37,17 @@ def varying_like(tree: T, like: Any) -> T:
         return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(cast, tree)
+
+
+def gathered(value: Array) -> Array:
+    """Whole on every device, where the mesh has explicit axes and an operation would ask for that."""
+    return value if explicit_mesh(value) is None else jax.sharding.reshard(value, PartitionSpec())
+
+
+def placed_like(value: Array, like: Any) -> Array:
+    """Sharded as `like` is, where the mesh has explicit axes and two of a kind must be sharded alike."""
+    sharding = jax.typeof(like).sharding
+    return value if explicit_mesh(like) is None else jax.sharding.reshard(value, sharding)
 
 
 def sum_over_devices(value: Array, axis_names: tuple[str, ...]) -> Array:

@@ -1,0 +1,41 @@
+"""A number that was estimated, with its standard error."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer
+
+
+class Estimate(NamedTuple):
+    """An estimate; exact if no probes were needed. Of several numbers at once, value and error are trees of arrays."""
+
+    value: Float[Array, "..."] | Any
+    standard_error: Float[Array, "..."] | Any
+    """Of the value, as a standard deviation over repetitions; 0 if it is exact."""
+    num_probes: Integer[Array, ""]
+    """How many random draws it is the mean of; 0 if it is exact."""
+
+
+@jax.jit
+def mean_of(samples: Float[Array, "k ..."]) -> Estimate:
+    """The mean of independent draws along the first axis.
+
+    Raises:
+        ValueError: there are fewer than 2, of which there is no standard error.
+    """
+    num_probes = len(samples)
+    check_num_probes(num_probes)
+    standard_error = jnp.std(samples, axis=0, ddof=1) / num_probes**0.5
+    return Estimate(jnp.mean(samples, axis=0), standard_error, jnp.asarray(num_probes, jnp.int32))
+
+
+def exactly(value: Float[Array, ""]) -> Estimate:
+    """What is known without probes."""
+    return Estimate(value, jnp.zeros_like(value), jnp.zeros((), jnp.int32))
+
+
+def check_num_probes(num_probes: int) -> None:
+    """Raises a ValueError if there are fewer than 2."""
+    if num_probes < 2:
+        raise ValueError(f"num_probes is {num_probes}, wanted at least 2: of one alone there is no standard error")

@@ -1,0 +1,136 @@
+"""Trees of arrays as vectors: draws, inner products and combinations, each leaf where it lies and as it is sharded.
+
+Several vectors are one tree, each leaf with a further first axis.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Integer, Key
+
+from flatjax.curvature.leaves import Tree
+
+
+def num_entries(like: Tree) -> int:
+    """Of one vector."""
+    return sum(leaf.size for leaf in jax.tree.leaves(like))
+
+
+def sum_dtype(like: Tree) -> jnp.dtype:
+    """Of inner products: the widest of the leaves', float32 at least."""
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(like)]
+    return jnp.dtype(jnp.float64 if jnp.float64 in dtypes else jnp.float32)
+
+
+def rademacher_like(like: Tree, key: Key[Array, ""]) -> Tree:
+    """Independent entries ±1."""
+    return _drawn(jax.random.rademacher, like, key)
+
+
+def normal_like(like: Tree, key: Key[Array, ""]) -> Tree:
+    """Independent entries of a standard normal distribution."""
+    return _drawn(jax.random.normal, like, key)
+
+
+def inner_product(x: Tree, y: Tree) -> Float[Array, ""]:
+    """⟨x, y⟩."""
+    dtype = sum_dtype(x)
+    terms = jax.tree.map(lambda a, b: jnp.sum(a.astype(dtype) * b.astype(dtype)), x, y)
+    return sum(jax.tree.leaves(terms), start=jnp.zeros((), dtype))
+
+
+def norm(x: Tree) -> Float[Array, ""]:
+    """‖x‖, of which no square overflows or underflows."""
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)).astype(sum_dtype(x)) for leaf in jax.tree.leaves(x)]))
+    size = jnp.where(largest == 0, 1, largest)
+    scaled = scale(1 / size, x)
+    return size * jnp.sqrt(inner_product(scaled, scaled))
+
+
+def scale(factor: Float[Array, ""], x: Tree) -> Tree:
+    """c x."""
+    return jax.tree.map(lambda leaf: factor.astype(leaf.dtype) * leaf, x)
+
+
+def inner_products(xs: Tree, ys: Tree) -> Float[Array, "k l"]:
+    """⟨x_i, y_j⟩ of two stacks."""
+    dtype = sum_dtype(xs)
+
+    def of_leaf(a: Array, b: Array) -> Float[Array, "k l"]:
+        axes = tuple(range(1, a.ndim))
+        return jnp.tensordot(
+            a.astype(dtype), b.astype(dtype), axes=(axes, axes), precision="highest", out_sharding=_replicated(a)
+        )
+
+    products = jax.tree.leaves(jax.tree.map(of_leaf, xs, ys))
+    return sum(products[1:], start=products[0])
+
+
+def combinations(coefficients: Float[Array, "k l"], xs: Tree) -> Tree:
+    """Σ_i c_ij x_i, a stack of l."""
+    return jax.tree.map(
+        lambda leaf: jnp.tensordot(coefficients.astype(leaf.dtype), leaf, axes=((0,), (0,)), precision="highest"), xs
+    )
+
+
+def zeros_stack(like: Tree, num_vectors: int) -> Tree:
+    """Of several vectors."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(jnp.zeros_like(leaf)[None], (num_vectors, *leaf.shape)), like)
+
+
+def at(xs: Tree, index: Integer[Array, ""] | int) -> Tree:
+    """The vector of a stack at an index."""
+    return jax.tree.map(lambda leaf: leaf[index], xs)
+
+
+def with_vector(xs: Tree, index: Integer[Array, ""] | int, x: Tree) -> Tree:
+    """The stack with another vector at an index; unchanged where there is no such index."""
+    return jax.tree.map(lambda leaf, value: leaf.at[index].set(value, mode="drop"), xs, x)
+
+
+def orthonormalised(x: Tree, basis: Tree, key: Key[Array, ""]) -> tuple[Tree, Float[Array, " k"], Float[Array, ""]]:
+    """x = Σ_i c_i b_i + r u: gives u, c and r, for a stack of orthonormal vectors b_i, of which some may be 0.
+
+    Where nothing is left of x, r is 0 and u a random direction; there must be one.
+    """
+    left, coefficients = _without(x, basis, 2)
+    length = norm(left)
+    limits = jnp.finfo(length.dtype)
+    is_spent = length <= 10 * limits.eps * norm(x) + limits.tiny
+
+    def random_direction() -> Tree:
+        # In a small space little may be left of that, too: hence once more.
+        direction, _ = _without(normal_like(x, key), basis, 3)
+        return scale(1 / norm(direction), direction)
+
+    unit = jax.lax.cond(is_spent, random_direction, lambda: scale(1 / length, left))
+    return unit, coefficients, jnp.where(is_spent, 0, length)
+
+
+def _without(x: Tree, basis: Tree, times: int) -> tuple[Tree, Float[Array, " k"]]:
+    """x less its part in a basis, taken away several times, as once leaves rounding errors; and that part."""
+    total = jnp.zeros(len(jax.tree.leaves(basis)[0]), sum_dtype(x))
+    for _ in range(times):
+        coefficients = inner_products(basis, jax.tree.map(lambda leaf: leaf[None], x))
+        x = jax.tree.map(lambda leaf, along: leaf - along[0], x, combinations(coefficients, basis))
+        total = total + coefficients[:, 0]
+    return x, total
+
+
+def _drawn(draw: Callable[..., Array], like: Tree, key: Key[Array, ""]) -> Tree:
+    leaves, structure = jax.tree.flatten(like)
+
+    def leaf_like(leaf: Array, leaf_key: Key[Array, ""]) -> Array:
+        sharding = jax.typeof(leaf).sharding
+        return draw(leaf_key, leaf.shape, leaf.dtype, out_sharding=sharding if sharding.mesh.explicit_axes else None)
+
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(structure, [leaf_like(leaf, keys[i]) for i, leaf in enumerate(leaves)])
+
+
+def _replicated(leaf: Array) -> NamedSharding | None:
+    """To be said of a sum over axes that are split explicitly."""
+    mesh = jax.typeof(leaf).sharding.mesh
+    return NamedSharding(mesh, PartitionSpec()) if mesh.explicit_axes else None
