@@ -8,3 +8,7 @@ from flatjax.flatness.relative import max_relative_flatness as max_relative_flat
 from flatjax.flatness.relative import relative_flatness as relative_flatness
 from flatjax.flatness.relative import row_block_traces as row_block_traces
 from flatjax.flatness.relative import simplified_relative_flatness as simplified_relative_flatness
+from flatjax.flatness.robustness import feature_robustness as feature_robustness
+from flatjax.layers.flatness import layer_relative_flatness as layer_relative_flatness
+from flatjax.layers.profile import flatness_profile as flatness_profile
+from flatjax.losses import cross_entropy as cross_entropy

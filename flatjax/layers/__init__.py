@@ -1,0 +1,1 @@
+"""Relative flatness of any layer of any network."""

@@ -1,0 +1,142 @@
+"""Relative flatness of any layer of any network, exactly where that is cheap, else estimated."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from flatjax.curvature.estimate import Estimate, exactly, mean_of
+from flatjax.curvature.leaves import Tree
+from flatjax.layers.curvature import LayerCurvature
+from flatjax.layers.kernels import Layer, find_layer
+from flatjax.layers.outputs import layer_outputs, try_layer_outputs
+
+
+def layer_relative_flatness(
+    loss_fn: Callable[..., Any],
+    params: Tree,
+    *batch: Any,
+    layer: str | Layer,
+    key: Key[Array, ""] | None = None,
+    num_probes: int = 16,
+    method: str = "auto",
+    chunk_size: int = 1,
+) -> Estimate:
+    r"""Relative flatness κ of any layer: dense, convolution, projection of attention, embedding, head.
+
+        κ = Σ_{s,s'} ⟨w_s, w_s'⟩ Tr H_{s,s'} = E_A ⟨W A, H[W A]⟩
+
+    with w_s the rows of the layer's kernel seen as a matrix W (d, m), one row an output, H_{s,s'} the (m, m) blocks of
+    the Hessian of the loss in them, and A (m, m) of independent entries ±1. Of a hidden layer κ may be negative.
+
+    The methods:
+
+    * "probes": the mean of ⟨W A, H[W A]⟩ over draws of A; one Hessian-vector product each, restricted to the layer, so
+      that nothing before it is differentiated. Always unbiased, weight sharing and batch statistics included.
+    * "outputs": exact, from the Hessian G of the loss in the outputs of the layer, if it enters the loss by one product
+      of matrices: κ = Σ_{a,b} ⟨φ_a, φ_b⟩ tr(Wᵀ G_{a,b} W) over all feature vectors, in min(d, m) products after the
+      layer if none of them interacts with another, and in min(d, m) times as many as a sample has of them if only
+      those of a sample do (which may then come from two axes of the features, samples first). That is looked at, not
+      assumed: κ is NaN if samples interact.
+    * "weights": exact and for any layer, in m·min(d, m) products.
+    * "auto": exact where that takes no more products than `num_probes` (and a few, log₂ of the number of feature
+      vectors, to look whether they interact), or none of a layer after this one, as for heads; else by probes.
+
+    κ has no more digits than the second derivatives of `loss_fn`. Those of logsumexp(z) − z_y lose all of theirs in
+    float32 once the loss is below 1e-7; those of `flatjax.cross_entropy` do not. Of a convolution in groups the
+    features are those of a group, and one A is shared by all of them.
+
+    Args:
+        loss_fn: `(params, *batch) -> scalar`, twice differentiable, in forward mode too. One function for all calls:
+            each is compiled once.
+        params: a tree of arrays: `nnx.state(model, nnx.Param)`, `variables["params"]`, or any other.
+        batch: what the loss takes besides.
+        layer: the path of a kernel, joined by slashes, as "blocks/0/up/kernel". The features run along all axes but the
+            last; of attention's query, key and value along the first; of an embedding, which is looked up with one-hot
+            features, along the first. For others, and for an embedding that is tied to the head and to be measured as
+            such, `Layer(path, feature_axes=(1,))`.
+        key: of the probes. Without one, only what is exact is measured; NaN if that was expected to be and is not.
+        num_probes: how many, if κ is estimated; at least 2.
+        method: as above.
+        chunk_size: how many products are in memory at a time.
+
+    Returns:
+        value, standard_error and num_probes; the latter two are 0 where κ is exact. Of one batch: κ of a data set is
+        the mean over its batches, weighted by their sizes, see `flatjax.flatness_profile`.
+
+    Raises:
+        TypeError: the kernel is not of a floating dtype.
+        ValueError: there is no such layer, or its features run along other axes than was said; no key for probes, too
+            few of them, an unknown method, or, for "outputs", a layer that does not enter the loss by one product of
+            matrices.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flatjax import cross_entropy, layer_relative_flatness, relative_flatness
+        >>> def loss(params, x, y):
+        ...     logits = jnp.tanh(x @ params["hidden"]["kernel"]) @ params["head"]["kernel"]
+        ...     return cross_entropy(logits, y).mean()
+        >>> keys, f32 = jax.random.split(jax.random.key(0), 4), jnp.float32
+        >>> hidden, head = jax.random.normal(keys[0], (3, 8), f32), jax.random.normal(keys[1], (8, 5), f32)
+        >>> params = {"hidden": {"kernel": hidden}, "head": {"kernel": head}}
+        >>> x, y = jax.random.normal(keys[2], (20, 3), f32), jnp.arange(20) % 5
+        >>> exact = layer_relative_flatness(loss, params, x, y, layer="hidden/kernel")
+        >>> probed = layer_relative_flatness(
+        ...     loss, params, x, y, layer="hidden/kernel", key=keys[0], num_probes=256, method="probes")
+        >>> print(f"{exact.value:.3f}", bool(abs(probed.value - exact.value) < 4 * probed.standard_error))
+        -0.946 True
+        >>> of_head = layer_relative_flatness(loss, params, x, y, layer="head/kernel")
+        >>> print(f"{of_head.value:.4f}, {relative_flatness(params['head'], jnp.tanh(x @ hidden), y):.4f}")
+        19.1550, 19.1550
+
+    References:
+        Petzka, Kamp, Adilova, Sminchisescu, Boley: *Relative Flatness and Generalization*, NeurIPS 2021.
+    """
+    if method not in ("auto", "weights", "outputs", "probes"):
+        raise ValueError(f"method is {method!r}, wanted 'auto', 'weights', 'outputs' or 'probes'")
+    if num_probes < 2:
+        raise ValueError(f"num_probes is {num_probes}, wanted at least 2: of one alone there is no standard error")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}, wanted at least 1")
+    found, _ = find_layer(params, layer)
+    return _flatness(
+        loss_fn, params, batch, key, layer=found, num_probes=num_probes, method=method, chunk_size=chunk_size
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "layer", "num_probes", "method", "chunk_size"))
+def _flatness(
+    loss_fn: Callable[..., Any],
+    params: Tree,
+    batch: tuple[Any, ...],
+    key: Key[Array, ""] | None,
+    *,
+    layer: Layer,
+    num_probes: int,
+    method: str,
+    chunk_size: int,
+) -> Estimate:
+    curvature = LayerCurvature(loss_fn, params, batch, layer, chunk_size)
+
+    def by_probes() -> Estimate:
+        if key is None:
+            return exactly(jnp.asarray(jnp.nan, curvature.dtype))
+        return mean_of(curvature.probes(jax.random.split(key, num_probes)))
+
+    def by_weights() -> Estimate:
+        return exactly(curvature.by_weights())
+
+    if method == "probes":
+        if key is None:
+            raise ValueError("key is None, but probes are drawn with one: give key=jax.random.key(seed)")
+        return by_probes()
+    otherwise = by_weights if method == "weights" or curvature.num_directions <= num_probes else by_probes
+    if method == "outputs":
+        return exactly(curvature.by_outputs(layer_outputs(loss_fn, params, batch, layer)))
+    outputs = None if method == "weights" else try_layer_outputs(loss_fn, params, batch, layer)
+    if outputs is None or not (outputs.is_last or curvature.rank <= num_probes):
+        return otherwise()
+    return jax.lax.cond(curvature.rows_are_apart(outputs), lambda: exactly(curvature.by_rows(outputs)), otherwise)

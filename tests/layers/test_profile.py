@@ -1,0 +1,150 @@
+"""The profile of all layers against the exact κ of each, batch by batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flatjax import flatness_profile
+from flatjax.layers.curvature import LayerCurvature, joint_probes
+from flatjax.layers.kernels import Layer, find_layers
+
+from .cases import CASES, dense_kappa, normalised, perceptron
+
+
+def batches_of(case, *sizes):
+    ends = np.cumsum(sizes)
+    return [
+        tuple(each[end - size : end] for each in case.batch) for size, end in zip(sizes, ends, strict=True)
+    ]  # fmt: skip
+
+
+def exact_profile(case, sizes):
+    batches = [case._replace(batch=batch) for batch in batches_of(case, *sizes)]
+    return {
+        path: np.average([dense_kappa(batch, layer) for batch in batches], weights=sizes)
+        for path, layer in find_layers(case.params).items()
+    }
+
+
+def large_perceptron():
+    """With more directions a layer than probes are drawn here."""
+    return perceptron(num_samples=9, sizes=(12, 20, 16, 3), seed=4)
+
+
+@pytest.mark.parametrize("route", ["layerwise", "joint", "auto"])
+def test_a_profile_is_the_exact_kappa_of_every_layer_within_its_standard_error(route):
+    case, sizes = large_perceptron(), (4, 2, 3)
+    profile = flatness_profile(
+        case.loss_fn, case.params, batches_of(case, *sizes), key=jax.random.key(0), num_probes=8, max_probes=8,
+        route=route,
+    )  # fmt: skip
+    exact = exact_profile(case, sizes)
+    assert list(profile) == list(exact)
+    for path, (value, error, num_probes) in profile.items():
+        if num_probes:
+            assert num_probes == 8 * 3
+            assert 0 < abs(value - exact[path]) < 4 * error
+        else:
+            np.testing.assert_allclose(value, exact[path], rtol=1e-10)
+    assert [num_probes > 0 for _, _, num_probes in profile.values()] == [True, True, False]  # the last is the head
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_profile_with_probes_to_spare_is_exact_where_there_are_few_directions(name):
+    case = CASES[name]()
+    profile = flatness_profile(case.loss_fn, case.params, [case.batch], key=jax.random.key(0), num_probes=256)
+    for path, estimate in profile.items():
+        np.testing.assert_allclose(estimate.value, dense_kappa(case, path), rtol=1e-6)
+        assert (estimate.num_probes, estimate.standard_error) == (0, 0)
+
+
+@pytest.mark.parametrize("route", ["layerwise", "joint"])
+def test_probes_are_added_until_the_error_asked_for_is_reached(route):
+    case = normalised()
+    profile = flatness_profile(
+        case.loss_fn, case.params, [case.batch, case.batch], key=jax.random.key(1), num_probes=4, relative_error=0.2,
+        layers=["layer0/kernel"], max_probes=11, route=route,
+    )  # fmt: skip
+    assert profile["layer0/kernel"].num_probes <= 2 * 12
+    case = large_perceptron()
+    profile = flatness_profile(
+        case.loss_fn, case.params, batches_of(case, 5, 4), key=jax.random.key(1), num_probes=8, relative_error=0.25,
+        layers=["layer0/kernel", "layer1/kernel"], max_probes=10_000, route=route,
+    )  # fmt: skip
+    for path, (value, error, num_probes) in profile.items():
+        assert num_probes == 0 or error <= 0.4 * abs(value)
+        assert abs(value - exact_profile(case, (5, 4))[path]) <= 4 * error + 1e-10
+
+
+def test_the_intervals_of_a_joint_probe_cover_each_layer():
+    case = large_perceptron()
+    layers = [layer for path, layer in find_layers(case.params).items()]
+    kappas = np.asarray([dense_kappa(case, layer) for layer in layers])
+
+    def estimate(key):
+        curvatures = [LayerCurvature(case.loss_fn, case.params, case.batch, layer) for layer in layers]
+        samples = joint_probes(curvatures, jax.random.split(key, 64))
+        return jnp.mean(samples, axis=0), jnp.std(samples, axis=0, ddof=1) / 8
+
+    values, errors = jax.jit(lambda keys: jax.lax.map(estimate, keys))(jax.random.split(jax.random.key(0), 200))
+    covered = np.mean(np.abs(values - kappas[None, :]) <= 2.0 * errors, axis=0)
+    assert np.all((covered >= 0.9) & (covered <= 0.99))
+    assert np.all(np.abs(np.mean(values, axis=0) - kappas) < 4 * np.std(values, axis=0) / 200**0.5)
+
+
+def test_batches_are_weighted_by_what_they_count():
+    case = perceptron()
+    first, second = batches_of(case, 4, 5)
+    options = {"key": jax.random.key(0), "num_probes": 256, "layers": ["layer0/kernel"]}
+    (estimate,) = flatness_profile(
+        case.loss_fn, case.params, [first, second], count=lambda x, y: 1 if len(x) == 4 else 3, **options
+    ).values()
+    kappas = [dense_kappa(case._replace(batch=batch), "layer0/kernel") for batch in (first, second)]
+    np.testing.assert_allclose(estimate.value, np.average(kappas, weights=[1, 3]), rtol=1e-10)
+
+
+@pytest.mark.parametrize("route", ["layerwise", "joint"])
+def test_parameters_that_are_not_finite_give_nan(route):
+    case = large_perceptron()
+    case.params["layer0"]["kernel"] = case.params["layer0"]["kernel"].at[0, 0].set(jnp.nan)
+    profile = flatness_profile(
+        case.loss_fn, case.params, [case.batch], key=jax.random.key(0), num_probes=4, relative_error=0.1, route=route
+    )
+    assert all(np.isnan(estimate.value) for estimate in profile.values())
+
+
+def test_progress_is_reported_after_each_batch():
+    case, seen = perceptron(), []
+    flatness_profile(
+        case.loss_fn, case.params, batches_of(case, 4, 5), key=jax.random.key(0), num_probes=4, report=seen.append
+    )
+    assert len(seen) == 2
+    assert list(seen[0]) == list(seen[1]) == ["layer0/kernel", "layer1/kernel", "layer2/kernel"]
+
+
+def test_the_same_key_gives_the_same_profile():
+    case = large_perceptron()
+    options = {"key": jax.random.key(3), "num_probes": 4, "route": "joint", "max_probes": 4}
+    profiles = [flatness_profile(case.loss_fn, case.params, [case.batch], **options) for _ in range(2)]
+    assert profiles[0] == profiles[1]
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "options"),
+    [
+        (ValueError, "batches is empty", {"batches": []}),
+        (TypeError, "batches is an iterator", {"batches": iter([])}),
+        (ValueError, "route is 'both', wanted", {"route": "both"}),
+        (ValueError, "num_probes is 5", {"num_probes": 5}),
+        (ValueError, "num_probes is 16 and max_probes 8", {"max_probes": 8}),
+        (ValueError, "no leaf at 'head'", {"layers": ["head"]}),
+        (ValueError, "has no layers", {"layers": []}),
+        (ValueError, "names a leaf twice", {"layers": ["layer0/kernel", Layer("layer0/kernel", (1,))]}),
+    ],
+)
+def test_bad_input_is_named(error, message, options):
+    case = perceptron()
+    given = {"batches": [case.batch], "key": jax.random.key(0)} | options
+    with pytest.raises(error, match=message):
+        flatness_profile(case.loss_fn, case.params, given.pop("batches"), **given)
