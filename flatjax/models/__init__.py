@@ -1,3 +1,6 @@
 """Flax models whose features and head the metrics can be taken of."""
 
+from flatjax.models.mlp import MLP as MLP
+from flatjax.models.resnet import ResNet18 as ResNet18
 from flatjax.models.transformer import Transformer as Transformer
+from flatjax.models.vit import ViT as ViT

@@ -1,6 +1,8 @@
 """A small decoder-only transformer, as grokking is studied on."""
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,18 +66,29 @@ class Transformer(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Causal attention and a perceptron with ReLU, each added to the residual stream."""
+    """Attention, causal unless said otherwise, and a perceptron, each added to the residual stream."""
 
-    def __init__(self, width: int, num_heads: int, *, normalise: bool, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        normalise: bool,
+        causal: bool = True,
+        activation: Callable[[Array], Array] = jax.nn.relu,
+        rngs: nnx.Rngs,
+    ):
+        self.causal = causal
+        self.activation = activation
         self.attention_norm = _norm(width, normalise, rngs)
-        self.attention = nnx.MultiHeadAttention(num_heads, width, decode=False, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(num_heads, width, decode=False, attention_fn=_attention, rngs=rngs)
         self.perceptron_norm = _norm(width, normalise, rngs)
         self.up = nnx.Linear(width, 4 * width, rngs=rngs)
         self.down = nnx.Linear(4 * width, width, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n t m"]) -> Float[Array, "n t m"]:
-        y = self.attention_norm(x)
-        return self._perceptron(x + self.attention(y, mask=nnx.make_causal_mask(x[..., 0])))
+        mask = nnx.make_causal_mask(x[..., 0]) if self.causal else None
+        return self._perceptron(x + self.attention(self.attention_norm(x), mask=mask))
 
     def last(self, x: Float[Array, "n t m"]) -> Float[Array, "n 1 m"]:
         """The block at the last position, which attends to all of them."""
@@ -83,7 +96,23 @@ class Block(nnx.Module):
         return self._perceptron(x[:, -1:] + self.attention(y[:, -1:], y))
 
     def _perceptron(self, x: Float[Array, "n t m"]) -> Float[Array, "n t m"]:
-        return x + self.down(jax.nn.relu(self.up(self.perceptron_norm(x))))
+        return x + self.down(self.activation(self.up(self.perceptron_norm(x))))
+
+
+def _attention(
+    query: Float[Array, "n t h k"],
+    key: Float[Array, "n s h k"],
+    value: Float[Array, "n s h k"],
+    *,
+    mask: Array | None = None,
+    **options: Any,
+) -> Float[Array, "n t h k"]:
+    if query.dtype != jnp.float64:
+        return nnx.dot_product_attention(query, key, value, mask=mask, **options)
+    # Flax rounds the softmax to float32, whatever the dtype: too coarse for a second derivative in float64.
+    logits = jnp.einsum("nthk,nshk->nhts", query, key) / math.sqrt(query.shape[-1])
+    logits = logits if mask is None else jnp.where(mask, logits, -jnp.inf)
+    return jnp.einsum("nhts,nshk->nthk", jax.nn.softmax(logits), value)
 
 
 def _norm(width: int, normalise: bool, rngs: nnx.Rngs) -> Callable[[Array], Array]:

@@ -5,6 +5,7 @@ import pytest
 from flax import nnx
 
 from flatjax.models import Transformer
+from flatjax.models.transformer import _attention
 
 
 @pytest.fixture(params=[(1, False), (2, False), (3, True)], ids=["depth 1", "depth 2", "depth 3, normalised"])
@@ -53,3 +54,12 @@ def test_the_parameters_are_all_of_its_state(model):
     _, params, rest = nnx.split(model, nnx.Param, ...)
     assert not jax.tree.leaves(rest)
     assert set(params) >= {"token_embedding", "position_embedding", "blocks", "head"}
+
+
+def test_in_float64_attention_is_exact_to_float64_and_causal():
+    q, k, v = np.random.default_rng(0).normal(size=(3, 2, 5, 3, 4))
+    weights = np.exp(np.einsum("nthk,nshk->nhts", q, k) / 2) * np.tril(np.ones((5, 5)))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    mask = nnx.make_causal_mask(jnp.zeros((2, 5)))
+    got = _attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), mask=mask)
+    np.testing.assert_allclose(got, np.einsum("nhts,nshk->nthk", weights, v), rtol=1e-12, atol=1e-14)
