@@ -8,8 +8,6 @@ Prints a table and writes the same figures to `runs/benchmark/<name>.json`. Ever
 which the functions take turns; a ratio is taken within a round, and stands with its quartiles.
 """
 
-import json
-import platform
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +19,7 @@ import numpy as np
 import tyro
 from harness.baselines import cross_entropy, tiled_cross_entropy, weight_by_weight
 from harness.growth import Growth, draw_growth, exponent
+from harness.records import temporary_memory, write_record
 from harness.timing import side_by_side
 
 from flatjax import (
@@ -206,14 +205,6 @@ def weighed(loss: jax.Array, kappa: jax.Array) -> jax.Array:
     return loss + 0.1 * kappa
 
 
-def temporary_memory(function: Callable, batch: Batch) -> int:
-    """Bytes, beside the arguments and the results, as compiled."""
-    analysis = jax.jit(function).lower(*batch).compile().memory_analysis()
-    if analysis is None:
-        raise RuntimeError(f"the {jax.default_backend()} backend of jax does not say what memory it takes")
-    return analysis.temp_size_in_bytes
-
-
 def compare(functions: dict[str, Callable], batch: Batch, *, reference: str, seconds: float) -> list[dict[str, Any]]:
     """Times the jitted functions in turn, prints a row each, and returns the rows."""
     params, feats, _ = batch
@@ -226,15 +217,6 @@ def compare(functions: dict[str, Callable], batch: Batch, *, reference: str, sec
         ratio = f"{timing.ratio:8.4g} × {reference} [{low:.4g}, {high:.4g}]"
         print(f"{size:20}  {name:18}  {1e3 * timing.seconds:10.4g} ms  {ratio}", flush=True)
     return [{"size": size, "function": name, "reference": reference} | timings[name]._asdict() for name in timings]
-
-
-def write_record(file: Path, rows: list[dict[str, Any]]) -> None:
-    """The rows, with what they were measured on."""
-    device = jax.devices()[0]
-    machine = {"jax": jax.__version__, "platform": device.platform, "device": device.device_kind}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(machine | {"processor": platform.machine(), "rows": rows}, indent=2) + "\n")
-    print(f"on {device.device_kind}, jax {jax.__version__}; the record is {file}")
 
 
 def random_batch(num_outputs: int, num_features: int, num_samples: int, seed: int) -> Batch:

@@ -24,13 +24,14 @@ import optax
 import tyro
 from flax import nnx
 from harness import modular
+from harness.batches import batch_at
+from harness.checkpoints import checkpointer, load_latest
 from harness.figures import Panel, draw_training
 from harness.milestones import first_step_at_least, halfway_down
 from harness.runs import Record, RunFolder
-from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
-from flatjax import neural_collapse, relative_flatness, simplified_relative_flatness
+from flatjax import cross_entropy, neural_collapse, relative_flatness, simplified_relative_flatness
 from flatjax.models import Transformer
 
 State = dict[str, Any]
@@ -122,16 +123,8 @@ def train(config: Config, seed: int, run: RunFolder) -> None:
     graph, state = initial_state(config, seed)
     train_some, measure = training(config, graph, seed, num_train=len(train_set[1]))
 
-    with ocp.training.Checkpointer(
-        (run.path / "checkpoints" / f"seed-{seed}").resolve(),
-        save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-        preservation_policy=ocp.training.preservation_policies.LatestN(2),
-        cleanup_tmp_directories=True,
-    ) as checkpoints:
-        step = -1
-        if checkpoints.latest:
-            step = checkpoints.latest.step
-            state = checkpoints.load(checkpoints.latest, abstract_state=state)
+    with checkpointer(run.path / "checkpoints" / f"seed-{seed}") as checkpoints:
+        step, state = load_latest(checkpoints, state)
         run.keep(lambda record: record["seed"] != seed or record["step"] <= step)
         records = [record for record in run.records if record["seed"] == seed]
         with tqdm(total=config.max_steps, initial=max(step, 0), desc=f"seed {seed}", unit="step") as progress:
@@ -178,7 +171,6 @@ def optimizer(config: Config) -> optax.GradientTransformation:
 def training(config: Config, graph: nnx.GraphDef, seed: int, num_train: int):
     """The two jitted functions of a run: `measure_every` steps of training, and a measurement."""
     batch_size = min(config.batch_size, num_train // 2)
-    batches_per_epoch = num_train // batch_size
     batch_key = jax.random.fold_in(jax.random.key(seed), 0)
 
     def loss(params: State, tokens: jax.Array, labels: jax.Array) -> jax.Array:
@@ -187,10 +179,7 @@ def training(config: Config, graph: nnx.GraphDef, seed: int, num_train: int):
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     def one_step(state: State, step: jax.Array, tokens: jax.Array, labels: jax.Array) -> State:
-        # Every epoch's order follows from its number alone, so that a resumed run needs to know the step and no more.
-        epoch, batch = jnp.divmod(step, batches_per_epoch)
-        order = jax.random.permutation(jax.random.fold_in(batch_key, epoch), num_train)
-        chosen = jax.lax.dynamic_slice(order, (batch * batch_size,), (batch_size,))
+        chosen = batch_at(batch_key, step, num_train, batch_size)
         grads = jax.grad(loss)(state["params"], tokens[chosen], labels[chosen])
         updates, optimizer_state = optimizer(config).update(grads, state["optimizer"], state["params"])
         return {"params": optax.apply_updates(state["params"], updates), "optimizer": optimizer_state}
@@ -207,20 +196,13 @@ def training(config: Config, graph: nnx.GraphDef, seed: int, num_train: int):
         logits, head = model.head(feats), state["params"]["head"]
         collapse = neural_collapse(head, feats, labels, num_classes=config.modulus)
         return {
-            "loss": cross_entropy(logits, labels),
+            "loss": cross_entropy(logits, labels).mean(),
             "accuracy": jnp.mean(jnp.argmax(logits, axis=1) == labels),
             "relative_flatness": relative_flatness(head, feats, labels),
             "simplified_relative_flatness": simplified_relative_flatness(head, feats, labels),
         } | collapse._asdict()
 
     return train_some, measure
-
-
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Cross-entropy to full relative precision: a sum over the wrong classes does not round to 0 at 1e-8."""
-    right = jnp.arange(logits.shape[1]) == labels[:, None]
-    margins = jnp.sum(jnp.where(right, logits, 0), axis=1, keepdims=True)
-    return jnp.mean(jax.nn.softplus(jax.nn.logsumexp(jnp.where(right, -jnp.inf, logits - margins), axis=1)))
 
 
 def last_step(config: Config, records: list[Record]) -> int:

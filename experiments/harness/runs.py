@@ -61,9 +61,9 @@ def _to_json(record: Record) -> str:
     def strict(value: Any) -> Any:
         if isinstance(value, float) and not math.isfinite(value):
             return None if math.isnan(value) else str(value)
-        return value
+        return {key: strict(each) for key, each in value.items()} if isinstance(value, dict) else value
 
-    return json.dumps({key: strict(value) for key, value in record.items()})
+    return json.dumps(strict(record))
 
 
 def _write(file: Path, record: Record) -> None:

@@ -1,0 +1,34 @@
+"""Hessian-vector products of a perceptron by curvlinops, a PyTorch library, as its users would call it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+
+def curvlinops_calls(
+    kernels: Sequence[np.ndarray], biases: Sequence[np.ndarray], x: np.ndarray, y: np.ndarray, num_probes: int
+) -> dict[str, Callable[[], Any]]:
+    """The gradient, and the products of the Hessian with several vectors at once, of a ReLU network's cross-entropy.
+
+    Raises:
+        ImportError: PyTorch or curvlinops is not installed.
+    """
+    import torch
+    from curvlinops import HessianLinearOperator
+
+    layers: list[Any] = []
+    for kernel, bias in zip(kernels, biases, strict=True):
+        linear = torch.nn.Linear(*kernel.shape)
+        linear.weight.data, linear.bias.data = torch.tensor(kernel.T.copy()), torch.tensor(bias)
+        layers += [linear, torch.nn.ReLU()]
+    model, loss = torch.nn.Sequential(*layers[:-1]), torch.nn.CrossEntropyLoss()
+    data = [(torch.tensor(x), torch.tensor(y, dtype=torch.long))]
+    params = list(model.parameters())
+    hessian = HessianLinearOperator(model, loss, params, data, check_deterministic=False)
+    probes = torch.sign(torch.randn(hessian.shape[1], num_probes))
+
+    def gradient() -> Any:
+        return torch.autograd.grad(loss(model(data[0][0]), data[0][1]), params)
+
+    return {"gradient, torch": gradient, "products, curvlinops": lambda: hessian @ probes}

@@ -1,0 +1,49 @@
+"""The benchmark of layers, at the smallest sizes."""
+
+import json
+
+import benchmark_layers
+import jax
+import numpy as np
+import pytest
+from harness.networks import perceptron, transformer
+
+
+@pytest.fixture(autouse=True)
+def _as_users_have_it():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), jax.enable_x64(False):
+        yield
+
+
+def test_networks_learn_their_task():
+    network = perceptron(batch_size=64, width=16)
+    before, after = (
+        float(each.loss_fn(each.params, *each.batches[0])) for each in (network, network.trained(50, 1e-2))
+    )
+    assert after < before / 2
+
+
+def test_an_early_and_a_late_layer_are_named():
+    names = benchmark_layers.first_and_last_layer(transformer(depth=11, width=8, batch_size=2, context=4, vocab_size=5))
+    assert names == ("blocks/0/attention/key/kernel", "blocks/10/up/kernel")
+
+
+def test_a_probe_is_what_it_is_compared_as():
+    network = perceptron(batch_size=16, width=8)
+    args = (network.loss_fn, 4, jax.random.key(0))
+    assert np.isfinite(benchmark_layers.trace_of(*args, network.params, network.batches[0]))
+    assert np.isfinite(benchmark_layers.kappa_of(*args, "layers/0/kernel", network.params, network.batches[0]))
+
+
+def test_curvlinops_is_measured_where_it_is_installed():
+    pytest.importorskip("curvlinops")
+    rows = benchmark_layers.beside_curvlinops(perceptron(batch_size=16, width=8), 2, 0, 0.1)
+    assert [row["library"] for row in rows] == ["flatjax", "curvlinops"]
+
+
+def test_routes_are_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark_layers, "NETWORKS", {"small": lambda seed: perceptron(seed, batch_size=16, width=12)})
+    benchmark_layers.routes(relative_error=0.5, num_steps=2, folder=tmp_path)
+    rows = json.loads((tmp_path / "routes.json").read_text())["rows"]
+    assert [row["route"] for row in rows] == ["layerwise", "joint", "auto"]
+    assert all(row["largest_relative_error"] < 1 for row in rows)
