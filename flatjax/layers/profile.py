@@ -1,4 +1,4 @@
-"""Relative flatness of every layer of a network, at the lowest cost for the error that is asked for."""
+"""Relative flatness of every layer of a network: exactly where that is cheap, else by the cheaper of two routes."""
 
 import functools
 import math
