@@ -35,11 +35,7 @@ class Streamed:
     count: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.batches, Iterator):
-            raise TypeError(
-                f"batches is an iterator ({type(self.batches).__name__}), which is used up once it was gone through: "
-                "wanted a list or a loader that can be gone through again"
-            )
+        check_batches(self.batches)
 
     @property
     def like(self) -> Tree:
@@ -77,6 +73,15 @@ class Streamed:
         for i in range(len(jax.tree.leaves(xs)[0])):
             state = step(products, state, jax.tree.map(lambda leaf, i=i: leaf[i], xs))
         return state
+
+
+def check_batches(batches: Iterable[tuple[Any, ...]]) -> None:
+    """Raises a TypeError for an iterator, of which the second reading would find nothing."""
+    if isinstance(batches, Iterator):
+        raise TypeError(
+            f"batches is an iterator ({type(batches).__name__}), which is used up once it was gone through: "
+            "wanted a list or a loader that can be gone through again"
+        )
 
 
 def num_samples(batch: Sequence[Any], count: Callable[..., Any] | None = None) -> float:

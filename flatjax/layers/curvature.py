@@ -38,6 +38,10 @@ class LayerCurvature(NamedTuple):
         return self.kernel.dtype
 
     @property
+    def num_outputs(self) -> int:
+        return self.layer.matrix(self.kernel).shape[1]
+
+    @property
     def rank(self) -> int:
         """r, of W at most."""
         return min(self.layer.matrix(self.kernel).shape)
@@ -124,7 +128,7 @@ class LayerCurvature(NamedTuple):
         """
         product, feats = self._product_of_outputs(outputs)
         group = jnp.arange(len(feats)) // (len(feats) // num_groups)
-        shift = jax.random.normal(jax.random.key(0), (len(feats), self._basis().shape[1]), self.dtype)
+        shift = jax.random.normal(jax.random.key(0), (len(feats), self.num_outputs), self.dtype)
 
         def is_apart(bit: Array) -> Bool[Array, ""]:
             moved = (group >> bit) % 2 == 1
@@ -157,7 +161,7 @@ class LayerCurvature(NamedTuple):
         self, outputs: LayerOutputs
     ) -> tuple[Callable[[Float[Array, "n d"]], Float[Array, "n d"]], Float[Array, "n m"]]:
         """The Hessian of the loss in the layer's outputs, times a shift of them; and the features."""
-        shift = jnp.zeros((math.prod(outputs.rows), self.layer.matrix(self.kernel).shape[1]), self.dtype)
+        shift = jnp.zeros((math.prod(outputs.rows), self.num_outputs), self.dtype)
         feats = outputs.shifted(shift)[1].astype(self.dtype)
         product = jax.linearize(jax.grad(lambda shift: outputs.shifted(shift)[0]), shift)[1]
         return lambda change: product(placed_like(change, shift)), feats

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from flatjax.curvature.estimate import Estimate, exactly, mean_of
+from flatjax.curvature.estimate import Estimate, check_num_probes, exactly, mean_of
 from flatjax.curvature.leaves import Tree
 from flatjax.layers.curvature import LayerCurvature
 from flatjax.layers.kernels import Layer, find_layer
@@ -97,8 +97,7 @@ def layer_relative_flatness(
     """
     if method not in ("auto", "weights", "outputs", "probes"):
         raise ValueError(f"method is {method!r}, wanted 'auto', 'weights', 'outputs' or 'probes'")
-    if num_probes < 2:
-        raise ValueError(f"num_probes is {num_probes}, wanted at least 2: of one alone there is no standard error")
+    check_num_probes(num_probes)
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}, wanted at least 1")
     found, _ = find_layer(params, layer)

@@ -3,7 +3,7 @@
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from flatjax.curvature.estimate import Estimate, exactly
 from flatjax.curvature.leaves import Tree
-from flatjax.curvature.streams import num_samples
+from flatjax.curvature.streams import check_batches, num_samples
 from flatjax.layers.curvature import LayerCurvature, joint_probes
 from flatjax.layers.kernels import Layer, find_layer, find_layers
 from flatjax.layers.outputs import layer_outputs, try_layer_outputs
@@ -100,11 +100,7 @@ def flatness_profile(
     """
     if route not in ("auto", "layerwise", "joint"):
         raise ValueError(f"route is {route!r}, wanted 'auto', 'layerwise' or 'joint'")
-    if isinstance(batches, Iterator):
-        raise TypeError(
-            f"batches is an iterator ({type(batches).__name__}), used up once it was gone through, wanted a list or a "
-            "loader that can be gone through again"
-        )
+    check_batches(batches)
     if num_probes < 4 or num_probes % 2 or max_probes < num_probes:
         raise ValueError(
             f"num_probes is {num_probes} and max_probes {max_probes}, wanted an even number of at least 4, and no more "
