@@ -118,9 +118,9 @@ def routes(
 
 
 NETWORKS: dict[str, Callable[[int], Network]] = {
-    "perceptron, 4 layers": perceptron,
-    "ResNet-18, width 16": partial(resnet, width=16, batch_size=32, size=16),
-    "transformer, 12 blocks": transformer,
+    "perceptron, 4 layers": partial(perceptron, batch_size=128, num_batches=8),
+    "ResNet-18, width 16": partial(resnet, batch_size=32, num_batches=8, width=16, size=16),
+    "transformer, 12 blocks": partial(transformer, num_batches=8),
 }
 
 

@@ -36,24 +36,33 @@ class Network(NamedTuple):
         return self._replace(params=params)
 
 
-def perceptron(seed: int = 0, *, batch_size: int = 256, width: int = 512) -> Network:
+def perceptron(seed: int = 0, *, batch_size: int = 256, num_batches: int = 2, width: int = 512) -> Network:
     """Four layers on handwritten digits."""
     model = MLP((64, width, width, width, 10), rngs=nnx.Rngs(seed))
-    return _network(model, _digits(batch_size, 2, lambda images: images.reshape(len(images), -1)))
+    return _network(model, _digits(batch_size, num_batches, lambda images: images.reshape(len(images), -1)))
 
 
-def resnet(seed: int = 0, *, batch_size: int = 32, width: int = 64, size: int = 32) -> Network:
+def resnet(seed: int = 0, *, batch_size: int = 32, num_batches: int = 2, width: int = 64, size: int = 32) -> Network:
     """ResNet-18 on handwritten digits, enlarged; its batch statistics, untrained, are held fixed."""
     model = ResNet18(10, channels_in=1, width=width, rngs=nnx.Rngs(seed))
     model.eval()
     data = _digits(
-        batch_size, 2, lambda images: jax.image.resize(images, (len(images), size, size), "linear")[..., None]
+        batch_size,
+        num_batches,
+        lambda images: jax.image.resize(images, (len(images), size, size), "linear")[..., None],
     )
     return _network(model, data)
 
 
 def transformer(
-    seed: int = 0, *, depth: int = 12, width: int = 64, batch_size: int = 16, context: int = 32, vocab_size: int = 64
+    seed: int = 0,
+    *,
+    depth: int = 12,
+    width: int = 64,
+    batch_size: int = 16,
+    num_batches: int = 2,
+    context: int = 32,
+    vocab_size: int = 64,
 ) -> Network:
     """Pre-layer normalisation and attention, on the task to say each token again two places later."""
     model = Transformer(
@@ -62,7 +71,7 @@ def transformer(
     )  # fmt: skip
     rng = np.random.default_rng(seed)
     batches = []
-    for _ in range(2):
+    for _ in range(num_batches):
         tokens = jnp.asarray(rng.integers(0, vocab_size, (batch_size, context)))
         batches.append((tokens, jnp.roll(tokens, 2, axis=1)))
     return _network(model, batches)

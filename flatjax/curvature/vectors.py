@@ -3,14 +3,17 @@
 Several vectors are one tree, each leaf with a further first axis.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer, Key
 
 from flatjax.curvature.leaves import Tree
+from flatjax.sharding import explicit_mesh, placed_like
 
 
 def num_entries(like: Tree) -> int:
@@ -26,12 +29,31 @@ def sum_dtype(like: Tree) -> jnp.dtype:
 
 def rademacher_like(like: Tree, key: Key[Array, ""]) -> Tree:
     """Independent entries ±1."""
-    return _drawn(jax.random.rademacher, like, key)
+    return _drawn(lambda key, leaf: placed_like(random_signs(key, leaf.shape, leaf.dtype), leaf), like, key)
 
 
 def normal_like(like: Tree, key: Key[Array, ""]) -> Tree:
     """Independent entries of a standard normal distribution."""
-    return _drawn(jax.random.normal, like, key)
+
+    def draw(key: Key[Array, ""], leaf: Array) -> Array:
+        sharding = jax.typeof(leaf).sharding if explicit_mesh(leaf) else None
+        return jax.random.normal(key, leaf.shape, leaf.dtype, out_sharding=sharding)
+
+    return _drawn(draw, like, key)
+
+
+def random_signs(key: Key[Array, ""], shape: tuple[int, ...], dtype: DTypeLike) -> Float[Array, "..."]:
+    """Independent entries ±1, 32 of a random word: a word each would take longer than the product they are for."""
+    size = math.prod(shape)
+    if size >= 2**32:  # whose places an unsigned integer cannot count
+        return jax.random.rademacher(key, shape, dtype)
+    words = jax.random.bits(key, (-(-size // 32),), jnp.uint32)
+    # Each entry looks up its own bit, so that a device of several makes those of its shard alone.
+    place = jnp.zeros(shape, jnp.uint32)
+    for axis, length in enumerate(shape):
+        place = place * jnp.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    bits = (words.at[place >> 5].get(mode="promise_in_bounds") >> (place & 31)) & 1
+    return 1 - 2 * bits.astype(jnp.int32).astype(dtype)
 
 
 def inner_product(x: Tree, y: Tree) -> Float[Array, ""]:
@@ -119,15 +141,10 @@ def _without(x: Tree, basis: Tree, times: int) -> tuple[Tree, Float[Array, " k"]
     return x, total
 
 
-def _drawn(draw: Callable[..., Array], like: Tree, key: Key[Array, ""]) -> Tree:
+def _drawn(draw: Callable[[Key[Array, ""], Array], Array], like: Tree, key: Key[Array, ""]) -> Tree:
     leaves, structure = jax.tree.flatten(like)
-
-    def leaf_like(leaf: Array, leaf_key: Key[Array, ""]) -> Array:
-        sharding = jax.typeof(leaf).sharding
-        return draw(leaf_key, leaf.shape, leaf.dtype, out_sharding=sharding if sharding.mesh.explicit_axes else None)
-
     keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(structure, [leaf_like(leaf, keys[i]) for i, leaf in enumerate(leaves)])
+    return jax.tree.unflatten(structure, [draw(keys[i], leaf) for i, leaf in enumerate(leaves)])
 
 
 def _replicated(leaf: Array) -> NamedSharding | None:

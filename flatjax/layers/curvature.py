@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Key, Shaped
 
 from flatjax.curvature.leaves import Tree
 from flatjax.curvature.products import Hessian
+from flatjax.curvature.vectors import random_signs
 from flatjax.layers.kernels import Layer
 from flatjax.layers.outputs import LayerOutputs
 from flatjax.sharding import gathered, placed_like
@@ -60,7 +61,7 @@ class LayerCurvature(NamedTuple):
         basis, num_features = self._basis(), self.layer.num_features(self.kernel.shape)
 
         def draw(key: Key[Array, ""]) -> Float[Array, "m d"]:
-            signs = jax.random.rademacher(key, (num_features, len(basis)), dtype=basis.dtype)
+            signs = random_signs(key, (num_features, len(basis)), basis.dtype)
             return jnp.matmul(signs, basis, precision="highest")
 
         return draw

@@ -1,10 +1,11 @@
 """Relative flatness of every layer of a network: exactly where that is cheap, else by the cheaper of two routes."""
 
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence, Sized
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from flatjax.curvature.estimate import Estimate, exactly
 from flatjax.curvature.leaves import Tree
-from flatjax.curvature.streams import check_batches, num_samples
+from flatjax.curvature.streams import num_samples
 from flatjax.layers.curvature import LayerCurvature, joint_probes
 from flatjax.layers.kernels import Layer, find_layer, find_layers
 from flatjax.layers.outputs import layer_outputs, try_layer_outputs
@@ -45,24 +46,24 @@ def flatness_profile(
     * "joint": one product for all layers at once, v = (W_l A_l)_l and ⟨v_l, (H v)_l⟩, noisier by how the layers
       interact. All get the probes that the noisiest needs.
 
-    "auto" probes the first batch jointly, then layer by layer until that is known to take longer, and takes the route
-    that needs less time for the same relative error of all layers. Compilation, of one program for each layer probed by
-    itself, is not in that comparison: of a deep network and little data "joint" may be done earlier. The probes by
-    which this is decided are not used again, as the result would be biased by what they decided. That the loss keeps
-    its digits is up to `loss_fn`, as for `layer_relative_flatness`.
+    "auto" draws half of `num_probes` of the first batch jointly, then of layer after layer until that is known to take
+    longer, and takes the route that needs less time for the same relative error of all layers; what the other drew is
+    thrown away. Compilation, of one program for each layer probed by itself, is not in that comparison: of a deep
+    network and little data "joint" may be done earlier. As the first probes decide how many follow them, the mean over
+    all has a bias, of the order of `relative_error`² κ, where the standard error is `relative_error` κ. That the loss
+    keeps its digits is up to `loss_fn`, as for `layer_relative_flatness`.
 
     Args:
         loss_fn: `(params, *batch) -> scalar`, the mean over a batch; twice differentiable, in forward mode too. One
             function for all calls.
         params: a tree of arrays: `nnx.state(model, nnx.Param)`, `variables["params"]`, or any other.
-        batches: tuples of arrays, gone through once, but that the first is also taken beforehand: a list or a loader,
-            not an iterator. Batches of the same shapes are compiled once.
+        batches: tuples of arrays, gone through once. Batches of the same shapes are compiled once.
         key: of the probes.
         layers: paths, or `Layer`s; by default all kernels and embeddings.
-        num_probes: of a layer and batch, at least 4 and even, as they come in two blocks; and in the first trial.
-        relative_error: if given, as many probes are drawn as the trial says that a standard error of this share of κ
-            takes, `num_probes` at least and `max_probes` at most. What is reached is in the result, and may be somewhat
-            above it.
+        num_probes: of a layer and batch, at least 4 and even, as they come in two blocks.
+        relative_error: if given, as many probes are drawn as the first `num_probes` say that a standard error of this
+            share of κ takes, `max_probes` a batch at most. What is reached is in the result, and may be somewhat above
+            it. `batches` without a length are taken for one.
         max_probes: of a layer and batch.
         route: as above. Which one "auto" takes depends on timings: name one for the same numbers on every run.
         count: `(*batch) -> n_b`, how many samples its loss is the mean of; by default the length of its first array.
@@ -74,7 +75,6 @@ def flatness_profile(
         in which samples do not interact in the first batch, but do in another.
 
     Raises:
-        TypeError: `batches` is an iterator.
         ValueError: no layers, no batches, an unknown route, numbers of probes that do not fit, or a kernel that is used
             otherwise than it is read, as for `layer_relative_flatness`.
 
@@ -100,7 +100,6 @@ def flatness_profile(
     """
     if route not in ("auto", "layerwise", "joint"):
         raise ValueError(f"route is {route!r}, wanted 'auto', 'layerwise' or 'joint'")
-    check_batches(batches)
     if num_probes < 4 or num_probes % 2 or max_probes < num_probes:
         raise ValueError(
             f"num_probes is {num_probes} and max_probes {max_probes}, wanted an even number of at least 4, and no more "
@@ -113,21 +112,23 @@ def flatness_profile(
         raise ValueError("params has no layers: none of its leaves is called 'kernel' or 'embedding'")
     if len({layer.path for layer in found}) < len(found):
         raise ValueError("layers names a leaf twice, wanted one reading of each at a time")
-    first = next(iter(batches), None)
+    rest = iter(batches)
+    first = next(rest, None)
     if first is None:
         raise ValueError("batches is empty, wanted at least one batch")
     prober = _Prober(loss_fn, params, num_probes // 2, key)
     # The errors of batches are independent: that of one may be larger than that of their mean.
     error = (relative_error or _USUAL_ERROR) * math.sqrt(len(batches) if isinstance(batches, Sized) else 1)
-    plan = _plan(prober, first, found, error, max_probes, route)
+    plan, samples = _plan(prober, first, found, error, max_probes, route)
     wanted = plan.num_probes if relative_error else dict.fromkeys(plan.num_probes, num_probes)
     tallies = {layer: _Tally(layer in plan.exact) for layer in found}
     profile: dict[str, Estimate] = {}
-    for batch in batches:
-        samples = prober.probes(batch, wanted, is_joint=plan.is_joint)
+    for batch in itertools.chain([first], rest):
+        samples = prober.probes(batch, plan.groups, wanted, samples)
         samples |= {layer: prober.exactly(batch, layer, by) for layer, by in plan.exact.items()}
         for layer, values in samples.items():
             tallies[layer].add(num_samples(batch, count), values)
+        samples = {}
         profile = {layer.path: tallies[layer].estimate() for layer in found}
         if report is not None:
             report(profile)
@@ -160,50 +161,64 @@ class _Tally:
         return Estimate(value, jnp.asarray(math.sqrt(sum(variances))), jnp.asarray(num_probes))
 
 
+Group: TypeAlias = tuple[Layer, ...]
+"""Layers that are probed together."""
+
+
 class _Plan(NamedTuple):
     """How each layer is measured."""
 
     exact: dict[Layer, str]
+    groups: list[Group]
     num_probes: dict[Layer, int]
-    """Of a batch, for the others."""
-    is_joint: bool
+    """Of a batch, for the layers of the groups."""
 
 
 def _plan(
     prober: "_Prober", batch: tuple[Any, ...], layers: list[Layer], error: float, max_probes: int, route: str
-) -> _Plan:
-    """From draws that are used for nothing else: a mean of those that chose their own number is biased."""
-    exact = {layer: by for layer in layers if (by := prober.exact_route(batch, layer, 2 * prober.block))}
+) -> tuple[_Plan, dict[Layer, np.ndarray]]:
+    """And what was drawn of the batch to make it."""
+    least = 2 * prober.block
+    exact = {layer: by for layer in layers if (by := prober.exact_route(batch, layer, least))}
     probed = [layer for layer in layers if layer not in exact]
+
+    def grouped(layers: list[Layer]) -> list[Group]:
+        return [tuple(layers)] if is_joint and layers else [(layer,) for layer in layers]
 
     def needed(samples: np.ndarray) -> int:
         mean, most = samples.mean(), max_probes // prober.block
         blocks = samples.var(ddof=1) / (error * mean) ** 2 / prober.block if mean else most
         return prober.block * math.ceil(min(max(2, blocks), most))  # in this order 2 if it is NaN
 
-    numbers, limit = {}, math.inf
-    if route != "layerwise" and probed:
-        samples, seconds = prober.timed(batch, probed, is_joint=True)
-        numbers = {layer: needed(samples[layer]) for layer in probed}
-        limit = seconds * max(numbers.values())
-    is_joint = route == "joint"
-    if not is_joint:
-        layerwise, cost = {}, 0.0
-        for layer in probed:
-            samples, seconds = prober.timed(batch, [layer], is_joint=False)
-            layerwise[layer] = needed(samples[layer])
-            cost += seconds * layerwise[layer]
-            if cost > limit:
-                is_joint = True
-                break
-        else:
-            numbers = layerwise
+    is_joint, samples = route == "joint", dict[Layer, np.ndarray]()
+    if route == "auto" and probed:
+        is_joint, samples = _cheaper_route(prober, batch, probed, needed)
+    samples = prober.probes(batch, grouped(probed), dict.fromkeys(probed, least), samples)
+    numbers = {layer: needed(samples[layer]) for layer in probed}
     exact |= {layer: by for layer, number in numbers.items() if (by := prober.exact_route(batch, layer, number))}
-    return _Plan(exact, {layer: number for layer, number in numbers.items() if layer not in exact}, is_joint)
+    probed = [layer for layer in probed if layer not in exact]
+    plan = _Plan(exact, grouped(probed), {layer: numbers[layer] for layer in probed})
+    return plan, {layer: samples[layer] for layer in probed}
+
+
+def _cheaper_route(
+    prober: "_Prober", batch: tuple[Any, ...], layers: list[Layer], needed: Callable[[np.ndarray], int]
+) -> tuple[bool, dict[Layer, np.ndarray]]:
+    """Whether it is the joint one, and what it drew to show that."""
+    joint, seconds = prober.timed(batch, tuple(layers))
+    limit = seconds * max(needed(joint[layer]) for layer in layers)
+    layerwise, cost = dict[Layer, np.ndarray](), 0.0
+    for layer in layers:
+        drawn, seconds = prober.timed(batch, (layer,))
+        layerwise |= drawn
+        cost += seconds * needed(drawn[layer])
+        if cost > limit:
+            return True, joint
+    return False, layerwise
 
 
 class _Prober:
-    """Draws of κ, in blocks of the same size, so that each layer is compiled once."""
+    """Draws of κ, in blocks of the same size, so that each group of layers is compiled once."""
 
     def __init__(self, loss_fn: Callable[..., Any], params: Tree, block: int, key: Key[Array, ""]):
         self.loss_fn, self.params, self.block, self.key = loss_fn, params, block, key
@@ -222,49 +237,37 @@ class _Prober:
         """κ of one batch."""
         return np.asarray(_EXACTLY[by](self.loss_fn, self.params, batch, layer), float)[None]
 
-    def probes(self, batch: tuple[Any, ...], wanted: dict[Layer, int], *, is_joint: bool) -> dict[Layer, np.ndarray]:
-        """So many draws for each layer, or as many for all as the layer which wants most."""
-        samples: dict[Layer, np.ndarray] = {}
-        if not is_joint:
-            for layer, number in wanted.items():
-                blocks = [
-                    _probes(self.loss_fn, self.params, batch, layer, self._keys()) for _ in range(number // self.block)
-                ]
-                samples[layer] = np.concatenate([np.asarray(block, float) for block in blocks])
-        elif wanted:
-            layers, number = tuple(wanted), max(wanted.values())
-            blocks = [
-                _joint_probes(self.loss_fn, self.params, batch, layers, self._keys())
-                for _ in range(number // self.block)
-            ]
-            columns = np.concatenate([np.asarray(block, float) for block in blocks]).T
-            samples = dict(zip(layers, columns, strict=True))
+    def probes(
+        self, batch: tuple[Any, ...], groups: list[Group], wanted: dict[Layer, int], drawn: dict[Layer, np.ndarray]
+    ) -> dict[Layer, np.ndarray]:
+        """What was drawn of a batch, and further draws up to as many as the layer of a group that wants most."""
+        samples = {layer: drawn.get(layer, np.empty(0)) for layer in wanted}
+        for group in groups:
+            number = max(wanted[layer] for layer in group)
+            while len(samples[group[0]]) < number:
+                for layer, more in self._block(batch, group).items():
+                    samples[layer] = np.append(samples[layer], more)
         return samples
 
-    def timed(
-        self, batch: tuple[Any, ...], layers: list[Layer], *, is_joint: bool
-    ) -> tuple[dict[Layer, np.ndarray], float]:
-        """Two blocks of draws, and the seconds a probe of the second takes: with the first it is compiled."""
-        wanted = dict.fromkeys(layers, self.block)
-        drawn = self.probes(batch, wanted, is_joint=is_joint)
+    def timed(self, batch: tuple[Any, ...], group: Group) -> tuple[dict[Layer, np.ndarray], float]:
+        """A block of draws, and the seconds that one of its probes takes once it is compiled."""
+        _probes.lower(self.loss_fn, self.params, batch, group, self._keys()).compile()
         started = time.perf_counter()
-        again = self.probes(batch, wanted, is_joint=is_joint)
-        seconds = (time.perf_counter() - started) / self.block
-        return {layer: np.concatenate([drawn[layer], again[layer]]) for layer in layers}, seconds
+        samples = self._block(batch, group)
+        return samples, (time.perf_counter() - started) / self.block
+
+    def _block(self, batch: tuple[Any, ...], group: Group) -> dict[Layer, np.ndarray]:
+        columns = np.asarray(_probes(self.loss_fn, self.params, batch, group, self._keys()), float).T
+        return dict(zip(group, columns, strict=True))
 
     def _keys(self) -> Key[Array, " k"]:
         self.num_drawn += 1
         return jax.random.split(jax.random.fold_in(self.key, self.num_drawn), self.block)
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "layer"))
-def _probes(loss_fn, params, batch, layer, keys) -> Float[Array, " k"]:
-    return LayerCurvature(loss_fn, params, batch, layer).probes(keys)
-
-
-@functools.partial(jax.jit, static_argnames=("loss_fn", "layers"))
-def _joint_probes(loss_fn, params, batch, layers, keys) -> Float[Array, "k l"]:
-    return joint_probes([LayerCurvature(loss_fn, params, batch, layer) for layer in layers], keys)
+@functools.partial(jax.jit, static_argnames=("loss_fn", "group"))
+def _probes(loss_fn, params, batch, group, keys) -> Float[Array, "k l"]:
+    return joint_probes([LayerCurvature(loss_fn, params, batch, layer) for layer in group], keys)
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "layer"))
