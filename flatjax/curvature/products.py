@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from flatjax.curvature.convolutions import with_convolutions_in_order
 from flatjax.curvature.leaves import Tree, chosen_leaves, leaf_path, with_leaves
 
 LossFn = Callable[..., jax.Array]
@@ -133,7 +134,7 @@ class Hessian(_Linearised):
 
     def linearised(self) -> Callable[[Tree], Tree]:
         gradient = jax.grad(lambda chosen: self.loss_fn(_with_chosen(self.params, chosen, self.leaves), *self.batch))
-        return jax.linearize(gradient, self.like)[1]
+        return with_convolutions_in_order(jax.linearize(gradient, self.like)[1])
 
 
 @functools.partial(
@@ -176,7 +177,7 @@ class GaussNewton(_Linearised):
         predicted, forward = jax.linearize(outputs, self.like)
         backward = jax.linear_transpose(forward, self.like)
         curve = jax.linearize(jax.grad(lambda z: self.loss_fn(z, *self.batch)), predicted)[1]
-        return lambda vector: backward(curve(forward(vector)))[0]
+        return with_convolutions_in_order(lambda vector: backward(curve(forward(vector)))[0])
 
 
 @functools.partial(jax.jit, static_argnames=("draw", "form", "chunk_size"))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
+from flatjax.curvature.convolutions import with_convolutions_in_order
 from flatjax.curvature.leaves import Tree
 from flatjax.curvature.products import Hessian
 from flatjax.curvature.vectors import random_signs
@@ -164,7 +165,8 @@ class LayerCurvature(NamedTuple):
         """The Hessian of the loss in the layer's outputs, times a shift of them; and the features."""
         shift = jnp.zeros((math.prod(outputs.rows), self.num_outputs), self.dtype)
         feats = outputs.shifted(shift)[1].astype(self.dtype)
-        product = jax.linearize(jax.grad(lambda shift: outputs.shifted(shift)[0]), shift)[1]
+        gradient = jax.grad(lambda shift: outputs.shifted(shift)[0])
+        product = with_convolutions_in_order(jax.linearize(gradient, shift)[1])
         return lambda change: product(placed_like(change, shift)), feats
 
     def _map(self, function: Callable[[Any], Any], values: Shaped[Array, "k ..."]) -> Any:
