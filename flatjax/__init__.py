@@ -12,3 +12,5 @@ from flatjax.flatness.robustness import feature_robustness as feature_robustness
 from flatjax.layers.flatness import layer_relative_flatness as layer_relative_flatness
 from flatjax.layers.profile import flatness_profile as flatness_profile
 from flatjax.losses import cross_entropy as cross_entropy
+from flatjax.training.collapse_reg import collapse_reg as collapse_reg
+from flatjax.training.flat_reg import flat_reg as flat_reg

@@ -1,7 +1,7 @@
 """What the types of arrays say of how they are sharded."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -28,15 +28,20 @@ def varying_axes(tree: Any) -> frozenset[str]:
     return frozenset().union(*(jax.typeof(leaf).mat.varying for leaf in jax.tree.leaves(tree)))
 
 
-def varying_like(tree: T, like: Any) -> T:
-    """`tree`, said to vary along the axes that `like` varies along: as the start of a loop that mixes them."""
-    axes = varying_axes(like)
+def varying_along(tree: T, axis_names: Iterable[str]) -> T:
+    """`tree`, said to vary along axes of a `jax.shard_map`; other axes have no such types."""
+    manual = set(axis_names) & set(jax.sharding.get_abstract_mesh().manual_axes)
 
     def cast(leaf: Array) -> Array:
-        missing = tuple(sorted(axes - varying_axes(leaf)))
+        missing = tuple(sorted(manual - varying_axes(leaf)))
         return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(cast, tree)
+
+
+def varying_like(tree: T, like: Any) -> T:
+    """`tree`, said to vary along the axes that `like` varies along: as the start of a loop that mixes them."""
+    return varying_along(tree, varying_axes(like))
 
 
 def gathered(value: Array) -> Array:

@@ -65,9 +65,11 @@ def inner_product(x: Tree, y: Tree) -> Float[Array, ""]:
 
 def norm(x: Tree) -> Float[Array, ""]:
     """‖x‖, of which no square overflows or underflows."""
-    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)).astype(sum_dtype(x)) for leaf in jax.tree.leaves(x)]))
-    size = jnp.where(largest == 0, 1, largest)
-    scaled = scale(1 / size, x)
+    dtype = sum_dtype(x)
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in jax.tree.leaves(x)]))
+    # Of numbers near the largest of all the reciprocal, by which a compiler multiplies, underflows.
+    size = jnp.where(largest == 0, 1, jnp.minimum(largest, jnp.finfo(dtype).max / 16))
+    scaled = jax.tree.map(lambda leaf: leaf.astype(dtype) / size, x)
     return size * jnp.sqrt(inner_product(scaled, scaled))
 
 

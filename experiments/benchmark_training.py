@@ -1,0 +1,174 @@
+"""What regularising costs: a training step with relative flatness in it against the plain one, and beside SAM.
+
+    python experiments/benchmark_training.py    # about 5 minutes on 2 cores
+
+Prints a table and writes the same figures to `runs/benchmark/training.json`. Every figure is a median over rounds in
+which the steps take turns; a ratio is taken within a round, and stands with its quartiles. A step is jitted whole: the
+gradient, what is added to it, and Adam's update, with its buffers donated.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+from flax import nnx
+from harness.records import write_record
+from harness.timing import side_by_side
+
+from flatjax import cross_entropy_and_flatness, flat_reg, relative_flatness
+from flatjax.models import ResNet18, Transformer
+from flatjax.training import sharpness_aware
+
+STRENGTH = 0.01
+Step = Callable[[Any, Any], tuple[Any, Any]]
+"""`(params, state) -> (params, state)`."""
+
+
+class Task(NamedTuple):
+    """A network as what enters its head, and a batch."""
+
+    features: Callable[[Any], jax.Array]
+    params: Any
+    labels: jax.Array
+
+    def logits(self, params: Any, feats: jax.Array) -> jax.Array:
+        logits = feats @ params["head"]["kernel"]
+        return logits + params["head"]["bias"][None, :] if "bias" in params["head"] else logits
+
+    def loss(self, params: Any) -> tuple[jax.Array, jax.Array]:
+        """And the features."""
+        feats = self.features(params)
+        logits = self.logits(params, feats)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, self.labels).mean(), feats
+
+
+def main(seconds: float = 60, seed: int = 0, folder: Path = Path("runs/benchmark")) -> None:
+    """A transformer of 6 blocks, 256 features and 8192 tokens, and ResNet-18 at width 16.
+
+    Args:
+        seconds: how long each network is measured at least, in no fewer than 5 rounds.
+        seed: of networks and data.
+        folder: where the record goes.
+    """
+    record = []
+    for name, task in {"transformer": transformer(seed), "ResNet-18": resnet(seed)}.items():
+        calls = {each: Training(*make(task), task.params) for each, make in STEPS.items()}
+        for each, timing in side_by_side(calls, reference="plain", min_seconds=seconds).items():
+            low, high = timing.ratio_quartiles
+            print(
+                f"{name:12} {each:40} {1e3 * timing.seconds:8.1f} ms  {timing.ratio:.3f} [{low:.3f}, {high:.3f}]",
+                flush=True,
+            )
+            record.append({"network": name, "step": each, **timing._asdict()})
+    write_record(folder / "training.json", record)
+
+
+class Training:
+    """A network in training: each call is a step further."""
+
+    def __init__(self, step: Step, tx: optax.GradientTransformation, params: Any):
+        params = jax.tree.map(jnp.copy, params)
+        self.carry, self.step = (params, tx.init(params)), jax.jit(step, donate_argnums=(0, 1))
+
+    def __call__(self) -> Any:
+        self.carry = self.step(*self.carry)
+        return self.carry
+
+
+def plain(task: Task) -> tuple[Step, optax.GradientTransformation]:
+    tx = optax.adam(1e-3)
+    return by_gradient(lambda params: task.loss(params)[0], tx), tx
+
+
+def joint(task: Task) -> tuple[Step, optax.GradientTransformation]:
+    def loss(params: Any) -> jax.Array:
+        cross_entropy, kappa = cross_entropy_and_flatness(params["head"], task.features(params), task.labels)
+        return cross_entropy + STRENGTH * kappa
+
+    tx = optax.adam(1e-3)
+    return by_gradient(loss, tx), tx
+
+
+def by_penalty(task: Task) -> tuple[Step, optax.GradientTransformation]:
+    def kappa(params: Any, labels: jax.Array) -> jax.Array:
+        return relative_flatness(params["head"], task.features(params), labels)
+
+    tx = optax.chain(flat_reg(STRENGTH, kappa), optax.adam(1e-3))
+    return by_gradient(lambda params: task.loss(params)[0], tx, batch=task.labels), tx
+
+
+def of_head(task: Task, every: int = 1) -> tuple[Step, optax.GradientTransformation]:
+    tx = optax.chain(flat_reg(STRENGTH, head="head"), optax.adam(1e-3))
+
+    def step(params: Any, state: Any) -> tuple[Any, Any]:
+        grads, feats = jax.grad(task.loss, has_aux=True)(params)
+        updates, state = tx.update(grads, state, params, feats=feats[::every], labels=task.labels[::every])
+        return optax.apply_updates(params, updates), state
+
+    return step, tx
+
+
+def of_head_by_some(task: Task) -> tuple[Step, optax.GradientTransformation]:
+    return of_head(task, 4)
+
+
+def sam(task: Task) -> tuple[Step, optax.GradientTransformation]:
+    tx = sharpness_aware(optax.adam(1e-3), 0.05)
+
+    def gradient(params: Any, step: Any = None) -> Any:
+        return jax.grad(lambda params: task.loss(params)[0])(params)
+
+    return by_gradient(lambda params: task.loss(params)[0], tx, grad_fn=gradient), tx
+
+
+STEPS = {
+    "plain": plain,
+    "κ in the loss": joint,
+    "flat_reg, whole gradient": by_penalty,
+    "flat_reg of the head": of_head,
+    "flat_reg of the head, by 1 sample in 4": of_head_by_some,
+    "SAM": sam,
+}
+
+
+def by_gradient(loss: Callable[[Any], jax.Array], tx: optax.GradientTransformation, **needed: Any) -> Step:
+    def step(params: Any, state: Any) -> tuple[Any, Any]:
+        updates, state = optax.with_extra_args_support(tx).update(jax.grad(loss)(params), state, params, **needed)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def transformer(seed: int, *, depth: int = 6, width: int = 256, vocab_size: int = 8192, context: int = 256) -> Task:
+    """On 2048 tokens."""
+    model = Transformer(
+        vocab_size=vocab_size, num_outputs=vocab_size, context=context, width=width, depth=depth, normalise=True,
+        rngs=nnx.Rngs(seed),
+    )  # fmt: skip
+    tokens = jax.random.randint(jax.random.key(seed), (8, context + 1), 0, vocab_size)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def features(params: Any) -> jax.Array:
+        return nnx.merge(graphdef, params, rest).features(tokens[:, :-1]).reshape(-1, width)
+
+    return Task(features, nnx.to_pure_dict(params), tokens[:, 1:].reshape(-1))
+
+
+def resnet(seed: int, *, width: int = 16, num_images: int = 32) -> Task:
+    """On images 32 × 32, with the statistics of the batch."""
+    model = ResNet18(10, channels_in=3, width=width, rngs=nnx.Rngs(seed))
+    images = jax.random.normal(jax.random.key(seed), (num_images, 32, 32, 3))
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def features(params: Any) -> jax.Array:
+        return nnx.merge(graphdef, params, rest, copy=True).features(images)
+
+    return Task(features, nnx.to_pure_dict(params), jnp.arange(num_images) % 10)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

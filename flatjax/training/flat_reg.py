@@ -1,0 +1,143 @@
+"""Relative flatness as a regularizer in any optimizer chain."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jaxtyping import Array, Float, Int
+
+from flatjax.curvature.leaves import Tree, leaf_path, leaves_by_path
+from flatjax.flatness.relative import relative_flatness
+from flatjax.training.injection import Strength, averaged, check_unmasked, injection, of_penalty
+
+
+class FlatRegState(NamedTuple):
+    """Of `flat_reg`, in the state of a chain to be found as `optax.tree.get(opt_state, "kappa")`."""
+
+    count: Int[Array, ""]
+    """Updates so far, of which the strength may be a schedule."""
+    kappa: Float[Array, ""]
+    """The penalty at the last update, in float32: κ, without λ. NaN before the first."""
+
+
+def flat_reg(
+    strength: Strength,
+    penalty: Callable[[Any, Any], Any] | None = None,
+    *,
+    head: str | None = None,
+    metric: Callable[..., Any] = relative_flatness,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adds λ∇κ, the exact gradient of relative flatness, to the updates: λ > 0 pushes flat, λ < 0 sharp.
+
+    In `optax.chain(flat_reg(λ), optax.adamw(η))` the term is coupled: it is part of the gradient, as an L2 penalty
+    would be, and Adam rescales it with the rest. Between `optax.scale_by_adam()` and `optax.scale_by_learning_rate(η)`
+    it is decoupled, as AdamW's weight decay: the step is −η (Adam's direction + λ∇κ), and λ keeps its meaning.
+
+    With `penalty` the gradient is the whole one, third derivatives of the loss included, and reaches every parameter:
+    `tx.update(grads, state, params, batch=batch)`. What the penalty shares with the loss is computed once where both
+    are in one jitted function, but the backward pass runs twice: a joint loss is cheaper, of a head
+    `cross_entropy_and_flatness`. Give the batch that the gradient is of: a penalty of other samples is as good.
+
+    Without it κ is that of a linear head, `tx.update(grads, state, params, feats=feats, labels=labels)`, and only the
+    head's own parameters get a gradient, at fixed features. This leaves out what the layers before it could do, all
+    that they change in ‖φ‖ and in how certain the head is, and they may undo what the head does. It costs no
+    backward pass, but products of the features with the head; any part of the batch will do, `feats[:, ::4]` say.
+
+    Both work inside `optax.chain`, `named_chain`, `apply_if_finite`, `inject_hyperparams` (penalty, head, metric and
+    axis_name being among its static_args), in `nnx.Optimizer` (`optimizer.update(model, grads, batch=batch)`), under
+    `jit`, `lax.scan` and donation. `optax.MultiSteps` uses only the last batch of those it accumulates if this is
+    inside: put it before, `optax.chain(flat_reg(...), optax.MultiSteps(...).gradient_transformation())`. A Linen
+    `TrainState.apply_gradients` passes no arguments on; these two lines do:
+    `updates, opt_state = state.tx.update(grads, state.opt_state, state.params, batch=batch)` and `state =
+    state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)`.
+    `optax.masked` and `partition` hide parameters, and `flatten` and `lookahead` do not fit: put this before them.
+
+    Args:
+        strength: λ, a number or a schedule; the updates have the unit of the loss, as κ has.
+        penalty: `(params, batch) -> scalar`, differentiable; of any layer, by `relative_flatness` of the features that
+            enter it.
+        head: where the head is among the parameters, "decoder/head"; by default they are a head. Without `penalty`.
+        metric: `(head, feats, labels) -> scalar`; `simplified_relative_flatness` for κ̂. Without `penalty`.
+        axis_name: inside a `jax.shard_map`, the axis or axes along which the samples are split: the gradient is the
+            mean over its devices. Not for a penalty that is averaged over them already. Under `jit` of sharded arrays
+            leave it out.
+
+    Returns:
+        A transformation whose state is a `FlatRegState`.
+
+    Raises:
+        TypeError: an argument of `update` is missing, or was lost in a wrapper, which is named; or the penalty is no
+            scalar.
+        ValueError: no parameters, parameters that are hidden, no head where `head` says, a `head` besides a `penalty`,
+            or a strength that is no number.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from flatjax import cross_entropy, flat_reg, relative_flatness
+        >>> def features(params, x):
+        ...     return jnp.tanh(x @ params["body"]["kernel"])
+        >>> def loss(params, batch):
+        ...     x, y = batch
+        ...     return cross_entropy(features(params, x) @ params["head"]["kernel"], y).mean()
+        >>> def penalty(params, batch):
+        ...     x, y = batch
+        ...     return relative_flatness(params["head"], features(params, x), y)
+        >>> keys, f32 = jax.random.split(jax.random.key(0)), jnp.float32
+        >>> params = {"body": {"kernel": jnp.eye(3, 4, dtype=f32)}, "head": {"kernel": jnp.eye(4, 2, dtype=f32)}}
+        >>> batch = jax.random.normal(keys[0], (8, 3), f32), jnp.arange(8) % 2
+        >>> tx = optax.chain(flat_reg(0.1, penalty), optax.sgd(1e-2))
+        >>> @jax.jit
+        ... def step(params, state):
+        ...     grads = jax.grad(loss)(params, batch)
+        ...     updates, state = tx.update(grads, state, params, batch=batch)
+        ...     return optax.apply_updates(params, updates), state
+        >>> new_params, state = step(params, tx.init(params))
+        >>> bool(optax.tree.get(state, "kappa") == penalty(params, batch))
+        True
+
+    References:
+        Petzka, Kamp, Adilova, Sminchisescu, Boley: *Relative Flatness and Generalization*, NeurIPS 2021 (κ).
+        Adilova, Abourayya, Li, Dada, Petzka, Egger, Kleesiek, Kamp: *FAM: Relative Flatness Aware Minimization*, 2023.
+    """
+    if penalty is None:
+        return injection("flat_reg", strength, _of_head(head, metric, axis_name), ("feats", "labels"), FlatRegState)
+    if head is not None:
+        raise ValueError(f"flat_reg has both a penalty and head={head!r}, wanted one: a penalty finds its own head")
+    return injection("flat_reg", strength, of_penalty(penalty, "flat_reg", axis_name), ("batch",), FlatRegState)
+
+
+def _of_head(
+    head: str | None, metric: Callable[..., Any], axis_name: str | tuple[str, ...] | None
+) -> Callable[..., Any]:
+    def gradient(params: Tree, *, feats: Any, labels: Any) -> tuple[Float[Array, ""], Tree]:
+        paths = _paths_of_head(params, head)
+        leaves = leaves_by_path(params)
+
+        def of(head_params: dict[str, Array]) -> Float[Array, ""]:
+            return metric(head_params, jax.lax.stop_gradient(feats), labels)
+
+        value, by_name = averaged(jax.value_and_grad(of), axis_name)({key: leaves[paths[key]] for key in paths})
+        by_path = {paths[key]: by_name[key] for key in paths}
+        return value, jax.tree_util.tree_map_with_path(lambda keys, _: by_path.get(leaf_path(keys)), params)
+
+    return gradient
+
+
+def _paths_of_head(params: Tree, head: str | None) -> dict[str, str]:
+    """The leaves of the head, by their names in it.
+
+    Raises:
+        ValueError: there are none.
+    """
+    prefix = "" if head is None else f"{head}/"
+    paths = [path for path in leaves_by_path(params) if path.startswith(prefix)]
+    names = {path.removeprefix(prefix): path for path in paths}
+    if not names or any("/" in name for name in names):
+        check_unmasked(params, "flat_reg")
+        found = [path.rpartition("/")[0] for path in leaves_by_path(params) if path.endswith(("kernel", "embedding"))]
+        raise ValueError(
+            f"flat_reg(head={head!r}) finds no linear head in params: give head=... as one of {sorted(set(found))}"
+        )
+    return names

@@ -1,0 +1,153 @@
+"""The gradient of a penalty added to the updates in an optimizer chain: what `flat_reg` and `collapse_reg` share."""
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
+
+from flatjax.curvature.leaves import Tree
+from flatjax.sharding import varying_along, varying_axes
+
+Strength: TypeAlias = ArrayLike | optax.Schedule
+"""λ, or λ of the number of updates so far."""
+
+Gradient: TypeAlias = Callable[..., tuple[Float[Array, ""], Tree]]
+"""`(params, **needed) -> (value, gradient)`; the gradient is None at leaves that it leaves alone."""
+
+
+def injection(
+    name: str,
+    strength: Strength,
+    gradient: Gradient,
+    needed: tuple[str, ...],
+    new_state: Callable[[Int[Array, ""], Float[Array, ""]], Any],
+) -> optax.GradientTransformationExtraArgs:
+    """Adds λ times a gradient to the updates; `needed` are the arguments of `update` that the gradient is of.
+
+    The state is made of the number of updates and of the last value, in float32: NaN before the first.
+    """
+    if not callable(strength) and jnp.ndim(strength) != 0:
+        raise ValueError(f"strength has shape {jnp.shape(strength)}, wanted a number or a schedule")
+
+    def init(params: Tree) -> Any:
+        wrapper = _around(_UNFIT)
+        if wrapper is not None:
+            raise ValueError(f"{name} is inside {wrapper}")
+        return new_state(jnp.zeros((), jnp.int32), jnp.full((), jnp.nan, jnp.float32))
+
+    def update(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
+        call = ", ".join(("grads", "state", "params", *(f"{each}={each}" for each in needed)))
+        if params is None:
+            raise ValueError(f"{name} needs the parameters: call tx.update({call})")
+        missing = [each for each in needed if extra.get(each) is None]
+        if missing:
+            wrapper = _around(_FORGETFUL)
+            reason = (
+                f"It is inside {wrapper}"
+                if wrapper
+                else "A wrapper that is no optax.GradientTransformationExtraArgs loses what it is given"
+            )
+            raise TypeError(
+                f"{name} got no {' and no '.join(missing)}: call tx.update({call}), or of an nnx.Optimizer "
+                f"optimizer.update(model, {call.replace('state, params, ', '')}). {reason}"
+            )
+        value, gradients = gradient(params, **{each: extra[each] for each in needed})
+        rate = strength(state.count) if callable(strength) else strength
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return _added(updates, rate, gradients), new_state(count, value.astype(jnp.float32))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def of_penalty(penalty: Callable[..., Any], name: str, axis_name: str | tuple[str, ...] | None) -> Gradient:
+    """That of `penalty(params, batch)` in all parameters, averaged over the devices along an axis."""
+
+    def gradient(params: Tree, *, batch: Any) -> tuple[Float[Array, ""], Tree]:
+        check_unmasked(params, name)
+
+        def scalar(params: Tree) -> Float[Array, ""]:
+            value = penalty(params, batch)
+            if not (isinstance(value, jax.Array) and value.shape == () and jnp.issubdtype(value.dtype, jnp.floating)):
+                got = f"{value.dtype}{value.shape}" if isinstance(value, jax.Array) else type(value).__name__
+                raise TypeError(f"penalty returned {got}, wanted a scalar of a floating dtype")
+            return value
+
+        return averaged(jax.value_and_grad(scalar), axis_name)(params)
+
+    return gradient
+
+
+def averaged(
+    value_and_gradient: Callable[[Tree], tuple[Float[Array, ""], Tree]], axis_name: str | tuple[str, ...] | None
+) -> Callable[[Tree], tuple[Float[Array, ""], Tree]]:
+    """The mean of what the devices along an axis of a `jax.shard_map` find, each on its own samples."""
+    if axis_name is None:
+        return value_and_gradient
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+
+    def mean(params: Tree) -> tuple[Float[Array, ""], Tree]:
+        # By parameters that every device has, a derivative is summed over the devices, by default: not by copies.
+        copies = varying_along(params, names)
+        value, gradient = value_and_gradient(copies)
+        if varying_axes(copies) and not set(names) <= varying_axes(value):
+            raise ValueError(
+                f"the penalty is the same on all devices along {axis_name!r}, which it must have been averaged over: "
+                "leave axis_name out"
+            )
+        return jax.lax.pmean((value, gradient), names)
+
+    return mean
+
+
+def check_unmasked(params: Tree, name: str) -> None:
+    """Raises a ValueError where leaves are hidden."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+    if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
+        raise ValueError(
+            f"{name} is inside optax.masked or optax.partition, which hide parameters that it is a function of: put it "
+            f"before them, as in optax.chain({name}(...), optax.masked(...))"
+        )
+
+
+def _added(updates: Tree, rate: Any, gradients: Tree) -> Tree:
+    def added(update: Array, gradient: Array | None) -> Array:
+        if gradient is None:
+            return update
+        dtype = jnp.float64 if jnp.float64 in (update.dtype, gradient.dtype) else jnp.float32
+        return (update.astype(dtype) + jnp.asarray(rate, dtype) * gradient.astype(dtype)).astype(update.dtype)
+
+    return jax.tree.map(added, updates, gradients)
+
+
+_UNFIT = {
+    "optax.transforms._layouts": "optax.flatten, which makes one vector of the parameters: put it before, as in "
+    "optax.chain(flat_reg(...), optax.flatten(...))",
+    "optax._src.lookahead": "optax.lookahead, which passes no arguments on: put it before, with tx.update(grads, "
+    "state, params) of the fast parameters, params.fast",
+}
+"""By the module that an initialisation comes from."""
+
+_FORGETFUL = {
+    "optax._src.lookahead": _UNFIT["optax._src.lookahead"],
+    "optax.transforms._accumulation": "optax.MultiSteps, of which gradient_transformation() passes no arguments on: "
+    "call the update of MultiSteps itself, or put the regulariser before it in the chain",
+    "flax.training.train_state": "TrainState.apply_gradients, which passes no arguments on: call state.tx.update(grads,"
+    " state.opt_state, state.params, ...) and state.replace(step=..., params=..., opt_state=...)",
+}
+"""By the module that an update comes from."""
+
+
+def _around(wrappers: dict[str, str]) -> str | None:
+    """The innermost of some wrappers that calls this: only its frame tells that arguments were lost in it."""
+    frame = sys._getframe()
+    while frame is not None:
+        name = frame.f_globals.get("__name__")
+        if name in wrappers:
+            return wrappers[name]
+        frame = frame.f_back
+    return None

@@ -1,0 +1,131 @@
+"""Sharpness-aware minimisation: descend by the gradient of a point uphill."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from flatjax.curvature.leaves import Tree
+from flatjax.curvature.vectors import inner_product, sum_dtype
+from flatjax.sharding import varying_along
+
+GradFn = Callable[[Tree, int], Tree]
+
+
+def sharpness_aware(
+    optimizer: optax.GradientTransformation,
+    radius: optax.ScalarOrSchedule,
+    *,
+    adaptive: bool = False,
+    axis_name: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Sharpness-aware minimisation (SAM), or its adaptive form (ASAM), around any optimizer.
+
+        ε = ρ g / ‖g‖, or adaptive ε = ρ w² g / ‖|w| g‖;    the optimizer is given ∇L(w + ε) in the place of g = ∇L(w)
+
+    `optax.contrib.sam` with an ascent that is 0 where the gradient is, and finite wherever the gradient is: no square
+    in a norm over- or underflows. A gradient that is not finite makes ε NaN. ε is added in the dtype of the parameters:
+    of weights in bfloat16, what is less than 0.2 % of a weight is rounded away.
+
+    A step costs two gradients: the one it is given, and the one it takes by `grad_fn`:
+
+        tx.update(grads, state, params, grad_fn=lambda params, _: jax.grad(loss)(params, batch))
+
+    What stands before it in a chain changes the ascent alone, as the second gradient takes the place of all that came
+    in: clipping, decay and regularisers belong into `optimizer`, which is passed all further extra arguments. It has to
+    see all parameters as `grad_fn` takes them, so it stands around `optax.masked`, `partition` or `flatten`, not in
+    them. In `optax.MultiSteps` the second gradient is of the last small batch alone.
+
+    Args:
+        optimizer: what descends.
+        radius: ρ, a number or a schedule of the steps. Under `optax.inject_hyperparams` a number can be changed.
+        adaptive: scale the ascent by the size of each weight, so that it does not change with a rescaling of layers.
+            To |w| no constant is added, of biases as little: what is 0 stays.
+        axis_name: of a `jax.shard_map` or `jax.vmap`, along which each device has its own samples and `grad_fn` gives
+            the gradient of their mean: that is averaged. The gradient that comes in is taken as it is: averaged, all
+            devices climb as one; not averaged, each climbs by itself, as SAM's authors did (m-sharpness).
+
+    Returns:
+        A transformation whose update takes `grad_fn`, `(params, i) -> gradients`, by keyword; i is 0.
+
+    Raises:
+        ValueError: at an update, without `grad_fn` or `params`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> def loss(w):
+        ...     return jnp.sum(w**2) / 2
+        >>> tx, w = sharpness_aware(optax.sgd(0.1), radius=0.5), jnp.array([3.0, 4.0])
+        >>> state = tx.init(w)
+        >>> updates, state = tx.update(jax.grad(loss)(w), state, w, grad_fn=lambda w, _: jax.grad(loss)(w))
+        >>> print(updates)  # −0.1 (w + 0.5 w/‖w‖)
+        [-0.33 -0.44]
+
+    References:
+        Foret, Kleiner, Mobahi, Neyshabur: *Sharpness-Aware Minimization*, ICLR 2021.
+        Kwon, Kim, Park, Choi: *ASAM: Adaptive Sharpness-Aware Minimization*, ICML 2021.
+    """
+    schedule = radius if callable(radius) else optax.constant_schedule(radius)
+    ascent = optax.chain(_ascent_direction(adaptive=adaptive), optax.sgd(schedule))
+    descent = optax.with_extra_args_support(optimizer)
+
+    def sam(**extra_args: Any) -> optax.GradientTransformationExtraArgs:
+        bound = optax.GradientTransformation(descent.init, functools.partial(descent.update, **extra_args))
+        # A state that is reset would hold the schedule at its first step.
+        return optax.contrib.sam(bound, ascent, reset_state=False, opaque_mode=True, batch_axis_name=axis_name)
+
+    def update(
+        updates: Tree, state: Any, params: Tree = None, *, grad_fn: GradFn | None = None, **extra_args: Any
+    ) -> tuple[Tree, Any]:
+        if grad_fn is None:
+            raise ValueError(
+                "sharpness_aware got no grad_fn: wanted update(grads, state, params, grad_fn=lambda params, _: ...). "
+                "If it was given, a wrapper dropped it, as optax.MultiSteps(...).gradient_transformation() does: use "
+                "optax.MultiSteps itself; TrainState.apply_gradients passes nothing on: call state.tx.update"
+            )
+        if params is None:
+            raise ValueError("sharpness_aware got no params: wanted update(grads, state, params, grad_fn=...)")
+
+        def local_grad_fn(params: Tree, i: int) -> Tree:
+            # In a `jax.shard_map` gradients in what is the same on all devices are summed unasked.
+            return grad_fn(params if axis_name is None else varying_along(params, [axis_name]), i)
+
+        return sam(**extra_args).update(updates, state, params, grad_fn=local_grad_fn)
+
+    return optax.GradientTransformationExtraArgs(sam().init, update)
+
+
+def _ascent_direction(*, adaptive: bool) -> optax.GradientTransformation:
+    def direction(grads: Tree, params: Tree) -> Tree:
+        dtype = sum_dtype((grads, params))
+        ascent = _unit(jax.tree.map(lambda g: g.astype(dtype), grads))
+        if adaptive:
+            sizes = jax.tree.map(lambda w: jnp.abs(w).astype(dtype), params)
+            ascent = _product(sizes, _unit(_product(sizes, ascent)))
+        return jax.tree.map(lambda leaf, w: leaf.astype(w.dtype), ascent, params)
+
+    return optax.stateless(direction)
+
+
+def _product(x: Tree, y: Tree) -> Tree:
+    return jax.tree.map(jnp.multiply, x, y)
+
+
+def _unit(x: Tree) -> Tree:
+    """x/‖x‖; 0 for 0, and NaN if an entry is not finite."""
+    dtype = sum_dtype(x)
+    sizes = [jnp.max(jnp.abs(leaf), initial=0) for leaf in jax.tree.leaves(x)]
+    largest = functools.reduce(jnp.maximum, sizes, jnp.zeros((), dtype))
+    # Of numbers near the largest of all the reciprocal, by which a compiler multiplies, underflows.
+    unit = jnp.where(jnp.isfinite(largest), jnp.minimum(largest, jnp.finfo(dtype).max / 16), jnp.nan)
+    scaled = _divided(x, unit)
+    return _divided(scaled, jnp.sqrt(inner_product(scaled, scaled)))
+
+
+def _divided(x: Tree, by: Float[Array, ""]) -> Tree:
+    """By 1 in the place of 0."""
+    return jax.tree.map(lambda leaf: leaf / jnp.where(by == 0, 1, by), x)

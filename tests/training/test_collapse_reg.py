@@ -1,0 +1,104 @@
+"""The injected update is λ∇NCC, of the definition of NCC by pairs of classes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flatjax import collapse_reg
+
+from .cases import SIZES, added, assert_trees_close, features, network, samples, some_updates
+
+RATE = 0.3
+
+
+def labelled_features(params, batch):
+    x, labels = batch
+    return features(params, x), labels
+
+
+def dense_ncc(params, batch):
+    """Σ over ordered pairs of classes of (V_c + V_c') / (2‖μ_c − μ_c'‖²), written from the formula."""
+    x, labels = batch
+    feats = features(params, x)
+    of_class = [feats[np.asarray(labels) == c] for c in range(SIZES[-1])]
+    means = [jnp.mean(each, axis=0) for each in of_class]
+    variances = [
+        jnp.mean(jnp.sum((each - mean[None]) ** 2, axis=1)) for each, mean in zip(of_class, means, strict=True)
+    ]
+    pairs = [(a, b) for a in range(len(means)) for b in range(len(means)) if a != b]
+    return sum((variances[a] + variances[b]) / (2 * jnp.sum((means[a] - means[b]) ** 2)) for a, b in pairs)
+
+
+@pytest.mark.parametrize("rate", [RATE, -RATE])
+@pytest.mark.parametrize(("metric", "share"), [("ncc", 1), ("cdnv", 1 / 12)])
+def test_what_is_added_is_the_gradient_of_collapse_by_definition(rate, metric, share):
+    params, batch, updates = network(), samples(), some_updates(network())
+    tx = collapse_reg(rate, features=labelled_features, num_classes=4, metric=metric)
+    got, state = jax.jit(tx.update)(updates, tx.init(params), params, batch=batch)
+    gradient = jax.grad(dense_ncc)(params, batch)
+    assert np.max(np.abs(gradient["body"]["kernel"])) > 1e-3
+    assert_trees_close(got, added(updates, rate * share, gradient), 1e-11)
+    np.testing.assert_allclose(optax.tree.get(state, "collapse"), share * dense_ncc(params, batch), rtol=1e-6)
+
+
+def test_it_is_the_slope_of_ncc_by_finite_differences():
+    params, batch = network(), samples()
+    tx = collapse_reg(1.0, features=labelled_features, num_classes=4)
+    got, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params, batch=batch)
+    direction, step = some_updates(params), 1e-5
+    slope = sum(jnp.sum(a * b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(direction), strict=True))
+    ahead, behind = (dense_ncc(added(params, sign * step, direction), batch) for sign in (1, -1))
+    np.testing.assert_allclose(slope, (ahead - behind) / (2 * step), rtol=1e-6)
+
+
+def test_a_penalty_of_ones_own():
+    params, batch, updates = network(), samples(), some_updates(network())
+    tx = collapse_reg(RATE, dense_ncc)
+    got, _ = tx.update(updates, tx.init(params), params, batch=batch)
+    assert_trees_close(got, added(updates, RATE, jax.grad(dense_ncc)(params, batch)), 1e-12)
+
+
+def test_classes_that_are_missing_or_single_have_no_part():
+    params, (x, _) = network(), samples()
+    few = jnp.asarray([0, 0, 0, 0, 1, 1, 1, 1, 3, 3, 3, 2], jnp.int32)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    tx = collapse_reg(1.0, features=labelled_features, num_classes=6)
+    got, _ = tx.update(zeros, tx.init(params), params, batch=(x, few))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(got))
+    without, _ = tx.update(zeros, tx.init(params), params, batch=(x[:-1], few[:-1]))
+    assert_trees_close(got, without, 1e-12)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_training_with_it_moves_collapse_where_it_is_sent(sign):
+    params, batch = network(), samples(24)
+    tx = optax.chain(collapse_reg(sign * 0.01, features=labelled_features, num_classes=4), optax.sgd(0.1))
+    state, zeros, history = tx.init(params), jax.tree.map(jnp.zeros_like, params), []
+    update = jax.jit(tx.update)
+    for _ in range(20):
+        updates, state = update(zeros, state, params, batch=batch)
+        params = optax.apply_updates(params, updates)
+        history.append(float(optax.tree.get(state, "collapse")))
+    assert sign * (history[0] - history[-1]) > 0.01 * history[0]
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("neither or both of penalty and features", {}),
+        ("neither or both of penalty and features", {"penalty": dense_ncc, "features": labelled_features}),
+        ("no num_classes", {"features": labelled_features}),
+        ("metric is 'nc1', wanted 'ncc' or 'cdnv'", {"features": labelled_features, "metric": "nc1"}),
+    ],
+)
+def test_bad_options_are_named(message, options):
+    with pytest.raises(ValueError, match=message):
+        collapse_reg(1.0, **options)
+
+
+def test_a_missing_batch_is_an_error_that_names_this():
+    tx = collapse_reg(1.0, dense_ncc)
+    with pytest.raises(TypeError, match=r"collapse_reg got no batch: call tx.update"):
+        tx.update(network(), tx.init(network()), network())

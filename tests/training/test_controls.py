@@ -1,0 +1,127 @@
+"""Confidence penalty and label smoothing against sums in float64 that do not cancel."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from flatjax.training import confidence_penalty, label_smoothing
+
+
+def log_probabilities(logits):
+    """In float64, the likeliest from the sum of the others."""
+    relative = np.float64(logits) - np.max(np.float64(logits), axis=-1, keepdims=True)
+    is_largest = np.eye(relative.shape[-1], dtype=bool)[np.argmax(relative, axis=-1)]
+    return relative - np.log1p(np.sum(np.where(is_largest, 0, np.exp(relative)), axis=-1, keepdims=True))
+
+
+def negative_entropy(logits):
+    """And its gradient p (log p + H), in which no log p and H are near each other but where p is uniform."""
+    log_p = log_probabilities(logits)
+    p = np.exp(log_p)
+    value = np.sum(p * log_p, axis=-1)
+    return value, p * (log_p - value[..., None])
+
+
+def value_and_gradient(loss, logits, *args):
+    return loss(logits, *args), jax.grad(lambda z: jnp.sum(loss(z, *args)))(logits)
+
+
+def confident(scale, dtype, shape=(6, 5)):
+    """Logits of which one is ahead by about `scale`."""
+    logits = np.random.default_rng(0).normal(size=shape)
+    logits[..., 2] += scale
+    return jnp.asarray(logits, dtype)
+
+
+@pytest.mark.parametrize("shape", [(5,), (6, 5), (2, 3, 5)])
+def test_the_penalty_is_the_negative_entropy_in_float64(shape):
+    logits = confident(1, jnp.float64, shape)
+    for got, want in zip(value_and_gradient(confidence_penalty, logits), negative_entropy(logits), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14)
+
+
+# From an entropy of 2e-3 to 6e-33.
+@pytest.mark.parametrize("scale", [10, 20, 40, 80])
+def test_the_penalty_and_its_gradient_keep_their_digits_as_confidence_grows(scale):
+    logits = confident(scale, jnp.float32)
+    got, want = jax.jit(value_and_gradient, static_argnums=0)(confidence_penalty, logits), negative_entropy(logits)
+    for x, y in zip(got, want, strict=True):
+        assert x.dtype == jnp.float32
+        np.testing.assert_allclose(x, y, rtol=2e-6 * max(1, scale / 20), atol=0)
+
+
+def test_the_penalty_of_equal_logits_is_the_least_and_has_no_gradient():
+    value, gradient = value_and_gradient(confidence_penalty, jnp.full((1, 7), 3.0))
+    np.testing.assert_allclose(value, [-np.log(7)], rtol=1e-14)
+    np.testing.assert_allclose(gradient, np.zeros((1, 7)), atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16])
+def test_the_penalty_and_its_gradient_are_finite_at_any_finite_logits_and_leave_out_those_at_minus_infinity(dtype):
+    most = float(jnp.finfo(dtype).max)
+    logits = jnp.asarray(
+        [[0, most, -most], [most, most, -most], [-most, -most, 0], [1, -np.inf, 1], [500, -500, 0]], dtype
+    )
+    value, gradient = value_and_gradient(confidence_penalty, logits)
+    rtol = 1e-14 if dtype == jnp.float64 else 1e-6
+    np.testing.assert_allclose(value, -np.log([1, 2, 1, 2, 1]), rtol=rtol, atol=1e-200)
+    assert np.all(np.isfinite(gradient.astype(float)))
+    np.testing.assert_allclose(gradient.astype(float), np.zeros((5, 3)), atol=rtol)
+    with_a_class_left_out = confidence_penalty(jnp.asarray([1.0, -jnp.inf, 0.5]))
+    np.testing.assert_allclose(with_a_class_left_out, negative_entropy([1.0, 0.5])[0], rtol=1e-14)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_the_penalty_of_a_bad_logit_is_nan(bad):
+    got = confidence_penalty(jnp.array([[1.0, bad, 0], [1, 0, 2], [bad, bad, bad]]))
+    np.testing.assert_array_equal(np.isnan(got), [True, False, True])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("shape", [(5,), (6, 5), (2, 3, 5)])
+def test_smoothed_cross_entropy_is_a_mixture_of_that_of_the_label_and_of_all_classes(smoothing, shape):
+    logits = confident(1, jnp.float64, shape)
+    labels = jnp.asarray(np.random.default_rng(1).integers(0, 5, shape[:-1]))
+    log_p = log_probabilities(logits)
+    of_label = np.take_along_axis(log_p, np.asarray(labels)[..., None], axis=-1)[..., 0]
+    value, gradient = value_and_gradient(label_smoothing, logits, labels, smoothing)
+    np.testing.assert_allclose(value, -(1 - smoothing) * of_label - smoothing * log_p.mean(axis=-1), rtol=1e-13)
+    targets = (1 - smoothing) * np.eye(5)[np.asarray(labels)] + smoothing / 5
+    np.testing.assert_allclose(gradient, np.exp(log_p) - targets, rtol=1e-12, atol=1e-14)
+
+
+def test_without_smoothing_it_is_cross_entropy():
+    logits, labels = confident(3, jnp.float32), jnp.array([0, 1, 2, 3, 4, 0])
+    want = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    np.testing.assert_allclose(label_smoothing(logits, labels, 0.0), want, rtol=1e-6)
+
+
+def test_smoothing_may_be_traced_and_is_computed_in_float32_at_least():
+    logits, labels = confident(1, jnp.bfloat16), jnp.array([0, 1, 2, 3, 4, 0])
+    got = jax.jit(jax.vmap(label_smoothing, in_axes=(None, None, 0)))(logits, labels, jnp.array([0.0, 0.3]))
+    assert got.dtype == jnp.float32
+    log_p = log_probabilities(np.asarray(logits, float))
+    for smoothing, losses in zip([0, 0.3], got, strict=True):
+        want = -(1 - smoothing) * log_p[np.arange(6), labels] - smoothing * log_p.mean(axis=-1)
+        np.testing.assert_allclose(losses, want, rtol=1e-6)
+
+
+def test_a_label_or_smoothing_out_of_range_is_nan():
+    logits = jnp.zeros((4, 3))
+    got = label_smoothing(logits, jnp.array([2, 3, -1, -100]), 0.1)
+    np.testing.assert_allclose(got, [np.log(3), np.nan, np.nan, np.nan], rtol=1e-14)
+    for smoothing in (-0.1, 1.1, np.nan):
+        assert np.all(np.isnan(label_smoothing(logits, jnp.array([0, 1, 2, 0]), smoothing)))
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_samples_split_among_devices_stay_there(axis_type):
+    logits, labels = confident(1, jnp.float64, (8, 5)), jnp.arange(8) % 5
+    sharding = NamedSharding(jax.make_mesh((8,), ("data",), axis_types=(axis_type,)), PartitionSpec("data"))
+    for loss, args in ((confidence_penalty, (logits,)), (label_smoothing, (logits, labels, 0.1))):
+        got = jax.jit(loss)(*jax.device_put(args[:2], sharding), *args[2:])
+        assert got.sharding.is_equivalent_to(sharding, 1)
+        np.testing.assert_allclose(got, loss(*args), rtol=1e-14)
