@@ -18,11 +18,13 @@ import jax
 import numpy as np
 import tyro
 from harness.networks import Network, perceptron, resnet, transformer
+from harness.profiles import in_forward_order
 from harness.records import temporary_memory, write_record
 from harness.timing import side_by_side
 from harness.torch_peer import curvlinops_calls
 
 from flatjax import flatness_profile, layer_relative_flatness
+from flatjax.curvature.estimate import Estimate
 from flatjax.curvature.products import Hessian
 from flatjax.curvature.traces import trace
 from flatjax.layers.kernels import find_layers
@@ -76,51 +78,69 @@ def probes(num_probes: int = 16, seed: int = 0, seconds: float = 10, folder: Pat
 
 
 def routes(
-    relative_error: float = 0.1, num_steps: int = 100, seed: int = 0, folder: Path = Path("runs/benchmark")
+    relative_error: float = 0.1,
+    num_steps: int = 100,
+    seed: int = 0,
+    seconds: float = 60,
+    folder: Path = Path("runs/benchmark"),
 ) -> None:
     """Seconds until κ of every layer is known to within a relative error: layer by layer, jointly, and as chosen.
 
-    Each is run twice, with different probes, and the second run is reported: the first is compiled.
+    The routes take turns, each round with other probes. Once each was run, and with that compiled, rounds are timed.
 
     Args:
         relative_error: that is asked for.
         num_steps: of training before.
         seed: of networks and probes.
+        seconds: how long each network is timed at least, in no fewer than 2 rounds.
         folder: where the record goes.
     """
     record = []
     for name, make in NETWORKS.items():
         network = make(seed).trained(num_steps)
-        for route in ("layerwise", "joint", "auto"):
-            measure = partial(
-                flatness_profile, network.loss_fn, network.params, network.batches, relative_error=relative_error,
-                max_probes=512, route=route,
-            )  # fmt: skip
-            seconds = []
-            for run in range(3):
-                started = time.perf_counter()
-                profile = measure(key=jax.random.key(seed + run))
-                seconds.append(time.perf_counter() - started)
-            probed = [each for each in profile.values() if each.num_probes]
-            reached = max((float(each.standard_error / abs(each.value)) for each in probed), default=0.0)
-            number = sum(int(each.num_probes) for each in probed)
+        measure = partial(
+            flatness_profile, network.loss_fn, network.params, network.batches, relative_error=relative_error,
+            max_probes=256,
+        )  # fmt: skip
+        compiled = {route: timed(measure, route, seed)[0] for route in ROUTES}
+        rounds: list[dict[str, tuple[float, dict[str, Estimate]]]] = []
+        started = time.perf_counter()
+        while len(rounds) < 2 or time.perf_counter() - started < seconds:
+            rounds.append({route: timed(measure, route, seed + 1 + len(rounds)) for route in ROUTES})
+        for route in ROUTES:
+            of_route = [each[route][0] for each in rounds]
+            over_best = [each[route][0] / min(each["layerwise"][0], each["joint"][0]) for each in rounds]
+            profiles = [each[route][1] for each in rounds]
+            probed = [[each for each in profile.values() if each.num_probes] for profile in profiles]
+            reached = [max(float(each.standard_error / abs(each.value)) for each in layers) for layers in probed]
+            number = [sum(int(each.num_probes) for each in layers) for layers in probed]
             print(
-                f"{name:22} {route:9}  {np.median(seconds[1:]):8.2f} s, compiled in {seconds[0] - seconds[1]:6.1f} s; "
-                f"{len(profile) - len(probed)} of {len(profile)} layers exact, {number} probes, "
-                f"standard errors at most {reached:.1%}",
+                f"{name:22} {route:9}  {np.median(of_route):7.2f} s, {np.median(over_best):5.2f} of the better route; "
+                f"with compilation {compiled[route]:6.1f} s; {len(profiles[0]) - len(probed[0])} of {len(profiles[0])} "
+                f"layers exact, {np.median(number):.0f} probes, standard errors at most {np.median(reached):.1%}",
                 flush=True,
             )
             record.append(
-                {"network": name, "route": route, "seconds": seconds, "largest_relative_error": reached}
-                | {"probes": number, "layers": len(profile), "exact": len(profile) - len(probed)}
+                {"network": name, "route": route, "seconds": of_route, "over_the_better": over_best, "probes": number}
+                | {"seconds_at_first": compiled[route], "largest_relative_errors": reached}
+                | {"layers": len(profiles[0]), "exact": len(profiles[0]) - len(probed[0])}
             )
     write_record(folder / "routes.json", record)
 
 
+ROUTES = ("layerwise", "joint", "auto")
+
+
+def timed(measure: Callable[..., dict[str, Estimate]], route: str, seed: int) -> tuple[float, dict[str, Estimate]]:
+    started = time.perf_counter()
+    profile = measure(route=route, key=jax.random.key(seed))
+    return time.perf_counter() - started, profile
+
+
 NETWORKS: dict[str, Callable[[int], Network]] = {
     "perceptron, 4 layers": partial(perceptron, batch_size=128, num_batches=8),
-    "ResNet-18, width 16": partial(resnet, batch_size=32, num_batches=8, width=16, size=16),
-    "transformer, 12 blocks": partial(transformer, num_batches=8),
+    "ResNet-18, width 8": partial(resnet, batch_size=16, num_batches=8, width=8, size=16),
+    "transformer, 12 blocks": partial(transformer, batch_size=8, num_batches=8),
 }
 
 
@@ -134,10 +154,10 @@ def kappa_of(loss_fn: Any, num_probes: int, key: jax.Array, layer: str, params: 
 
 
 def first_and_last_layer(network: Network) -> tuple[str, str]:
-    """Of those between the embeddings and the head, in natural order: blocks/10 after blocks/9."""
-    names = [path for path in find_layers(network.params) if "head" not in path and "embedding" not in path]
-    names.sort(key=lambda path: [(int(part) if part.isdigit() else -1, part) for part in path.split("/")])
-    return names[0], names[-1]
+    """Of those between the embeddings and the head."""
+    inner = [path for path in find_layers(network.params) if "head" not in path and "embedding" not in path]
+    first, *_, last = in_forward_order(inner)
+    return first, last
 
 
 def beside_curvlinops(network: Network, num_probes: int, seed: int, seconds: float) -> list[dict[str, Any]]:

@@ -1,9 +1,11 @@
 """Relative flatness of every layer of a network: exactly where that is cheap, else by the cheaper of two routes."""
 
+import collections
 import functools
 import itertools
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterable, Sequence, Sized
 from typing import Any, NamedTuple, TypeAlias
 
@@ -222,7 +224,7 @@ class _Prober:
 
     def __init__(self, loss_fn: Callable[..., Any], params: Tree, block: int, key: Key[Array, ""]):
         self.loss_fn, self.params, self.block, self.key = loss_fn, params, block, key
-        self.num_drawn = 0
+        self.num_blocks = collections.Counter[Group]()
 
     def exact_route(self, batch: tuple[Any, ...], layer: Layer, num_probes: int | float) -> str | None:
         """One that takes no more products than probes are needed, or that of a head."""
@@ -251,18 +253,20 @@ class _Prober:
 
     def timed(self, batch: tuple[Any, ...], group: Group) -> tuple[dict[Layer, np.ndarray], float]:
         """A block of draws, and the seconds that one of its probes takes once it is compiled."""
-        _probes.lower(self.loss_fn, self.params, batch, group, self._keys()).compile()
+        _probes.lower(self.loss_fn, self.params, batch, group, self._keys(group)).compile()
         started = time.perf_counter()
         samples = self._block(batch, group)
         return samples, (time.perf_counter() - started) / self.block
 
     def _block(self, batch: tuple[Any, ...], group: Group) -> dict[Layer, np.ndarray]:
-        columns = np.asarray(_probes(self.loss_fn, self.params, batch, group, self._keys()), float).T
+        columns = np.asarray(_probes(self.loss_fn, self.params, batch, group, self._keys(group)), float).T
+        self.num_blocks[group] += 1
         return dict(zip(group, columns, strict=True))
 
-    def _keys(self) -> Key[Array, " k"]:
-        self.num_drawn += 1
-        return jax.random.split(jax.random.fold_in(self.key, self.num_drawn), self.block)
+    def _keys(self, group: Group) -> Key[Array, " k"]:
+        """Of its next block: the same whatever else is drawn."""
+        of_group = jax.random.fold_in(self.key, zlib.crc32("\n".join(layer.path for layer in group).encode()))
+        return jax.random.split(jax.random.fold_in(of_group, self.num_blocks[group]), self.block)
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "group"))

@@ -25,7 +25,7 @@ def test_networks_learn_their_task():
 
 def test_an_early_and_a_late_layer_are_named():
     names = benchmark_layers.first_and_last_layer(transformer(depth=11, width=8, batch_size=2, context=4, vocab_size=5))
-    assert names == ("blocks/0/attention/key/kernel", "blocks/10/up/kernel")
+    assert names == ("blocks/0/attention/query/kernel", "blocks/10/down/kernel")
 
 
 def test_a_probe_is_what_it_is_compared_as():

@@ -77,6 +77,17 @@ def test_probes_are_added_until_the_error_asked_for_is_reached(route):
         assert abs(value - exact_profile(case, (5, 4))[path]) <= 4 * error + 1e-10
 
 
+def test_what_is_chosen_is_one_of_the_routes_to_the_last_digit():
+    case = large_perceptron()
+    batches, options = batches_of(case, 5, 4), {"key": jax.random.key(2), "num_probes": 8, "relative_error": 0.4}
+    profiles = {
+        route: flatness_profile(case.loss_fn, case.params, batches, route=route, **options)
+        for route in ("layerwise", "joint", "auto")
+    }
+    assert profiles["layerwise"] != profiles["joint"]
+    assert profiles["auto"] in (profiles["layerwise"], profiles["joint"])
+
+
 def test_the_intervals_of_a_joint_probe_cover_each_layer():
     case = large_perceptron()
     layers = [layer for path, layer in find_layers(case.params).items()]
