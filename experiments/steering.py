@@ -74,8 +74,10 @@ def main(
             )
             mean, reach = interval(ratios.tolist())
             ratio, low, high = np.exp([mean, mean - reach, mean + reach])
-            cells.append(f"{ratio:.3g} [{low:.3g}, {high:.3g}]" if np.isfinite(ratio) else "not reached")
-            rows.append({"strength": strength, "loss": level, "ratio": ratio, "low": low, "high": high})
+            is_reached = bool(np.all(np.isfinite(ratios)))
+            cells.append(f"{ratio:.3g} [{low:.3g}, {high:.3g}]" if is_reached else "not by all")
+            values = {"ratio": ratio, "low": low, "high": high} if is_reached else {}
+            rows.append({"strength": strength, "loss": level} | values)
         end = f"{np.median(loss[:, i, -1]):.2g}, {np.mean(accuracy[:, i, -1]):.1%}"
         print(f"{strength:8g} " + " ".join(f"{cell:>22}" for cell in cells) + f"   {end}")
     draw(folder, strengths, loss, kappa)

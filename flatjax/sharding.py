@@ -28,15 +28,20 @@ def varying_axes(tree: Any) -> frozenset[str]:
     return frozenset().union(*(jax.typeof(leaf).mat.varying for leaf in jax.tree.leaves(tree)))
 
 
-def varying_along(tree: T, axis_names: Iterable[str]) -> T:
+def varying_along(tree: T, names: Iterable[str]) -> T:
     """`tree`, said to vary along axes of a `jax.shard_map`; other axes have no such types."""
-    manual = set(axis_names) & set(jax.sharding.get_abstract_mesh().manual_axes)
+    manual = set(names) & set(jax.sharding.get_abstract_mesh().manual_axes)
 
     def cast(leaf: Array) -> Array:
         missing = tuple(sorted(manual - varying_axes(leaf)))
         return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(cast, tree)
+
+
+def axis_names(axis_name: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """One, several, or none."""
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
 
 
 def varying_like(tree: T, like: Any) -> T:

@@ -72,7 +72,7 @@ def _convolution(lhs: Array, rhs: Array, *, dimension_numbers: Any, **params: An
         jax.lax.transpose(lhs, (batch, *space, feature)),
         jax.lax.transpose(rhs, (*window, into, out)),
         dimension_numbers=jax.lax.ConvDimensionNumbers(
-            (first, last, *middle), (last, last - 1, first, *middle[:-1]), (first, last, *middle)
+            (first, last, *middle), (last, last - 1, *range(last - 1)), (first, last, *middle)
         ),
         **params,
     )

@@ -48,7 +48,7 @@ def random_signs(key: Key[Array, ""], shape: tuple[int, ...], dtype: DTypeLike) 
     if size >= 2**32:  # whose places an unsigned integer cannot count
         return jax.random.rademacher(key, shape, dtype)
     words = jax.random.bits(key, (-(-size // 32),), jnp.uint32)
-    # Each entry looks up its own bit, so that a device of several makes those of its shard alone.
+    # Each entry looks up its own bit: entries that are cut away, as padding or in other shards, need not be made.
     place = jnp.zeros(shape, jnp.uint32)
     for axis, length in enumerate(shape):
         place = place * jnp.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
@@ -66,7 +66,7 @@ def inner_product(x: Tree, y: Tree) -> Float[Array, ""]:
 def norm(x: Tree) -> Float[Array, ""]:
     """‖x‖, of which no square overflows or underflows."""
     dtype = sum_dtype(x)
-    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in jax.tree.leaves(x)]))
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf), initial=0).astype(dtype) for leaf in jax.tree.leaves(x)]))
     # Of numbers near the largest of all the reciprocal, by which a compiler multiplies, underflows.
     size = jnp.where(largest == 0, 1, jnp.minimum(largest, jnp.finfo(dtype).max / 16))
     scaled = jax.tree.map(lambda leaf: leaf.astype(dtype) / size, x)

@@ -11,7 +11,7 @@ from flatjax.flatness.vocabulary import read_out
 from flatjax.heads import HeadParams, linear_head
 from flatjax.metric import metric
 from flatjax.samples import check_one_class_a_sample, flatten_samples, mark_class_labels
-from flatjax.sharding import sum_over_devices, varying_axes
+from flatjax.sharding import axis_names, sum_over_devices, varying_axes
 
 
 @metric
@@ -83,8 +83,7 @@ def cross_entropy_and_flatness(
         Milakov, Gimelshein: *Online normalizer calculation for softmax*, 2018 (the running sums).
     """
     head = linear_head(params)
-    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
-    row_axes, sample_axes = _split_by(axes, head.matrix, feats)
+    row_axes, sample_axes = _split_by(axis_names(axis_name), head.matrix, feats)
     samples = flatten_samples(head, feats, labels, weights)
     check_one_class_a_sample(samples, labels)
     num_outputs = head.num_outputs * jax.lax.axis_size(row_axes) if row_axes else head.num_outputs

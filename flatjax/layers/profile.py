@@ -51,9 +51,10 @@ def flatness_profile(
     "auto" draws half of `num_probes` of the first batch jointly, then of layer after layer until that is known to take
     longer, and takes the route that needs less time for the same relative error of all layers; what the other drew is
     thrown away. Compilation, of one program for each layer probed by itself, is not in that comparison: of a deep
-    network and little data "joint" may be done earlier. As the first probes decide how many follow them, the mean over
-    all has a bias, of the order of `relative_error`² κ, where the standard error is `relative_error` κ. That the loss
-    keeps its digits is up to `loss_fn`, as for `layer_relative_flatness`.
+    network and little data "joint" may be done earlier. With a `relative_error` the first probes decide how many follow
+    them, so that the mean over all has a bias: of the order of `relative_error`² κ, more where draws are skewed, beside
+    a standard error of `relative_error` κ. That the loss keeps its digits is up to `loss_fn`, as for
+    `layer_relative_flatness`.
 
     Args:
         loss_fn: `(params, *batch) -> scalar`, the mean over a batch; twice differentiable, in forward mode too. One
@@ -63,9 +64,9 @@ def flatness_profile(
         key: of the probes.
         layers: paths, or `Layer`s; by default all kernels and embeddings.
         num_probes: of a layer and batch, at least 4 and even, as they come in two blocks.
-        relative_error: if given, as many probes are drawn as the first `num_probes` say that a standard error of this
-            share of κ takes, `max_probes` a batch at most. What is reached is in the result, and may be somewhat above
-            it. `batches` without a length are taken for one.
+        relative_error: if given, probes of the first batch are drawn until their standard error is this share of κ,
+            and as many of the others; `max_probes` a batch at most. What is reached is in the result, and may be
+            somewhat above it. `batches` without a length are taken for one.
         max_probes: of a layer and batch.
         route: as above. Which one "auto" takes depends on timings: name one for the same numbers on every run.
         count: `(*batch) -> n_b`, how many samples its loss is the mean of; by default the length of its first array.
@@ -121,7 +122,7 @@ def flatness_profile(
     prober = _Prober(loss_fn, params, num_probes // 2, key)
     # The errors of batches are independent: that of one may be larger than that of their mean.
     error = (relative_error or _USUAL_ERROR) * math.sqrt(len(batches) if isinstance(batches, Sized) else 1)
-    plan, samples = _plan(prober, first, found, error, max_probes, route)
+    plan, samples = _plan(prober, first, found, error, max_probes, route, to_the_end=relative_error is not None)
     wanted = plan.num_probes if relative_error else dict.fromkeys(plan.num_probes, num_probes)
     tallies = {layer: _Tally(layer in plan.exact) for layer in found}
     profile: dict[str, Estimate] = {}
@@ -177,9 +178,16 @@ class _Plan(NamedTuple):
 
 
 def _plan(
-    prober: "_Prober", batch: tuple[Any, ...], layers: list[Layer], error: float, max_probes: int, route: str
+    prober: "_Prober",
+    batch: tuple[Any, ...],
+    layers: list[Layer],
+    error: float,
+    max_probes: int,
+    route: str,
+    *,
+    to_the_end: bool,
 ) -> tuple[_Plan, dict[Layer, np.ndarray]]:
-    """And what was drawn of the batch to make it."""
+    """And what was drawn of the batch to make it: until the error is reached if it is to be."""
     least = 2 * prober.block
     exact = {layer: by for layer in layers if (by := prober.exact_route(batch, layer, least))}
     probed = [layer for layer in layers if layer not in exact]
@@ -193,13 +201,17 @@ def _plan(
         return prober.block * math.ceil(min(max(2, blocks), most))  # in this order 2 if it is NaN
 
     is_joint, samples = route == "joint", dict[Layer, np.ndarray]()
-    if route == "auto" and probed:
+    if route == "auto" and len(probed) > 1:
         is_joint, samples = _cheaper_route(prober, batch, probed, needed)
-    samples = prober.probes(batch, grouped(probed), dict.fromkeys(probed, least), samples)
-    numbers = {layer: needed(samples[layer]) for layer in probed}
-    exact |= {layer: by for layer, number in numbers.items() if (by := prober.exact_route(batch, layer, number))}
-    probed = [layer for layer in probed if layer not in exact]
-    plan = _Plan(exact, grouped(probed), {layer: numbers[layer] for layer in probed})
+    numbers, are_enough = dict.fromkeys(probed, least), False
+    while not are_enough:
+        samples = prober.probes(batch, grouped(probed), numbers, samples)
+        numbers = {layer: max(needed(samples[layer]), least) for layer in probed}
+        exact |= {layer: by for layer, number in numbers.items() if (by := prober.exact_route(batch, layer, number))}
+        probed = [layer for layer in probed if layer not in exact]
+        numbers = {layer: numbers[layer] for layer in probed}
+        are_enough = not to_the_end or all(numbers[layer] <= len(samples[layer]) for layer in probed)
+    plan = _Plan(exact, grouped(probed), numbers)
     return plan, {layer: samples[layer] for layer in probed}
 
 

@@ -1,4 +1,4 @@
-"""Neural collapse as a regularizer in any optimizer chain."""
+"""Neural collapse as a regulariser in any optimizer chain."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ def collapse_reg(
     *,
     features: Callable[[Any, Any], tuple[Any, Any]] | None = None,
     num_classes: int | None = None,
-    metric: str = "ncc",
+    metric: str | None = None,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds the exact gradient of λ times neural collapse to the updates: λ > 0 collapses the classes, λ < 0 spreads.
@@ -46,7 +46,7 @@ def collapse_reg(
         penalty: `(params, batch) -> scalar`, differentiable, a measure of collapse of your own; instead of `features`.
         features: `(params, batch) -> (feats (..., m), labels (...,))`.
         num_classes: C of the labels, with `features`.
-        metric: "ncc" or "cdnv", with `features`.
+        metric: "ncc", the default, or "cdnv", with `features`.
         axis_name: as for `flat_reg`; each device then measures its own samples, whose means are fewer than all.
 
     Returns:
@@ -56,7 +56,7 @@ def collapse_reg(
         TypeError: an argument of `update` is missing, or was lost in a wrapper, which is named; or the penalty is no
             scalar.
         ValueError: no parameters, parameters that are hidden, neither or both of `penalty` and `features`, no
-            `num_classes`, an unknown metric, or a strength that is no number.
+            `num_classes`, an unknown metric, or one besides a penalty, or a strength that is no number.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -81,7 +81,9 @@ def collapse_reg(
     """
     if (penalty is None) == (features is None):
         raise ValueError("collapse_reg has neither or both of penalty and features, wanted one of them")
-    if metric not in ("ncc", "cdnv"):
+    if penalty is not None and (metric is not None or num_classes is not None):
+        raise ValueError("collapse_reg has a metric or num_classes besides a penalty, wanted them with features alone")
+    if metric not in (None, "ncc", "cdnv"):
         raise ValueError(f"metric is {metric!r}, wanted 'ncc' or 'cdnv'")
     if features is not None and num_classes is None:
         raise ValueError("collapse_reg has features but no num_classes, wanted the number of classes of the labels")
@@ -91,7 +93,7 @@ def collapse_reg(
         assert num_classes is not None
         feats, labels = features(params, batch)
         head = {"kernel": jnp.eye(jnp.shape(feats)[-1], num_classes, dtype=feats.dtype)}  # has no part in either
-        return getattr(neural_collapse(head, feats, labels, num_classes=num_classes), metric)
+        return getattr(neural_collapse(head, feats, labels, num_classes=num_classes), metric or "ncc")
 
     gradient = of_penalty(of_features if penalty is None else penalty, "collapse_reg", axis_name)
     return injection("collapse_reg", strength, gradient, ("batch",), CollapseRegState)

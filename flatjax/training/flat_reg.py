@@ -1,4 +1,4 @@
-"""Relative flatness as a regularizer in any optimizer chain."""
+"""Relative flatness as a regulariser in any optimizer chain."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,19 +26,19 @@ def flat_reg(
     penalty: Callable[[Any, Any], Any] | None = None,
     *,
     head: str | None = None,
-    metric: Callable[..., Any] = relative_flatness,
+    metric: Callable[..., Any] | None = None,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds λ∇κ, the exact gradient of relative flatness, to the updates: λ > 0 pushes flat, λ < 0 sharp.
 
     In `optax.chain(flat_reg(λ), optax.adamw(η))` the term is coupled: it is part of the gradient, as an L2 penalty
     would be, and Adam rescales it with the rest. Between `optax.scale_by_adam()` and `optax.scale_by_learning_rate(η)`
-    it is decoupled, as AdamW's weight decay: the step is −η (Adam's direction + λ∇κ), and λ keeps its meaning.
+    it is decoupled, as AdamW's weight decay: the step is −η (Adam's direction + λ∇κ), and nothing rescales λ∇κ.
 
     With `penalty` the gradient is the whole one, third derivatives of the loss included, and reaches every parameter:
     `tx.update(grads, state, params, batch=batch)`. What the penalty shares with the loss is computed once where both
     are in one jitted function, but the backward pass runs twice: a joint loss is cheaper, of a head
-    `cross_entropy_and_flatness`. Give the batch that the gradient is of: a penalty of other samples is as good.
+    `cross_entropy_and_flatness`. Other samples than those of the loss, or some of them, are as valid.
 
     Without it κ is that of a linear head, `tx.update(grads, state, params, feats=feats, labels=labels)`, and only the
     head's own parameters get a gradient, at fixed features. This leaves out what the layers before it could do, all
@@ -55,14 +55,15 @@ def flat_reg(
     `optax.masked` and `partition` hide parameters, and `flatten` and `lookahead` do not fit: put this before them.
 
     Args:
-        strength: λ, a number or a schedule; the updates have the unit of the loss, as κ has.
+        strength: λ, a number or a schedule; κ has the unit of the loss.
         penalty: `(params, batch) -> scalar`, differentiable; of any layer, by `relative_flatness` of the features that
             enter it.
         head: where the head is among the parameters, "decoder/head"; by default they are a head. Without `penalty`.
-        metric: `(head, feats, labels) -> scalar`; `simplified_relative_flatness` for κ̂. Without `penalty`.
+        metric: `(head, feats, labels) -> scalar`, by default `relative_flatness`; `simplified_relative_flatness` for κ̂.
+            Without `penalty`.
         axis_name: inside a `jax.shard_map`, the axis or axes along which the samples are split: the gradient is the
-            mean over its devices. Not for a penalty that is averaged over them already. Under `jit` of sharded arrays
-            leave it out.
+            mean over its devices, so each should have as many samples that are no padding. Not for a penalty that is
+            averaged over them already. Under `jit` of sharded arrays leave it out.
 
     Returns:
         A transformation whose state is a `FlatRegState`.
@@ -70,8 +71,8 @@ def flat_reg(
     Raises:
         TypeError: an argument of `update` is missing, or was lost in a wrapper, which is named; or the penalty is no
             scalar.
-        ValueError: no parameters, parameters that are hidden, no head where `head` says, a `head` besides a `penalty`,
-            or a strength that is no number.
+        ValueError: no parameters, parameters that are hidden, no head where `head` says, a `head` or a `metric` besides
+            a `penalty`, a strength that is no number, or samples that are split along an axis that is not named.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -102,9 +103,13 @@ def flat_reg(
         Adilova, Abourayya, Li, Dada, Petzka, Egger, Kleesiek, Kamp: *FAM: Relative Flatness Aware Minimization*, 2023.
     """
     if penalty is None:
-        return injection("flat_reg", strength, _of_head(head, metric, axis_name), ("feats", "labels"), FlatRegState)
-    if head is not None:
-        raise ValueError(f"flat_reg has both a penalty and head={head!r}, wanted one: a penalty finds its own head")
+        gradient = _of_head(head, metric or relative_flatness, axis_name)
+        return injection("flat_reg", strength, gradient, ("feats", "labels"), FlatRegState)
+    if head is not None or metric is not None:
+        raise ValueError(
+            f"flat_reg has a penalty besides head={head!r} and metric={metric!r}, wanted one or the other: a penalty "
+            "finds its own head and is its own metric"
+        )
     return injection("flat_reg", strength, of_penalty(penalty, "flat_reg", axis_name), ("batch",), FlatRegState)
 
 
@@ -132,12 +137,14 @@ def _paths_of_head(params: Tree, head: str | None) -> dict[str, str]:
         ValueError: there are none.
     """
     prefix = "" if head is None else f"{head}/"
+    hidden = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+    check_unmasked([leaf for keys, leaf in hidden if f"{leaf_path(keys)}/".startswith(prefix)], "flat_reg")
     paths = [path for path in leaves_by_path(params) if path.startswith(prefix)]
     names = {path.removeprefix(prefix): path for path in paths}
     if not names or any("/" in name for name in names):
-        check_unmasked(params, "flat_reg")
-        found = [path.rpartition("/")[0] for path in leaves_by_path(params) if path.endswith(("kernel", "embedding"))]
+        found = {path.rpartition("/")[0] for path in leaves_by_path(params) if path.endswith(("kernel", "embedding"))}
         raise ValueError(
-            f"flat_reg(head={head!r}) finds no linear head in params: give head=... as one of {sorted(set(found))}"
+            f"flat_reg(head={head!r}) finds no linear head in params: give head=... as one of {sorted(found)}, or a "
+            "penalty"
         )
     return names

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from flatjax.curvature.leaves import Tree
-from flatjax.sharding import varying_along, varying_axes
+from flatjax.sharding import axis_names, varying_along, varying_axes
 
 Strength: TypeAlias = ArrayLike | optax.Schedule
 """λ, or λ of the number of updates so far."""
@@ -31,8 +31,8 @@ def injection(
 
     The state is made of the number of updates and of the last value, in float32: NaN before the first.
     """
-    if not callable(strength) and jnp.ndim(strength) != 0:
-        raise ValueError(f"strength has shape {jnp.shape(strength)}, wanted a number or a schedule")
+    if not callable(strength) and (jnp.ndim(strength) != 0 or not jnp.isrealobj(strength)):
+        raise ValueError(f"strength has shape {jnp.shape(strength)}, wanted a real number or a schedule")
 
     def init(params: Tree) -> Any:
         wrapper = _around(_UNFIT)
@@ -86,11 +86,17 @@ def averaged(
     value_and_gradient: Callable[[Tree], tuple[Float[Array, ""], Tree]], axis_name: str | tuple[str, ...] | None
 ) -> Callable[[Tree], tuple[Float[Array, ""], Tree]]:
     """The mean of what the devices along an axis of a `jax.shard_map` find, each on its own samples."""
-    if axis_name is None:
-        return value_and_gradient
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    names = axis_names(axis_name)
 
     def mean(params: Tree) -> tuple[Float[Array, ""], Tree]:
+        if not names:
+            value, gradient = value_and_gradient(params)
+            if split := varying_axes(value) - varying_axes(params):
+                raise ValueError(
+                    f"the penalty differs along {sorted(split)}, along which a jax.shard_map splits the samples: give "
+                    "them as axis_name, or average the penalty over them"
+                )
+            return value, gradient
         # By parameters that every device has, a derivative is summed over the devices, by default: not by copies.
         copies = varying_along(params, names)
         value, gradient = value_and_gradient(copies)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from flatjax.curvature.leaves import Tree
 from flatjax.curvature.vectors import inner_product, sum_dtype
-from flatjax.sharding import varying_along
+from flatjax.sharding import axis_names, varying_along
 
 GradFn = Callable[[Tree, int], Tree]
 
@@ -21,7 +21,7 @@ def sharpness_aware(
     radius: optax.ScalarOrSchedule,
     *,
     adaptive: bool = False,
-    axis_name: str | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Sharpness-aware minimisation (SAM), or its adaptive form (ASAM), around any optimizer.
 
@@ -47,7 +47,8 @@ def sharpness_aware(
             To |w| no constant is added, of biases as little: what is 0 stays.
         axis_name: of a `jax.shard_map` or `jax.vmap`, along which each device has its own samples and `grad_fn` gives
             the gradient of their mean: that is averaged. The gradient that comes in is taken as it is: averaged, all
-            devices climb as one; not averaged, each climbs by itself, as SAM's authors did (m-sharpness).
+            devices climb as one; not averaged, each climbs by itself, as SAM's authors did (m-sharpness). Not for a
+            `grad_fn` of a loss that is averaged over the devices already.
 
     Returns:
         A transformation whose update takes `grad_fn`, `(params, i) -> gradients`, by keyword; i is 0.
@@ -69,6 +70,7 @@ def sharpness_aware(
         Foret, Kleiner, Mobahi, Neyshabur: *Sharpness-Aware Minimization*, ICLR 2021.
         Kwon, Kim, Park, Choi: *ASAM: Adaptive Sharpness-Aware Minimization*, ICML 2021.
     """
+    names: Any = axis_names(axis_name) or None
     schedule = radius if callable(radius) else optax.constant_schedule(radius)
     ascent = optax.chain(_ascent_direction(adaptive=adaptive), optax.sgd(schedule))
     descent = optax.with_extra_args_support(optimizer)
@@ -76,7 +78,7 @@ def sharpness_aware(
     def sam(**extra_args: Any) -> optax.GradientTransformationExtraArgs:
         bound = optax.GradientTransformation(descent.init, functools.partial(descent.update, **extra_args))
         # A state that is reset would hold the schedule at its first step.
-        return optax.contrib.sam(bound, ascent, reset_state=False, opaque_mode=True, batch_axis_name=axis_name)
+        return optax.contrib.sam(bound, ascent, reset_state=False, opaque_mode=True, batch_axis_name=names)
 
     def update(
         updates: Tree, state: Any, params: Tree = None, *, grad_fn: GradFn | None = None, **extra_args: Any
@@ -92,7 +94,7 @@ def sharpness_aware(
 
         def local_grad_fn(params: Tree, i: int) -> Tree:
             # In a `jax.shard_map` gradients in what is the same on all devices are summed unasked.
-            return grad_fn(params if axis_name is None else varying_along(params, [axis_name]), i)
+            return grad_fn(varying_along(params, names or ()), i)
 
         return sam(**extra_args).update(updates, state, params, grad_fn=local_grad_fn)
 

@@ -46,4 +46,5 @@ def test_routes_are_recorded(tmp_path, monkeypatch):
     benchmark_layers.routes(relative_error=0.5, num_steps=2, folder=tmp_path)
     rows = json.loads((tmp_path / "routes.json").read_text())["rows"]
     assert [row["route"] for row in rows] == ["layerwise", "joint", "auto"]
-    assert all(row["largest_relative_error"] < 1 for row in rows)
+    assert all(max(row["largest_relative_errors"]) < 1 for row in rows)
+    assert all(min(row["over_the_better"]) >= 1 for row in rows if row["route"] != "auto")

@@ -19,12 +19,12 @@ def test_kappa_at_a_loss_lies_on_the_line_between_the_steps_around_it():
 
 def test_the_table_and_the_figure(tmp_path, capsys):
     with jax.numpy_dtype_promotion("standard"):
-        steering.main(strengths=(-1e-3, 0.0, 0.1), num_seeds=2, num_steps=60, num_train=100, folder=tmp_path)
+        steering.main(strengths=(-1e-3, 0.0, 0.1), num_seeds=2, num_steps=150, num_train=100, folder=tmp_path)
     rows = json.loads((tmp_path / "record.json").read_text())["rows"]
-    at = {(row["strength"], row["loss"]): row["ratio"] for row in rows}
+    at = {(row["strength"], row["loss"]): row.get("ratio") for row in rows}
     assert at[0.0, 0.3] == 1
     assert at[0.1, 0.3] < 1 < at[-1e-3, 0.3]
-    assert "not reached" in capsys.readouterr().out
+    assert "not by all" in capsys.readouterr().out
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 

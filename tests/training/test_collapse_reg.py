@@ -90,6 +90,7 @@ def test_training_with_it_moves_collapse_where_it_is_sent(sign):
         ("neither or both of penalty and features", {}),
         ("neither or both of penalty and features", {"penalty": dense_ncc, "features": labelled_features}),
         ("no num_classes", {"features": labelled_features}),
+        ("besides a penalty", {"penalty": dense_ncc, "metric": "cdnv"}),
         ("metric is 'nc1', wanted 'ncc' or 'cdnv'", {"features": labelled_features, "metric": "nc1"}),
     ],
 )
