@@ -52,6 +52,11 @@ def tempered(logits, label):
     return softmax_cross_entropy(logits / label[1], label[0].astype(int))
 
 
+def name_of(value: Any) -> str:
+    """Of a parameter of a test: a function's without its address, which differs from process to process."""
+    return getattr(value, "__name__", str(value))
+
+
 NAMED = {f.__name__: f for f in (softmax_cross_entropy, squared_error, sigmoid_cross_entropy)}
 
 # Heads.

@@ -12,13 +12,15 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
-def test_the_readme_shows_nnx_linen_training_and_layers():
-    assert [re.search(r"from flax import (\w+)", example)[1] for example in EXAMPLES] == ["nnx", "linen", "nnx", "nnx"]
+def test_the_readme_shows_nnx_linen_training_optimizers_and_layers():
+    modules = [re.search(r"from flax import (\w+)", example)[1] for example in EXAMPLES]
+    assert modules == ["nnx", "linen", "nnx", "nnx", "nnx"]
     assert "cross_entropy_and_flatness" in EXAMPLES[2]
-    assert "flatness_profile" in EXAMPLES[3]
+    assert "flat_reg" in EXAMPLES[3]
+    assert "flatness_profile" in EXAMPLES[4]
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["NNX", "Linen", "training", "layers"])
+@pytest.mark.parametrize("example", EXAMPLES, ids=["NNX", "Linen", "training", "optimizer", "layers"])
 def test_an_example_of_the_readme_prints_a_number(example):
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     command = [sys.executable, "-W", "error", "-c", example]

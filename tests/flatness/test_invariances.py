@@ -17,7 +17,7 @@ SHAPES = [(3, 5, (9,)), (6, 4, (5,))]
 either_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 any_loss = pytest.mark.parametrize("loss", LOSSES)
 either_shape_or_any_loss = pytest.mark.parametrize(
-    ("shape", "loss"), [(SHAPES[1], LOSSES[0]), *((SHAPES[0], loss) for loss in LOSSES)], ids=str
+    ("shape", "loss"), [(SHAPES[1], LOSSES[0]), *((SHAPES[0], loss) for loss in LOSSES)], ids=helpers.name_of
 )
 
 
@@ -145,7 +145,7 @@ def test_a_sample_of_weight_zero_is_no_sample(loss):
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(
-    ("shape", "loss"), [(SHAPES[1], LOSSES[0]), *((SHAPES[0], loss) for loss in helpers.NAMED)], ids=str
+    ("shape", "loss"), [(SHAPES[1], LOSSES[0]), *((SHAPES[0], loss) for loss in helpers.NAMED)], ids=helpers.name_of
 )
 def test_kappa_and_kappa_max_are_at_most_the_simplified_measure_of_a_convex_loss(shape, loss, seed):
     got = helpers.measure(helpers.random_problem(*shape, seed=seed), loss)
@@ -171,7 +171,7 @@ def test_kappa_and_its_simplification_follow_from_the_traces(shape, loss):
 
 
 @pytest.mark.parametrize(
-    ("shape", "loss"), [(SHAPES[1], LOSSES[0]), (SHAPES[0], LOSSES[0]), (SHAPES[0], helpers.focal)], ids=str
+    ("shape", "loss"), [(SHAPES[1], LOSSES[0]), (SHAPES[0], LOSSES[0]), (SHAPES[0], helpers.focal)], ids=helpers.name_of
 )
 def test_traces_sum_to_zero_over_a_row_where_the_loss_sees_differences_of_logits_alone(shape, loss):
     traces = helpers.measure(helpers.random_problem(*shape), loss).traces

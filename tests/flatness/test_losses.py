@@ -63,7 +63,9 @@ NAMED_AND_CALLABLE = [*helpers.NAMED, helpers.focal]
 BAD_VALUES = [
     *(
         pytest.param(
-            loss, PROBLEM._replace(**{name: spoilt(getattr(PROBLEM, name), 4, value)}), id=f"{loss}-{name}-{value}"
+            loss,
+            PROBLEM._replace(**{name: spoilt(getattr(PROBLEM, name), 4, value)}),
+            id=f"{helpers.name_of(loss)}-{name}-{value}",
         )
         for loss in NAMED_AND_CALLABLE
         for name, value in [
@@ -88,7 +90,7 @@ BAD_VALUES = [
         "softmax_cross_entropy", PROBLEM._replace(labels=spoilt(TARGETS, (4, 1), -0.1)), id="negative probability"
     ),
     *(
-        pytest.param(loss, PROBLEM._replace(weights=np.zeros(9)), id=f"{loss}-no weight at all")
+        pytest.param(loss, PROBLEM._replace(weights=np.zeros(9)), id=f"{helpers.name_of(loss)}-no weight at all")
         for loss in NAMED_AND_CALLABLE
     ),
 ]
