@@ -94,7 +94,7 @@ def flatness_profile(
         >>> batches = [(x[:60], y[:60]), (x[60:], y[60:])]
         >>> profile = flatness_profile(loss, params, batches, key=keys[0], relative_error=0.3)
         >>> for path, (value, error, probes) in profile.items():
-        ...     print(path, "is exact" if probes == 0 else bool(error < 0.5 * value))
+        ...     print(path, "is exact" if probes == 0 else bool(error < value))
         head/kernel is exact
         hidden/kernel True
 
