@@ -3,6 +3,7 @@
 Several vectors are one tree, each leaf with a further first axis.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -65,12 +66,16 @@ def inner_product(x: Tree, y: Tree) -> Float[Array, ""]:
 
 def norm(x: Tree) -> Float[Array, ""]:
     """‖x‖, of which no square overflows or underflows."""
-    dtype = sum_dtype(x)
-    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf), initial=0).astype(dtype) for leaf in jax.tree.leaves(x)]))
-    # Of numbers near the largest of all the reciprocal, by which a compiler multiplies, underflows.
-    size = jnp.where(largest == 0, 1, jnp.minimum(largest, jnp.finfo(dtype).max / 16))
-    scaled = jax.tree.map(lambda leaf: leaf.astype(dtype) / size, x)
+    size, scaled = _in_units_of_the_largest(x)
     return size * jnp.sqrt(inner_product(scaled, scaled))
+
+
+def unit(x: Tree) -> Tree:
+    """x/‖x‖ in the dtype of sums; 0 for 0, and NaN if an entry is not finite."""
+    _, scaled = _in_units_of_the_largest(x)
+    length = jnp.sqrt(inner_product(scaled, scaled))
+    by = jnp.where(length == 0, 1, jnp.where(jnp.isfinite(length), length, jnp.nan))
+    return jax.tree.map(lambda leaf: leaf / by, scaled)
 
 
 def scale(factor: Float[Array, ""], x: Tree) -> Tree:
@@ -141,6 +146,16 @@ def _without(x: Tree, basis: Tree, times: int) -> tuple[Tree, Float[Array, " k"]
         x = jax.tree.map(lambda leaf, along: leaf - along[0], x, combinations(coefficients, basis))
         total = total + coefficients[:, 0]
     return x, total
+
+
+def _in_units_of_the_largest(x: Tree) -> tuple[Float[Array, ""], Tree]:
+    """The unit, and x in it: numbers of which the squares can be summed."""
+    dtype = sum_dtype(x)
+    sizes = [jnp.max(jnp.abs(leaf), initial=0).astype(dtype) for leaf in jax.tree.leaves(x)]
+    largest = functools.reduce(jnp.maximum, sizes, jnp.zeros((), dtype))
+    # Of numbers near the largest of all the reciprocal, by which a compiler multiplies, underflows.
+    size = jnp.where(largest == 0, 1, jnp.minimum(largest, jnp.finfo(dtype).max / 16))
+    return size, jax.tree.map(lambda leaf: leaf.astype(dtype) / size, x)
 
 
 def _drawn(draw: Callable[[Key[Array, ""], Array], Array], like: Tree, key: Key[Array, ""]) -> Tree:

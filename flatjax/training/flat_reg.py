@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from flatjax.curvature.leaves import Tree, leaf_path, leaves_by_path
 from flatjax.flatness.relative import relative_flatness
-from flatjax.training.injection import Strength, averaged, check_unmasked, injection, of_penalty
+from flatjax.training.injection import Gradient, Strength, averaged, check_unmasked, injection, of_penalty
 
 
 class FlatRegState(NamedTuple):
@@ -113,9 +113,7 @@ def flat_reg(
     return injection("flat_reg", strength, of_penalty(penalty, "flat_reg", axis_name), ("batch",), FlatRegState)
 
 
-def _of_head(
-    head: str | None, metric: Callable[..., Any], axis_name: str | tuple[str, ...] | None
-) -> Callable[..., Any]:
+def _of_head(head: str | None, metric: Callable[..., Any], axis_name: str | tuple[str, ...] | None) -> Gradient:
     def gradient(params: Tree, *, feats: Any, labels: Any) -> tuple[Float[Array, ""], Tree]:
         paths = _paths_of_head(params, head)
         leaves = leaves_by_path(params)

@@ -7,10 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
 
 from flatjax.curvature.leaves import Tree
-from flatjax.curvature.vectors import inner_product, sum_dtype
+from flatjax.curvature.vectors import sum_dtype, unit
 from flatjax.sharding import axis_names, varying_along
 
 GradFn = Callable[[Tree, int], Tree]
@@ -104,10 +103,10 @@ def sharpness_aware(
 def _ascent_direction(*, adaptive: bool) -> optax.GradientTransformation:
     def direction(grads: Tree, params: Tree) -> Tree:
         dtype = sum_dtype((grads, params))
-        ascent = _unit(jax.tree.map(lambda g: g.astype(dtype), grads))
+        ascent = unit(jax.tree.map(lambda g: g.astype(dtype), grads))
         if adaptive:
             sizes = jax.tree.map(lambda w: jnp.abs(w).astype(dtype), params)
-            ascent = _product(sizes, _unit(_product(sizes, ascent)))
+            ascent = _product(sizes, unit(_product(sizes, ascent)))
         return jax.tree.map(lambda leaf, w: leaf.astype(w.dtype), ascent, params)
 
     return optax.stateless(direction)
@@ -115,19 +114,3 @@ def _ascent_direction(*, adaptive: bool) -> optax.GradientTransformation:
 
 def _product(x: Tree, y: Tree) -> Tree:
     return jax.tree.map(jnp.multiply, x, y)
-
-
-def _unit(x: Tree) -> Tree:
-    """x/‖x‖; 0 for 0, and NaN if an entry is not finite."""
-    dtype = sum_dtype(x)
-    sizes = [jnp.max(jnp.abs(leaf), initial=0) for leaf in jax.tree.leaves(x)]
-    largest = functools.reduce(jnp.maximum, sizes, jnp.zeros((), dtype))
-    # Of numbers near the largest of all the reciprocal, by which a compiler multiplies, underflows.
-    unit = jnp.where(jnp.isfinite(largest), jnp.minimum(largest, jnp.finfo(dtype).max / 16), jnp.nan)
-    scaled = _divided(x, unit)
-    return _divided(scaled, jnp.sqrt(inner_product(scaled, scaled)))
-
-
-def _divided(x: Tree, by: Float[Array, ""]) -> Tree:
-    """By 1 in the place of 0."""
-    return jax.tree.map(lambda leaf: leaf / jnp.where(by == 0, 1, by), x)
