@@ -109,7 +109,8 @@ def routes(
             max_probes=max_probes,
         )  # fmt: skip
         for route in ROUTES:
-            timed(measure, route, seed)
+            taken, _ = timed(measure, route, seed)
+            print(f"{name:22} {route:9}  {taken:7.2f} s with compilation", flush=True)
         rounds: list[dict[str, tuple[float, dict[str, Estimate]]]] = []
         started = time.perf_counter()
         while len(rounds) < 2 or time.perf_counter() - started < seconds:

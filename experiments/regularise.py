@@ -57,7 +57,7 @@ class Grid(NamedTuple):
         return self.num_rates * self.num_strengths
 
 
-_GRIDS: dict[Model, Grid] = {"mlp": Grid(0.002, 0.2, 5, 7), "resnet": Grid(0.05, 0.8, 3, 4)}
+_GRIDS: dict[Model, Grid] = {"mlp": Grid(0.002, 0.2, 5, 7), "resnet": Grid(0.02, 0.2, 3, 4)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +87,9 @@ class Config:
     batch_size: int = 50
     """Images a step."""
     lowest_rate: float = 0.0
-    """The lowest learning rate tried; 0 is 0.002 of the perceptron and 0.05 of the ResNet."""
+    """The lowest learning rate tried; 0 is 0.002 of the perceptron and 0.02 of the ResNet."""
     highest_rate: float = 0.0
-    """The highest learning rate tried; 0 is 0.2 of the perceptron and 0.8 of the ResNet."""
+    """The highest learning rate tried; 0 is 0.2 of both."""
     num_rates: int = 0
     """Learning rates, at equal ratios; 0 is 5 of the perceptron and 3 of the ResNet."""
     num_strengths: int = 0
@@ -159,10 +159,8 @@ def settings(config: Config, model: Model, method: Method) -> list[Setting]:
 
 def seeds_of(config: Config, phase: str) -> range:
     """Those of tuning are others than the last ones."""
-    return range(_TUNING, _TUNING + config.tuning_seeds) if phase == "tuning" else range(config.seeds)
-
-
-_TUNING = 1000
+    first, number = (1000, config.tuning_seeds) if phase == "tuning" else (2000, config.seeds)
+    return range(first, first + number)
 
 
 def compare(config: Config, model: Model, run: RunFolder) -> None:

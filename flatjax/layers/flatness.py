@@ -135,7 +135,7 @@ def _flatness(
     otherwise = by_weights if method == "weights" or curvature.num_directions <= num_probes else by_probes
     if method == "outputs":
         return exactly(curvature.by_outputs(layer_outputs(loss_fn, params, batch, layer)))
-    outputs = None if method == "weights" else try_layer_outputs(loss_fn, params, batch, layer)
+    (outputs,) = [None] if method == "weights" else try_layer_outputs(loss_fn, params, batch, [layer])
     if outputs is None or not (outputs.is_last or curvature.rank <= num_probes):
         return otherwise()
     return jax.lax.cond(curvature.rows_are_apart(outputs), lambda: exactly(curvature.by_rows(outputs)), otherwise)

@@ -34,6 +34,8 @@ class LayerOutputs(NamedTuple):
     """The shape of all feature vectors, as (samples, tokens)."""
     is_last: bool
     """Nothing between the layer's outputs and the loss is a product of matrices or a convolution."""
+    is_before_attention: bool
+    """A product of one array with another for each entry of a batch follows, as that of queries with keys."""
     shifted: Callable[[Float[Array, "n d"]], tuple[Float[Array, ""], Float[Array, "n m"]]]
     """The loss when the outputs are shifted, and the features, the rows in one axis."""
 
@@ -46,28 +48,51 @@ def layer_outputs(loss_fn: Callable[..., Any], params: Tree, batch: tuple[Any, .
         MisreadKernelError: it is used in a product along other axes than those of the features, or is a stack of
             kernels.
     """
-    arguments, tree = jax.tree.flatten((params, batch))
-    kernel = list(leaves_by_path(params)).index(layer.path)
-    program = jax.make_jaxpr(lambda *leaves: _call(loss_fn, tree, leaves))(*arguments)
-    axes = tuple((axis,) for axis in range(jnp.ndim(arguments[kernel])))
-    sizes = jnp.shape(arguments[kernel])
-    site = _find(program.jaxpr, {program.jaxpr.invars[kernel]: axes}, _Kernel(layer, sizes))
-
-    def shifted(shift: Float[Array, "n d"]) -> tuple[Float[Array, ""], Float[Array, "n m"]]:
-        (loss,), feats = site.run([*program.consts, *arguments], shift)
-        return loss, feats
-
-    return LayerOutputs(site.rows or (1,), site.num_products_after == 0, shifted)
+    return _outputs(_program(loss_fn, params, batch), layer)
 
 
 def try_layer_outputs(
-    loss_fn: Callable[..., Any], params: Tree, batch: tuple[Any, ...], layer: Layer
-) -> LayerOutputs | None:
-    """`layer_outputs`, or None where the layer does not enter the loss by one product of matrices."""
-    try:
-        return layer_outputs(loss_fn, params, batch, layer)
-    except NotOneProductError:
-        return None
+    loss_fn: Callable[..., Any], params: Tree, batch: tuple[Any, ...], layers: Sequence[Layer]
+) -> list[LayerOutputs | None]:
+    """`layer_outputs` of several layers, or None where one does not enter the loss by one product of matrices."""
+    program = _program(loss_fn, params, batch)
+
+    def tried(layer: Layer) -> LayerOutputs | None:
+        try:
+            return _outputs(program, layer)
+        except NotOneProductError:
+            return None
+
+    return [tried(layer) for layer in layers]
+
+
+class _Program(NamedTuple):
+    """A loss, traced, with what it is called with."""
+
+    traced: ClosedJaxpr
+    arguments: list[Any]
+    places: dict[str, int]
+    """Of the parameters among the arguments, by path."""
+
+
+def _program(loss_fn: Callable[..., Any], params: Tree, batch: tuple[Any, ...]) -> _Program:
+    arguments, tree = jax.tree.flatten((params, batch))
+    traced = jax.make_jaxpr(lambda *leaves: _call(loss_fn, tree, leaves))(*arguments)
+    return _Program(traced, arguments, {path: place for place, path in enumerate(leaves_by_path(params))})
+
+
+def _outputs(program: _Program, layer: Layer) -> LayerOutputs:
+    traced, arguments, place = program.traced, program.arguments, program.places[layer.path]
+    shape = jnp.shape(arguments[place])
+    axes = tuple((axis,) for axis in range(len(shape)))
+    site = _find(traced.jaxpr, {traced.jaxpr.invars[place]: axes}, _Kernel(layer, shape))
+
+    def shifted(shift: Float[Array, "n d"]) -> tuple[Float[Array, ""], Float[Array, "n m"]]:
+        (loss,), feats = site.run([*traced.consts, *arguments], shift)
+        return loss, feats
+
+    is_before_attention = any(map(_is_batched, site.products_after))
+    return LayerOutputs(site.rows or (1,), not site.products_after, is_before_attention, shifted)
 
 
 Axes = tuple[tuple[int, ...], ...]
@@ -83,7 +108,7 @@ class _Site(NamedTuple):
     """The product in a program: `run` takes the program's constants and arguments, and gives results and features."""
 
     rows: tuple[int, ...]
-    num_products_after: int
+    products_after: tuple[JaxprEqn, ...]
     run: Callable[[list[Any], Float[Array, "n d"]], tuple[list[Any], Float[Array, "n m"]]]
 
 
@@ -126,7 +151,7 @@ def _around(program: Jaxpr, place: int, site: _Site) -> _Site:
         values |= dict(zip(equation.outvars, outputs, strict=True))
         return after(*(values[value] for value in (*known, *results))), feats
 
-    return _Site(site.rows, site.num_products_after + sum(map(_num_products, later)), run)
+    return _Site(site.rows, (*site.products_after, *_products(later)), run)
 
 
 def _function(program: Jaxpr, equations: list[JaxprEqn], given: list[Var], results: list[Any]) -> Callable[..., list]:
@@ -188,7 +213,7 @@ def _in_product(equation: JaxprEqn, place: int, kernels: dict[Var, Axes], kernel
         feats = jnp.transpose(operands[1 - place], (*row_axes, *(axis for _, axis in pairs)))
         return [result + shift], feats.reshape(num_rows, num_features)
 
-    return _Site(rows, 0, run)
+    return _Site(rows, (), run)
 
 
 _CALLS = ("jit", "pjit", "checkpoint", "remat", "remat2", "closed_call")
@@ -241,10 +266,17 @@ def _is_in(value: Any, kernels: dict[Var, Axes]) -> bool:
     return isinstance(value, Var) and value in kernels
 
 
-def _num_products(equation: JaxprEqn) -> int:
-    """Of matrices, and convolutions, in an equation and in what it calls."""
-    own = equation.primitive.name in ("dot_general", "conv_general_dilated")
-    return own + sum(_num_products(inner) for program in _programs(equation.params.values()) for inner in program.eqns)
+def _products(equations: Iterable[JaxprEqn]) -> Iterator[JaxprEqn]:
+    """Those of matrices, and convolutions, among equations and in what they call."""
+    for equation in equations:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            yield equation
+        for program in _programs(equation.params.values()):
+            yield from _products(program.eqns)
+
+
+def _is_batched(product: JaxprEqn) -> bool:
+    return product.primitive.name == "dot_general" and any(product.params["dimension_numbers"][1])
 
 
 def _programs(values: Any) -> Iterator[Jaxpr]:

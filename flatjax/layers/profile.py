@@ -1,26 +1,20 @@
 """Relative flatness of every layer of a network: exactly where that is cheap, else by the cheaper of two routes."""
 
-import collections
-import functools
 import itertools
 import math
-import time
-import zlib
 from collections.abc import Callable, Iterable, Sequence, Sized
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Key
 
 from flatjax.curvature.estimate import Estimate, exactly
 from flatjax.curvature.leaves import Tree
 from flatjax.curvature.streams import num_samples
-from flatjax.layers.curvature import LayerCurvature, joint_probes
 from flatjax.layers.kernels import Layer, find_layer, find_layers
-from flatjax.layers.outputs import layer_outputs, try_layer_outputs
+from flatjax.layers.routes import Prober, plan_routes
 
 
 def flatness_profile(
@@ -48,11 +42,11 @@ def flatness_profile(
     * "joint": one product for all layers at once, v = (W_l A_l)_l and ⟨v_l, (H v)_l⟩, noisier by how the layers
       interact. All get the probes that the noisiest needs.
 
-    "auto" draws half of `num_probes` of the first batch jointly, then of layer after layer until that is known to take
-    longer, and takes the route that needs less time for the same relative error of all layers; what the other drew is
-    thrown away. Compilation, of one program for each layer probed by itself, is not in that comparison: of a deep
-    network and little data "joint" may be done earlier. With a `relative_error` the first probes decide how many follow
-    them, so that the mean over all has a bias: of the order of `relative_error`² κ, more where draws are skewed, beside
+    "auto" draws `num_probes` of the first batch jointly, then of layer after layer until that is seen to take longer,
+    and takes the route that needs less time for the same relative error of all layers; what the other drew is thrown
+    away. Compilation, of one program for each layer probed by itself, is not in that comparison: of a deep network and
+    little data "joint" may be done earlier. With a `relative_error` the draws decide how many follow them, so that the
+    mean over all has a bias: of the order of `relative_error`² κ, more where draws are skewed, beside
     a standard error of `relative_error` κ. That the loss keeps its digits is up to `loss_fn`, as for
     `layer_relative_flatness`.
 
@@ -64,9 +58,9 @@ def flatness_profile(
         key: of the probes.
         layers: paths, or `Layer`s; by default all kernels and embeddings.
         num_probes: of a layer and batch, at least 4 and even, as they come in two blocks.
-        relative_error: if given, probes of the first batch are drawn until their standard error is this share of κ,
-            and as many of the others; `max_probes` a batch at most. What is reached is in the result, and may be
-            somewhat above it. `batches` without a length are taken for one.
+        relative_error: if given, probes are drawn until the standard error of the mean over all batches is this share
+            of κ, for each batch about as many as its part of it takes; at most `max_probes` a batch, so that it may not
+            be reached: the result says what was. `batches` without a length are taken for one.
         max_probes: of a layer and batch.
         route: as above. Which one "auto" takes depends on timings: name one for the same numbers on every run.
         count: `(*batch) -> n_b`, how many samples its loss is the mean of; by default the length of its first array.
@@ -119,18 +113,35 @@ def flatness_profile(
     first = next(rest, None)
     if first is None:
         raise ValueError("batches is empty, wanted at least one batch")
-    prober = _Prober(loss_fn, params, num_probes // 2, key)
-    # The errors of batches are independent: that of one may be larger than that of their mean.
-    error = (relative_error or _USUAL_ERROR) * math.sqrt(len(batches) if isinstance(batches, Sized) else 1)
-    plan, samples = _plan(prober, first, found, error, max_probes, route, to_the_end=relative_error is not None)
-    wanted = plan.num_probes if relative_error else dict.fromkeys(plan.num_probes, num_probes)
+    prober = Prober(loss_fn, params, first, found, num_probes // 2, key)
+    num_batches = len(batches) if isinstance(batches, Sized) else 1
+
+    def share(number: int) -> float:
+        """Of κ, that the error of the mean over the first batches may be: errors of batches are independent."""
+        return (relative_error or _USUAL_ERROR) * math.sqrt(max(num_batches / number, 1))
+
+    is_to_reach = relative_error is not None
+
+    def needed_first(samples: np.ndarray) -> float:
+        return _Tally(is_exact=False).needed(1.0, samples, share(1))
+
+    plan, samples = plan_routes(prober, first, found, needed_first, max_probes, route, to_the_end=is_to_reach)
     tallies = {layer: _Tally(layer in plan.exact) for layer in found}
     profile: dict[str, Estimate] = {}
-    for batch in itertools.chain([first], rest):
-        samples = prober.probes(batch, plan.groups, wanted, samples)
+    for number, batch in enumerate(itertools.chain([first], rest), 1):
+        size = num_samples(batch, count)
+        wanted: dict[Layer, int | float] = dict.fromkeys(plan.probed, num_probes)
+        are_missing = True
+        while are_missing:
+            samples = prober.probes(batch, plan.groups, wanted, samples)
+            wanted = {
+                layer: min(tallies[layer].needed(size, drawn, share(number)), 2 * len(drawn), max_probes)
+                for layer, drawn in samples.items()
+            }
+            are_missing = is_to_reach and any(wanted[layer] > len(drawn) for layer, drawn in samples.items())
         samples |= {layer: prober.exactly(batch, layer, by) for layer, by in plan.exact.items()}
         for layer, values in samples.items():
-            tallies[layer].add(num_samples(batch, count), values)
+            tallies[layer].add(size, values)
         samples = {}
         profile = {layer.path: tallies[layer].estimate() for layer in found}
         if report is not None:
@@ -153,6 +164,16 @@ class _Tally:
         """A batch."""
         self.batches.append((size, samples))
 
+    def needed(self, size: float, samples: np.ndarray, share: float) -> float:
+        """How many draws of a further batch make the standard error of the mean this share of it."""
+        batches = [*self.batches, (size, samples)]
+        mean = sum(size * samples.mean() for size, samples in batches)
+        # Of all batches together: of few draws that are all small the variance is small as well.
+        variance = sum(size**2 * samples.var(ddof=1) for size, samples in batches)
+        variance /= sum(size**2 for size, _ in batches)
+        left = (share * mean) ** 2 - sum(size**2 * variance / len(samples) for size, samples in self.batches)
+        return math.inf if left <= 0 < variance else size**2 * variance / left if variance else 0.0
+
     def estimate(self) -> Estimate:
         """The mean over the batches so far, each probed on its own."""
         total = sum(size for size, _ in self.batches)
@@ -162,146 +183,3 @@ class _Tally:
         variances = [(size / total) ** 2 * samples.var(ddof=1) / len(samples) for size, samples in self.batches]
         num_probes = sum(len(samples) for _, samples in self.batches)
         return Estimate(value, jnp.asarray(math.sqrt(sum(variances))), jnp.asarray(num_probes))
-
-
-Group: TypeAlias = tuple[Layer, ...]
-"""Layers that are probed together."""
-
-
-class _Plan(NamedTuple):
-    """How each layer is measured."""
-
-    exact: dict[Layer, str]
-    groups: list[Group]
-    num_probes: dict[Layer, int]
-    """Of a batch, for the layers of the groups."""
-
-
-def _plan(
-    prober: "_Prober",
-    batch: tuple[Any, ...],
-    layers: list[Layer],
-    error: float,
-    max_probes: int,
-    route: str,
-    *,
-    to_the_end: bool,
-) -> tuple[_Plan, dict[Layer, np.ndarray]]:
-    """And what was drawn of the batch to make it: until the error is reached if it is to be."""
-    least = 2 * prober.block
-    exact = {layer: by for layer in layers if (by := prober.exact_route(batch, layer, least))}
-    probed = [layer for layer in layers if layer not in exact]
-
-    def grouped(layers: list[Layer]) -> list[Group]:
-        return [tuple(layers)] if is_joint and layers else [(layer,) for layer in layers]
-
-    def needed(samples: np.ndarray) -> int:
-        mean, most = samples.mean(), max_probes // prober.block
-        blocks = samples.var(ddof=1) / (error * mean) ** 2 / prober.block if mean else most
-        return prober.block * math.ceil(min(max(2, blocks), most))  # in this order 2 if it is NaN
-
-    is_joint, samples = route == "joint", dict[Layer, np.ndarray]()
-    if route == "auto" and len(probed) > 1:
-        is_joint, samples = _cheaper_route(prober, batch, probed, needed)
-    numbers, are_enough = dict.fromkeys(probed, least), False
-    while not are_enough:
-        samples = prober.probes(batch, grouped(probed), numbers, samples)
-        numbers = {layer: max(needed(samples[layer]), least) for layer in probed}
-        exact |= {layer: by for layer, number in numbers.items() if (by := prober.exact_route(batch, layer, number))}
-        probed = [layer for layer in probed if layer not in exact]
-        numbers = {layer: numbers[layer] for layer in probed}
-        are_enough = not to_the_end or all(numbers[layer] <= len(samples[layer]) for layer in probed)
-    plan = _Plan(exact, grouped(probed), numbers)
-    return plan, {layer: samples[layer] for layer in probed}
-
-
-def _cheaper_route(
-    prober: "_Prober", batch: tuple[Any, ...], layers: list[Layer], needed: Callable[[np.ndarray], int]
-) -> tuple[bool, dict[Layer, np.ndarray]]:
-    """Whether it is the joint one, and what it drew to show that."""
-    joint, seconds = prober.timed(batch, tuple(layers))
-    limit = seconds * max(needed(joint[layer]) for layer in layers)
-    layerwise, cost = dict[Layer, np.ndarray](), 0.0
-    for layer in layers:
-        drawn, seconds = prober.timed(batch, (layer,))
-        layerwise |= drawn
-        cost += seconds * needed(drawn[layer])
-        if cost > limit:
-            return True, joint
-    return False, layerwise
-
-
-class _Prober:
-    """Draws of κ, in blocks of the same size, so that each group of layers is compiled once."""
-
-    def __init__(self, loss_fn: Callable[..., Any], params: Tree, block: int, key: Key[Array, ""]):
-        self.loss_fn, self.params, self.block, self.key = loss_fn, params, block, key
-        self.num_blocks = collections.Counter[Group]()
-
-    def exact_route(self, batch: tuple[Any, ...], layer: Layer, num_probes: int | float) -> str | None:
-        """One that takes no more products than probes are needed, or that of a head."""
-        curvature = LayerCurvature(self.loss_fn, self.params, batch, layer)
-        outputs = try_layer_outputs(self.loss_fn, self.params, batch, layer)
-        is_cheap = outputs is not None and (outputs.is_last or curvature.rank <= num_probes)
-        if is_cheap and _rows_are_apart(self.loss_fn, self.params, batch, layer):
-            return "rows"
-        return "weights" if curvature.num_directions <= num_probes else None
-
-    def exactly(self, batch: tuple[Any, ...], layer: Layer, by: str) -> np.ndarray:
-        """κ of one batch."""
-        return np.asarray(_EXACTLY[by](self.loss_fn, self.params, batch, layer), float)[None]
-
-    def probes(
-        self, batch: tuple[Any, ...], groups: list[Group], wanted: dict[Layer, int], drawn: dict[Layer, np.ndarray]
-    ) -> dict[Layer, np.ndarray]:
-        """What was drawn of a batch, and further draws up to as many as the layer of a group that wants most."""
-        samples = {layer: drawn.get(layer, np.empty(0)) for layer in wanted}
-        for group in groups:
-            number = max(wanted[layer] for layer in group)
-            while len(samples[group[0]]) < number:
-                for layer, more in self._block(batch, group).items():
-                    samples[layer] = np.append(samples[layer], more)
-        return samples
-
-    def timed(self, batch: tuple[Any, ...], group: Group) -> tuple[dict[Layer, np.ndarray], float]:
-        """A block of draws, and the seconds that one of its probes takes once it is compiled."""
-        _probes.lower(self.loss_fn, self.params, batch, group, self._keys(group)).compile()
-        started = time.perf_counter()
-        samples = self._block(batch, group)
-        return samples, (time.perf_counter() - started) / self.block
-
-    def _block(self, batch: tuple[Any, ...], group: Group) -> dict[Layer, np.ndarray]:
-        columns = np.asarray(_probes(self.loss_fn, self.params, batch, group, self._keys(group)), float).T
-        self.num_blocks[group] += 1
-        return dict(zip(group, columns, strict=True))
-
-    def _keys(self, group: Group) -> Key[Array, " k"]:
-        """Of its next block: the same whatever else is drawn."""
-        of_group = jax.random.fold_in(self.key, zlib.crc32("\n".join(layer.path for layer in group).encode()))
-        return jax.random.split(jax.random.fold_in(of_group, self.num_blocks[group]), self.block)
-
-
-@functools.partial(jax.jit, static_argnames=("loss_fn", "group"))
-def _probes(loss_fn, params, batch, group, keys) -> Float[Array, "k l"]:
-    return joint_probes([LayerCurvature(loss_fn, params, batch, layer) for layer in group], keys)
-
-
-@functools.partial(jax.jit, static_argnames=("loss_fn", "layer"))
-def _rows_are_apart(loss_fn, params, batch, layer) -> Bool[Array, ""]:
-    outputs = layer_outputs(loss_fn, params, batch, layer)
-    return LayerCurvature(loss_fn, params, batch, layer).rows_are_apart(outputs)
-
-
-@functools.partial(jax.jit, static_argnames=("loss_fn", "layer"))
-def _by_rows(loss_fn, params, batch, layer) -> Float[Array, ""]:
-    curvature, outputs = LayerCurvature(loss_fn, params, batch, layer), layer_outputs(loss_fn, params, batch, layer)
-    is_apart = curvature.rows_are_apart(outputs)
-    return jax.lax.cond(is_apart, lambda: curvature.by_rows(outputs), lambda: jnp.asarray(jnp.nan, curvature.dtype))
-
-
-@functools.partial(jax.jit, static_argnames=("loss_fn", "layer"))
-def _by_weights(loss_fn, params, batch, layer) -> Float[Array, ""]:
-    return LayerCurvature(loss_fn, params, batch, layer).by_weights()
-
-
-_EXACTLY = {"rows": _by_rows, "weights": _by_weights}

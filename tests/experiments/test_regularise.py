@@ -87,7 +87,7 @@ def test_a_run_tries_each_method_in_as_many_settings_and_trains_the_best_anew(un
         *tuned, final = of_case
         assert [record["phase"] for record in of_case] == ["tuning"] * 4 + ["final"]
         assert all(list(record["seeds"]) == ["1000", "1001"] for record in tuned)
-        assert list(final["seeds"]) == ["0", "1", "2"]
+        assert list(final["seeds"]) == ["2000", "2001", "2002"]
         assert "test_accuracy" not in json.dumps(tuned)
         means = [np.mean([seed["validation_accuracy"] for seed in record["seeds"].values()]) for record in tuned]
         best = tuned[int(np.argmax(means))]

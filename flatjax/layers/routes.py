@@ -1,0 +1,198 @@
+"""How the layers of a network are measured: exactly where that is cheap, else by the cheaper of two routes."""
+
+import collections
+import functools
+import math
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Key
+
+from flatjax.curvature.leaves import Tree
+from flatjax.layers.curvature import LayerCurvature, joint_probes
+from flatjax.layers.kernels import Layer
+from flatjax.layers.outputs import LayerOutputs, layer_outputs, try_layer_outputs
+
+Group: TypeAlias = tuple[Layer, ...]
+"""Layers that are probed together."""
+
+
+class Plan(NamedTuple):
+    """How each layer is measured."""
+
+    exact: dict[Layer, str]
+    groups: list[Group]
+
+    @property
+    def probed(self) -> list[Layer]:
+        return [layer for group in self.groups for layer in group]
+
+
+def plan_routes(
+    prober: "Prober",
+    batch: tuple[Any, ...],
+    layers: list[Layer],
+    needed: Callable[[np.ndarray], float],
+    max_probes: int,
+    route: str,
+    *,
+    to_the_end: bool,
+) -> tuple[Plan, dict[Layer, np.ndarray]]:
+    """And what was drawn of the batch to make it: as many as are needed, going by those drawn, if to the end."""
+    least = 2 * prober.block
+    exact = prober.exact_routes(dict.fromkeys(layers, least))
+    probed = [layer for layer in layers if layer not in exact]
+
+    def grouped(layers: list[Layer]) -> list[Group]:
+        return [tuple(layers)] if is_joint and layers else [(layer,) for layer in layers]
+
+    def in_blocks(samples: np.ndarray) -> int:
+        number = max(least, min(needed(samples), max_probes))  # in this order the least if it is NaN
+        return prober.block * math.ceil(number / prober.block)
+
+    is_joint, samples = route == "joint", dict[Layer, np.ndarray]()
+    if route == "auto" and len(probed) > 1:
+        is_joint, samples = _cheaper_route(prober, batch, probed, in_blocks)
+    numbers, are_enough = dict.fromkeys(probed, least), False
+    while not are_enough:
+        samples = prober.probes(batch, grouped(probed), numbers, samples)
+        numbers = {layer: in_blocks(samples[layer]) for layer in probed}
+        exact |= prober.exact_routes(numbers)
+        probed = [layer for layer in probed if layer not in exact]
+        are_enough = not to_the_end or all(numbers[layer] <= len(samples[layer]) for layer in probed)
+    return Plan(exact, grouped(probed)), {layer: samples[layer] for layer in probed}
+
+
+def _cheaper_route(
+    prober: "Prober", batch: tuple[Any, ...], layers: list[Layer], in_blocks: Callable[[np.ndarray], int]
+) -> tuple[bool, dict[Layer, np.ndarray]]:
+    """Whether it is the joint one, and what it drew to show that."""
+    joint, seconds = prober.timed(batch, tuple(layers))
+    limit = seconds * max(in_blocks(joint[layer]) for layer in layers)
+    layerwise, cost = dict[Layer, np.ndarray](), 0.0
+    # By the golden ratio: however few come first, they are spread over the network and speak for the others.
+    for number, place in enumerate(sorted(range(len(layers)), key=lambda place: place * 0.618034 % 1), 1):
+        layer = layers[place]
+        drawn, seconds = prober.timed(batch, (layer,))
+        layerwise |= drawn
+        cost += seconds * in_blocks(drawn[layer])
+        if cost > limit or (number >= 4 and cost / number * len(layers) > 2 * limit):
+            return True, joint
+    return False, layerwise
+
+
+class Prober:
+    """Draws of κ, in blocks of the same size, so that each group of layers is compiled once."""
+
+    def __init__(
+        self,
+        loss_fn: Callable[..., Any],
+        params: Tree,
+        batch: tuple[Any, ...],
+        layers: list[Layer],
+        block: int,
+        key: Key[Array, ""],
+    ):
+        self.loss_fn, self.params, self.block, self.key = loss_fn, params, block, key
+        self.num_blocks = collections.Counter[Group]()
+        self.first_batch = batch
+        self.costs = {
+            layer: _exact_costs(LayerCurvature(loss_fn, params, batch, layer), outputs)
+            for layer, outputs in zip(layers, try_layer_outputs(loss_fn, params, batch, layers), strict=True)
+        }
+
+    def exact_routes(self, num_probes: dict[Layer, int]) -> dict[Layer, str]:
+        """Of those layers that have one which takes no more products than probes are needed, or are heads."""
+        routes = {layer: self._exact_route(layer, number) for layer, number in num_probes.items()}
+        return {layer: by for layer, by in routes.items() if by is not None}
+
+    def _exact_route(self, layer: Layer, num_probes: int) -> str | None:
+        costs = self.costs[layer]
+        if costs.rows <= num_probes and _rows_are_apart(self.loss_fn, self.params, self.first_batch, layer):
+            return "rows"
+        return "weights" if costs.weights <= num_probes else None
+
+    def exactly(self, batch: tuple[Any, ...], layer: Layer, by: str) -> np.ndarray:
+        """κ of one batch."""
+        return np.asarray(_EXACTLY[by](self.loss_fn, self.params, batch, layer), float)[None]
+
+    def probes(
+        self,
+        batch: tuple[Any, ...],
+        groups: list[Group],
+        wanted: Mapping[Layer, int | float],
+        drawn: dict[Layer, np.ndarray],
+    ) -> dict[Layer, np.ndarray]:
+        """What was drawn of a batch, and further draws up to as many as the layer of a group that wants most."""
+        samples = {layer: drawn.get(layer, np.empty(0)) for layer in wanted}
+        for group in groups:
+            number = max(wanted[layer] for layer in group)
+            while len(samples[group[0]]) < number:
+                for layer, more in self._block(batch, group).items():
+                    samples[layer] = np.append(samples[layer], more)
+        return samples
+
+    def timed(self, batch: tuple[Any, ...], group: Group) -> tuple[dict[Layer, np.ndarray], float]:
+        """Two blocks of draws, and the seconds a probe of the second takes: the first is compiled, and warms up."""
+        first = self._block(batch, group)
+        started = time.perf_counter()
+        second = self._block(batch, group)
+        seconds = (time.perf_counter() - started) / self.block
+        return {layer: np.append(first[layer], second[layer]) for layer in group}, seconds
+
+    def _block(self, batch: tuple[Any, ...], group: Group) -> dict[Layer, np.ndarray]:
+        columns = np.asarray(_probes(self.loss_fn, self.params, batch, group, self._keys(group)), float).T
+        self.num_blocks[group] += 1
+        return dict(zip(group, columns, strict=True))
+
+    def _keys(self, group: Group) -> Key[Array, " k"]:
+        """Of its next block: the same whatever else is drawn."""
+        of_group = jax.random.fold_in(self.key, zlib.crc32("\n".join(layer.path for layer in group).encode()))
+        return jax.random.split(jax.random.fold_in(of_group, self.num_blocks[group]), self.block)
+
+
+class _ExactCosts(NamedTuple):
+    """In products; 0 for what is to be taken in any case."""
+
+    rows: float
+    weights: float
+
+
+def _exact_costs(curvature: LayerCurvature, outputs: LayerOutputs | None) -> _ExactCosts:
+    # Where attention follows rows hardly ever are apart, and a program a layer to look would take longest of all.
+    if outputs is None or outputs.is_before_attention:
+        rows = math.inf
+    else:
+        rows = 0.0 if outputs.is_last else float(curvature.rank)
+    return _ExactCosts(rows, float(curvature.num_directions))
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "group"))
+def _probes(loss_fn, params, batch, group, keys) -> Float[Array, "k l"]:
+    return joint_probes([LayerCurvature(loss_fn, params, batch, layer) for layer in group], keys)
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "layer"))
+def _rows_are_apart(loss_fn, params, batch, layer) -> Bool[Array, ""]:
+    outputs = layer_outputs(loss_fn, params, batch, layer)
+    return LayerCurvature(loss_fn, params, batch, layer).rows_are_apart(outputs)
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "layer"))
+def _by_rows(loss_fn, params, batch, layer) -> Float[Array, ""]:
+    curvature, outputs = LayerCurvature(loss_fn, params, batch, layer), layer_outputs(loss_fn, params, batch, layer)
+    is_apart = curvature.rows_are_apart(outputs)
+    return jax.lax.cond(is_apart, lambda: curvature.by_rows(outputs), lambda: jnp.asarray(jnp.nan, curvature.dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "layer"))
+def _by_weights(loss_fn, params, batch, layer) -> Float[Array, ""]:
+    return LayerCurvature(loss_fn, params, batch, layer).by_weights()
+
+
+_EXACTLY = {"rows": _by_rows, "weights": _by_weights}
