@@ -34,18 +34,9 @@ def confidence_penalty(logits: Float[ArrayLike, "*n d"]) -> Float[Array, "*n"]:
         Pereyra, Tucker, Chorowski, Kaiser, Hinton: *Regularizing Neural Networks by Penalizing Confident Output
         Distributions*, 2017.
     """
-    logits = jnp.asarray(logits)
-    logits = logits.astype(sum_dtype(logits))
-    is_largest = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=bool)
-    relative = logits - jnp.sum(jnp.where(is_largest, logits, 0), axis=-1, keepdims=True)
-    # What the largest is relative to itself has no derivative: were it taken from itself, digits would go with it.
-    relative = jnp.where(is_largest, jax.lax.stop_gradient(relative), relative)
-    left_out = relative == -jnp.inf
-    # The largest counts as the 1 of log1p, to which it may add no rounding error.
-    others = jnp.sum(jnp.where(is_largest | left_out, 0, jnp.exp(relative)), axis=-1, keepdims=True)
-    log_p = jnp.where(left_out, 0, relative) - jnp.log1p(others)
-    p = jnp.where(left_out, 0, jnp.exp(log_p))
-    return jnp.sum(p * log_p, axis=-1)
+    log_p = _log_probabilities(jnp.asarray(logits))
+    # What is left out is so before the product, whose derivative would be that of 0 log 0.
+    return jnp.sum(jnp.exp(log_p) * jnp.where(log_p == -jnp.inf, 0, log_p), axis=-1)
 
 
 def label_smoothing(
@@ -55,15 +46,17 @@ def label_smoothing(
 
         ℓ = −Σ_s ((1 − α) [s = y] + α/d) log p_s,    p = softmax(z)
 
-    `optax.softmax_cross_entropy` with `optax.smooth_labels`, in float32 at least.
+    With the labels of `optax.smooth_labels`, in float32 at least. At α = 0 it is `flatjax.cross_entropy`, and keeps its
+    digits as that does.
 
     Args:
-        logits: z (..., d).
+        logits: z (..., d). A class with the logit −∞ has no part where α = 0 and it is not the label; else ℓ is +∞.
         labels: integer classes (...,).
         smoothing: α, from 0, where it is cross-entropy, to 1.
 
     Returns:
-        ℓ (...,) in nats, in float64 if the logits are, else in float32. NaN for a label or α out of range.
+        ℓ (...,) in nats, in float64 if the logits are, else in float32. NaN for a label or α out of range; not finite
+        where a logit is NaN or +∞.
 
     Example:
         >>> import jax.numpy as jnp
@@ -75,10 +68,22 @@ def label_smoothing(
     References:
         Szegedy, Vanhoucke, Ioffe, Shlens, Wojna: *Rethinking the Inception Architecture*, CVPR 2016.
     """
-    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
-    logits = logits.astype(sum_dtype(logits))
-    smoothing = jnp.asarray(smoothing, logits.dtype)
-    one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
-    losses = optax.softmax_cross_entropy(logits, optax.smooth_labels(one_hot, smoothing))
+    log_p, labels = _log_probabilities(jnp.asarray(logits)), jnp.asarray(labels)
+    smoothing = jnp.asarray(smoothing, log_p.dtype)
+    one_hot = jax.nn.one_hot(labels, log_p.shape[-1], dtype=log_p.dtype)
+    targets = optax.smooth_labels(one_hot, smoothing)
+    losses = -jnp.sum(targets * jnp.where((targets == 0) & (log_p == -jnp.inf), 0, log_p), axis=-1)
     is_valid = jnp.any(one_hot > 0, axis=-1) & (smoothing >= 0) & (smoothing <= 1)
     return jnp.where(is_valid, losses, jnp.nan)
+
+
+def _log_probabilities(logits: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+    """log softmax(z), that of the likeliest class by the sum of the others: so it keeps its digits near 0."""
+    logits = logits.astype(sum_dtype(logits))
+    is_largest = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=bool)
+    relative = logits - jnp.sum(jnp.where(is_largest, logits, 0), axis=-1, keepdims=True)
+    # What the largest is relative to itself has no derivative: were it taken from itself, digits would go with it.
+    relative = jnp.where(is_largest, jax.lax.stop_gradient(relative), relative)
+    # The largest counts as the 1 of log1p, to which it may add no rounding error.
+    others = jnp.sum(jnp.where(is_largest, 0, jnp.exp(relative)), axis=-1, keepdims=True)
+    return relative - jnp.log1p(others)

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from flatjax import cross_entropy
 from flatjax.training import confidence_penalty, label_smoothing
 
 
@@ -72,6 +72,11 @@ def test_the_penalty_and_its_gradient_are_finite_at_any_finite_logits_and_leave_
     np.testing.assert_allclose(gradient.astype(float), np.zeros((5, 3)), atol=rtol)
     with_a_class_left_out = confidence_penalty(jnp.asarray([1.0, -jnp.inf, 0.5]))
     np.testing.assert_allclose(with_a_class_left_out, negative_entropy([1.0, 0.5])[0], rtol=1e-14)
+    # And with confidence: the digits are kept of those that are left.
+    value, gradient = value_and_gradient(confidence_penalty, jnp.asarray([28.0, -jnp.inf, 0.5], jnp.float32))
+    want_value, want_gradient = negative_entropy([28.0, 0.5])
+    np.testing.assert_allclose(value, want_value, rtol=2e-6)
+    np.testing.assert_allclose(gradient, [want_gradient[0], 0, want_gradient[1]], rtol=4e-6)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -93,10 +98,54 @@ def test_smoothed_cross_entropy_is_a_mixture_of_that_of_the_label_and_of_all_cla
     np.testing.assert_allclose(gradient, np.exp(log_p) - targets, rtol=1e-12, atol=1e-14)
 
 
-def test_without_smoothing_it_is_cross_entropy():
-    logits, labels = confident(3, jnp.float32), jnp.array([0, 1, 2, 3, 4, 0])
-    want = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    np.testing.assert_allclose(label_smoothing(logits, labels, 0.0), want, rtol=1e-6)
+# From a loss of 1e-4 to 1e-26, with labels of the likeliest class and of others.
+@pytest.mark.parametrize("scale", [10, 28, 60])
+def test_without_smoothing_it_is_cross_entropy_to_the_last_digits(scale):
+    logits, labels = confident(scale, jnp.float32), jnp.array([2, 2, 2, 2, 0, 1])
+    got, want = (
+        value_and_gradient(loss, logits, labels, *args)
+        for loss, args in ((label_smoothing, (0.0,)), (cross_entropy, ()))
+    )
+    log_p = log_probabilities(logits)
+    np.testing.assert_allclose(got[0], -log_p[np.arange(6), labels], rtol=1e-6, atol=0)
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-6 * max(1, scale / 20), atol=0)
+
+
+@pytest.mark.parametrize("smoothing", [1e-3, 0.3])
+def test_smoothed_cross_entropy_and_its_gradient_keep_their_digits_as_confidence_grows(smoothing):
+    logits, labels = confident(30, jnp.float32), jnp.array([2, 2, 2, 2, 0, 1])
+    log_p = log_probabilities(logits)
+    targets = (1 - smoothing) * np.eye(5)[labels] + smoothing / 5
+    value, gradient = value_and_gradient(label_smoothing, logits, labels, smoothing)
+    np.testing.assert_allclose(value, -np.sum(targets * log_p, axis=-1), rtol=1e-6)
+    np.testing.assert_allclose(gradient, np.exp(log_p) - targets, rtol=1e-6, atol=1e-7 * smoothing)
+
+
+def test_a_class_at_minus_infinity_has_no_part_without_smoothing_and_with_it_makes_the_loss_infinite():
+    logits = jnp.asarray([[2.0, -jnp.inf, 0.5], [28.0, 0.0, -jnp.inf], [-jnp.inf, 1.0, 0.0]])
+    labels, alone = jnp.array([0, 0, 0]), jnp.array([[2.0, 0.5], [28.0, 0.0]])
+    value, gradient = value_and_gradient(label_smoothing, logits, labels, 0.0)
+    want_value, want_gradient = value_and_gradient(cross_entropy, alone, labels[:2])
+    np.testing.assert_allclose(value, [*want_value, np.inf], rtol=1e-14)
+    np.testing.assert_allclose(gradient[:2][jnp.isfinite(logits[:2])].reshape(2, 2), want_gradient, rtol=1e-14)
+    np.testing.assert_array_equal(gradient[:2][jnp.isneginf(logits[:2])], [0, 0])
+    np.testing.assert_array_equal(label_smoothing(logits, labels, 0.1), np.full(3, np.inf))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_smoothed_cross_entropy_of_a_bad_logit_is_not_finite(bad, smoothing):
+    """Of the label, and of another class."""
+    got = label_smoothing(jnp.array([[bad, 1.0, 0], [1, bad, 0], [1, 0, 2]]), jnp.array([0, 0, 0]), smoothing)
+    np.testing.assert_array_equal(np.isfinite(got), [False, False, True])
+
+
+def test_the_loss_has_its_slope_in_the_smoothing_where_there_is_none():
+    logits, labels = confident(1, jnp.float64), jnp.array([0, 1, 2, 3, 4, 0])
+    got = jax.jacobian(label_smoothing, argnums=2)(logits, labels, jnp.zeros(()))
+    log_p = log_probabilities(logits)
+    np.testing.assert_allclose(got, log_p[np.arange(6), labels] - log_p.mean(axis=-1), rtol=1e-13)
 
 
 def test_smoothing_may_be_traced_and_is_computed_in_float32_at_least():
