@@ -55,7 +55,7 @@ def collapse_reg(
     Raises:
         TypeError: an argument of `update` is missing, or was lost in a wrapper, which is named; or the penalty is no
             scalar.
-        ValueError: no parameters, parameters that are hidden, neither or both of `penalty` and `features`, no
+        ValueError: parameters that are hidden, neither or both of `penalty` and `features`, no
             `num_classes`, an unknown metric, or one besides a penalty, or a strength that is no number.
 
     Example:

@@ -71,7 +71,7 @@ def flat_reg(
     Raises:
         TypeError: an argument of `update` is missing, or was lost in a wrapper, which is named; or the penalty is no
             scalar.
-        ValueError: no parameters, parameters that are hidden, no head where `head` says, a `head` or a `metric` besides
+        ValueError: parameters that are hidden, no head where `head` says, a `head` or a `metric` besides
             a `penalty`, a strength that is no number, or samples that are split along an axis that is not named.
 
     Example:

@@ -1,6 +1,5 @@
 """The gradient of a penalty added to the updates in an optimizer chain: what `flat_reg` and `collapse_reg` share."""
 
-import sys
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -12,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from flatjax.curvature.leaves import Tree
 from flatjax.sharding import axis_names, varying_along, varying_axes
+from flatjax.training.arguments import check_fits, check_given
 
 Strength: TypeAlias = ArrayLike | optax.Schedule
 """λ, or λ of the number of updates so far."""
@@ -35,28 +35,12 @@ def injection(
         raise ValueError(f"strength has shape {jnp.shape(strength)}, wanted a real number or a schedule")
 
     def init(params: Tree) -> Any:
-        wrapper = _around(_UNFIT)
-        if wrapper is not None:
-            raise ValueError(f"{name} is inside {wrapper}")
+        check_fits(name)
         return new_state(jnp.zeros((), jnp.int32), jnp.full((), jnp.nan, jnp.float32))
 
-    def update(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
-        call = ", ".join(("grads", "state", "params", *(f"{each}={each}" for each in needed)))
-        if params is None:
-            raise ValueError(f"{name} needs the parameters: call tx.update({call})")
-        missing = [each for each in needed if extra.get(each) is None]
-        if missing:
-            wrapper = _around(_FORGETFUL)
-            reason = (
-                f"It is inside {wrapper}"
-                if wrapper
-                else "A wrapper that is no optax.GradientTransformationExtraArgs loses what it is given"
-            )
-            raise TypeError(
-                f"{name} got no {' and no '.join(missing)}: call tx.update({call}), or of an nnx.Optimizer "
-                f"optimizer.update(model, {call.replace('state, params, ', '')}). {reason}"
-            )
-        value, gradients = gradient(params, **{each: extra[each] for each in needed})
+    def update(updates: Tree, state: Any, params: Tree | None = None, **extra_args: Any) -> tuple[Tree, Any]:
+        check_given(name, params, extra_args, {each: each for each in needed})
+        value, gradients = gradient(params, **{each: extra_args[each] for each in needed})
         rate = strength(state.count) if callable(strength) else strength
         count = jnp.asarray(optax.safe_increment(state.count))
         return _added(updates, rate, gradients), new_state(count, value.astype(jnp.float32))
@@ -128,32 +112,3 @@ def _added(updates: Tree, rate: Any, gradients: Tree) -> Tree:
         return (update.astype(dtype) + jnp.asarray(rate, dtype) * gradient.astype(dtype)).astype(update.dtype)
 
     return jax.tree.map(added, updates, gradients)
-
-
-_UNFIT = {
-    "optax.transforms._layouts": "optax.flatten, which makes one vector of the parameters: put it before, as in "
-    "optax.chain(flat_reg(...), optax.flatten(...))",
-    "optax._src.lookahead": "optax.lookahead, which passes no arguments on: put it before, with tx.update(grads, "
-    "state, params) of the fast parameters, params.fast",
-}
-"""By the module that an initialisation comes from."""
-
-_FORGETFUL = {
-    "optax._src.lookahead": _UNFIT["optax._src.lookahead"],
-    "optax.transforms._accumulation": "optax.MultiSteps, of which gradient_transformation() passes no arguments on: "
-    "call the update of MultiSteps itself, or put the regulariser before it in the chain",
-    "flax.training.train_state": "TrainState.apply_gradients, which passes no arguments on: call state.tx.update(grads,"
-    " state.opt_state, state.params, ...) and state.replace(step=..., params=..., opt_state=...)",
-}
-"""By the module that an update comes from."""
-
-
-def _around(wrappers: dict[str, str]) -> str | None:
-    """The innermost of some wrappers that calls this: only its frame tells that arguments were lost in it."""
-    frame = sys._getframe()
-    while frame is not None:
-        name = frame.f_globals.get("__name__")
-        if name in wrappers:
-            return wrappers[name]
-        frame = frame.f_back
-    return None

@@ -11,6 +11,7 @@ import optax
 from flatjax.curvature.leaves import Tree
 from flatjax.curvature.vectors import sum_dtype, unit
 from flatjax.sharding import axis_names, varying_along
+from flatjax.training.arguments import check_given
 
 GradFn = Callable[[Tree, int], Tree]
 
@@ -53,7 +54,7 @@ def sharpness_aware(
         A transformation whose update takes `grad_fn`, `(params, i) -> gradients`, by keyword; i is 0.
 
     Raises:
-        ValueError: at an update, without `grad_fn` or `params`.
+        TypeError: at an update, without `grad_fn` or `params`, or where a wrapper lost them, which is named.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -82,14 +83,8 @@ def sharpness_aware(
     def update(
         updates: Tree, state: Any, params: Tree = None, *, grad_fn: GradFn | None = None, **extra_args: Any
     ) -> tuple[Tree, Any]:
-        if grad_fn is None:
-            raise ValueError(
-                "sharpness_aware got no grad_fn: wanted update(grads, state, params, grad_fn=lambda params, _: ...). "
-                "If it was given, a wrapper dropped it, as optax.MultiSteps(...).gradient_transformation() does: use "
-                "optax.MultiSteps itself; TrainState.apply_gradients passes nothing on: call state.tx.update"
-            )
-        if params is None:
-            raise ValueError("sharpness_aware got no params: wanted update(grads, state, params, grad_fn=...)")
+        check_given("sharpness_aware", params, {"grad_fn": grad_fn}, {"grad_fn": "lambda params, _: ..."})
+        assert grad_fn is not None
 
         def local_grad_fn(params: Tree, i: int) -> Tree:
             # In a `jax.shard_map` gradients in what is the same on all devices are summed unasked.

@@ -97,9 +97,3 @@ def test_training_with_it_moves_collapse_where_it_is_sent(sign):
 def test_bad_options_are_named(message, options):
     with pytest.raises(ValueError, match=message):
         collapse_reg(1.0, **options)
-
-
-def test_a_missing_batch_is_an_error_that_names_this():
-    tx = collapse_reg(1.0, dense_ncc)
-    with pytest.raises(TypeError, match=r"collapse_reg got no batch: call tx.update"):
-        tx.update(network(), tx.init(network()), network())

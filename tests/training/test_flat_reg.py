@@ -489,12 +489,6 @@ def test_what_is_missing_is_said(error, message, tx, needed):
         fed(tx, network(), **(given[needed] if isinstance(needed, str) else needed))
 
 
-def test_parameters_are_needed():
-    tx = flat_reg(1.0, penalty)
-    with pytest.raises(ValueError, match=r"needs the parameters: call tx.update\(grads, state, params, batch=batch\)"):
-        tx.update(network(), tx.init(network()), batch=samples())
-
-
 def test_a_head_besides_a_penalty_and_a_strength_of_many_numbers_are_errors():
     for options in ({"head": "head"}, {"metric": simplified_relative_flatness}):
         with pytest.raises(ValueError, match="wanted one or the other"):

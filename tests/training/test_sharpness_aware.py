@@ -2,7 +2,6 @@
 
 import functools
 
-import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -225,17 +224,6 @@ def test_of_several_small_batches_all_give_the_ascent_and_the_last_the_descent()
     w = np.asarray(flat(start()))
     uphill = w + numpy_ascent(w, A @ (w - CENTRES.mean(axis=0)), 0.3, False)
     np.testing.assert_allclose(flat(params), w - 0.1 * A @ (uphill - CENTRES[4:].mean(axis=0)), rtol=1e-12)
-
-
-def test_a_missing_grad_fn_or_params_is_an_error_that_says_what_to_do():
-    tx, params = optimizer(), start()
-    with helpers.raises(ValueError, match="grad_fn=lambda params, _"):
-        tx.update(params, tx.init(params), params)
-    with helpers.raises(ValueError, match="got no params"):
-        tx.update(params, tx.init(params), grad_fn=lambda p, _: p)
-    dropping = optax.chain(optax.MultiSteps(tx, 2).gradient_transformation())
-    with helpers.raises(ValueError, match=r"MultiSteps\(...\).gradient_transformation\(\) does"):
-        dropping.update(params, dropping.init(params), params, grad_fn=lambda p, _: p)
 
 
 def test_it_trains_an_nnx_model():

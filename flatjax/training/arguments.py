@@ -1,0 +1,69 @@
+"""The arguments that an update cannot do without, and the wrappers in a chain that lose them."""
+
+import sys
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any
+
+
+def check_given(name: str, params: Any, given: Mapping[str, Any], call: Mapping[str, str]) -> None:
+    """Checks that `update` of the transform `name` was given the parameters, and all that `call` writes down.
+
+    Raises:
+        TypeError: something is missing, or was lost in a wrapper, which is named.
+    """
+    missing = ["params"] if params is None else []
+    missing += [each for each in call if given.get(each) is None]
+    if not missing:
+        return
+    wrapper = _around(_FORGETFUL)
+    reason = (
+        f"It is inside {wrapper.format(name=name)}"
+        if wrapper
+        else "A wrapper that is no optax.GradientTransformationExtraArgs loses what it is given"
+    )
+    needed = ", ".join(f"{each}={written}" for each, written in call.items())
+    raise TypeError(
+        f"{name} got no {' and no '.join(missing)}: call tx.update(grads, state, params, {needed}), or of an "
+        f"nnx.Optimizer optimizer.update(model, grads, {needed}). {reason}"
+    )
+
+
+def check_fits(name: str) -> None:
+    """Checks, where a transform is initialised, that it is in no wrapper that it cannot work in.
+
+    Raises:
+        ValueError: it is in one, which is named.
+    """
+    wrapper = _around(_UNFIT)
+    if wrapper is not None:
+        raise ValueError(f"{name} is inside {wrapper.format(name=name)}")
+
+
+_UNFIT = {
+    "optax.transforms._layouts": "optax.flatten, which makes one vector of the parameters: put it before, as in "
+    "optax.chain({name}(...), optax.flatten(...))",
+    "optax._src.lookahead": "optax.lookahead, which passes no arguments on: put it before, with tx.update(grads, "
+    "state, params) of the fast parameters, params.fast",
+}
+"""By the module that an initialisation comes from."""
+
+_FORGETFUL = {
+    "optax._src.lookahead": _UNFIT["optax._src.lookahead"],
+    "optax.transforms._accumulation": "optax.MultiSteps, of which gradient_transformation() passes no arguments on: "
+    "call the update of MultiSteps itself, or put {name} before it in the chain",
+    "flax.training.train_state": "TrainState.apply_gradients, which passes no arguments on: call state.tx.update(grads,"
+    " state.opt_state, state.params, ...) and state.replace(step=..., params=..., opt_state=...)",
+}
+"""By the module that an update comes from."""
+
+
+def _around(wrappers: Mapping[str, str]) -> str | None:
+    """The innermost of some wrappers that calls this: only its frame tells that arguments were lost in it."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__"))
+        if name in wrappers:
+            return wrappers[name]
+        frame = frame.f_back
+    return None
