@@ -50,7 +50,7 @@ def collapse_reg(
         axis_name: as for `flat_reg`; each device then measures its own samples, whose means are fewer than all.
 
     Returns:
-        A transformation whose state is a `CollapseRegState`.
+        A transformation whose state is a `CollapseRegState`; of several in a chain as for `flat_reg`.
 
     Raises:
         TypeError: an argument of `update` is missing, or was lost in a wrapper, which is named; or the penalty is no

@@ -66,7 +66,9 @@ def flat_reg(
             averaged over them already. Under `jit` of sharded arrays leave it out.
 
     Returns:
-        A transformation whose state is a `FlatRegState`.
+        A transformation whose state is a `FlatRegState`. Of several in a chain `optax.tree.get(state, "kappa")` finds
+        more than one κ, which is an error: in an `optax.named_chain(("flat", flat_reg(...)), ...)` it is
+        `optax.tree.get(state, "flat").kappa`.
 
     Raises:
         TypeError: an argument of `update` is missing, or was lost in a wrapper, which is named; or the penalty is no
