@@ -42,7 +42,7 @@ def collapse_reg(
     backward pass, it is `loss + strength * neural_collapse(head, feats, labels, num_classes=C).ncc`.
 
     Args:
-        strength: λ, a number or a schedule. NCC is C(C − 1) times CDNV: a λ does not carry over.
+        strength: λ, a number or a schedule, 0 as for `flat_reg`. NCC is C(C − 1) times CDNV: a λ does not carry over.
         penalty: `(params, batch) -> scalar`, differentiable, a measure of collapse of your own; instead of `features`.
         features: `(params, batch) -> (feats (..., m), labels (...,))`.
         num_classes: C of the labels, with `features`.

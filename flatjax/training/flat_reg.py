@@ -55,7 +55,8 @@ def flat_reg(
     `optax.masked` and `partition` hide parameters, and `flatten` and `lookahead` do not fit: put this before them.
 
     Args:
-        strength: λ, a number or a schedule; κ has the unit of the loss.
+        strength: λ, a number or a schedule; κ has the unit of the loss. While it is 0, as at the start of a warm-up, a
+            gradient that is not finite adds nothing; κ is measured nonetheless, and not hidden where it is NaN.
         penalty: `(params, batch) -> scalar`, differentiable; of any layer, by `relative_flatness` of the features that
             enter it.
         head: where the head is among the parameters, "decoder/head"; by default they are a head. Without `penalty`.

@@ -109,6 +109,10 @@ def _added(updates: Tree, rate: Any, gradients: Tree) -> Tree:
         if gradient is None:
             return update
         dtype = jnp.float64 if jnp.float64 in (update.dtype, gradient.dtype) else jnp.float32
-        return (update.astype(dtype) + jnp.asarray(rate, dtype) * gradient.astype(dtype)).astype(update.dtype)
+        wide = gradient.astype(dtype)
+        # 0 · ∞ would be NaN. Another gradient is multiplied by 0, too: so the result has its slope in the rate.
+        is_left_out = (jnp.asarray(rate) == 0) & ~jnp.isfinite(wide)
+        step = jnp.where(is_left_out, 0, jnp.asarray(rate, dtype) * wide)
+        return (update.astype(dtype) + step).astype(update.dtype)
 
     return jax.tree.map(added, updates, gradients)

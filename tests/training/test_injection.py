@@ -1,4 +1,4 @@
-"""What the transforms have in common: how they are called and several in a chain."""
+"""What the transforms have in common: how they are called, several in a chain, and none at a strength of 0."""
 
 import inspect
 
@@ -12,7 +12,7 @@ from flax.training.train_state import TrainState
 from flatjax import collapse_reg, flat_reg
 from flatjax.training import sharpness_aware
 
-from .cases import assert_trees_close, dense_penalty, network, penalty, samples, some_updates
+from .cases import added, assert_trees_close, dense_penalty, features, network, penalty, samples, some_updates
 
 
 def size(params, batch):
@@ -96,3 +96,56 @@ def test_of_flatness_and_collapse_each_value_has_a_name_of_its_own():
     _, state = tx.update(some_updates(params), tx.init(params), params, batch=batch)
     np.testing.assert_allclose(optax.tree.get(state, "kappa"), dense_penalty(params, batch), rtol=1e-6)
     np.testing.assert_allclose(optax.tree.get(state, "collapse"), size(params, batch), rtol=1e-6)
+
+
+# At a strength of 0.
+
+
+def warm_up(count):
+    return 0.1 * count.astype(float)
+
+
+def ncc_of_means_that_meet():
+    """A network without a body, whose classes all have one mean."""
+    params = network()
+    params["body"]["kernel"] = jnp.zeros_like(params["body"]["kernel"])
+    tx = collapse_reg(warm_up, features=lambda params, batch: (features(params, batch[0]), batch[1]), num_classes=4)
+    return tx, params, samples(), "collapse"
+
+
+def kappa_of_a_bad_batch():
+    x, labels = samples()
+    return flat_reg(warm_up, penalty), network(), (x.at[0, 0].set(jnp.nan), labels), "kappa"
+
+
+@pytest.mark.parametrize("case", [ncc_of_means_that_meet, kappa_of_a_bad_batch])
+def test_at_a_strength_of_zero_a_bad_gradient_adds_nothing_but_its_value_is_not_hidden(case):
+    tx, params, batch, value = case()
+    updates = some_updates(params)
+    got, state = jax.jit(tx.update)(updates, tx.init(params), params, batch=batch)
+    jax.tree.map(np.testing.assert_array_equal, got, updates)
+    assert not np.isfinite(optax.tree.get(state, value))
+    got, _ = jax.jit(tx.update)(updates, state, params, batch=batch)
+    assert not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(got))
+
+
+def test_a_strength_that_is_nan_is_not_zero():
+    params, batch = network(), samples()
+    tx = flat_reg(jnp.nan, penalty)
+    got, _ = tx.update(some_updates(params), tx.init(params), params, batch=batch)
+    assert all(np.all(np.isnan(leaf)) for leaf in jax.tree.leaves(got))
+
+
+def test_the_updates_have_their_slope_in_a_strength_of_zero():
+    params, batch = network(), samples()
+    tx = flat_reg(0.0, penalty)
+
+    def updates(strength):
+        tx = flat_reg(strength, penalty)
+        return tx.update(some_updates(params), tx.init(params), params, batch=batch)[0]
+
+    _, slope = jax.jvp(updates, (0.0,), (1.0,))
+    assert_trees_close(slope, jax.grad(dense_penalty)(params, batch))
+    assert_trees_close(
+        added(some_updates(params), 0, slope), tx.update(some_updates(params), tx.init(params), params, batch=batch)[0]
+    )
