@@ -26,14 +26,14 @@ def trajectory_loss(
     Args:
         logits: z (..., d).
         past_logits: z_past, of the same shape. No gradient goes there.
-        temperature: τ.
+        temperature: τ > 0.
 
     Returns:
         The loss of each sample (...,) in nats, 0 or more, in float64 if either of the logits is, else in float32. NaN
-        where a logit is not finite.
+        where a logit is not finite, or an array τ not positive.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes differ, or a number τ is not positive.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -56,8 +56,11 @@ def trajectory_loss(
     logits, past = jnp.asarray(logits), jnp.asarray(past_logits)
     if logits.shape != past.shape:
         raise ValueError(f"logits has shape {logits.shape} and past_logits {past.shape}, wanted the same")
+    if isinstance(temperature, int | float) and not temperature > 0:
+        raise ValueError(f"temperature is {temperature}, wanted a positive number")
     dtype = sum_dtype((logits, past))
     temperature = jnp.asarray(temperature, dtype)
+    temperature = jnp.where(temperature > 0, temperature, jnp.nan)
     past = jax.lax.stop_gradient(past.astype(dtype))
     log_p = jax.nn.log_softmax(past / temperature)
     p = jnp.exp(log_p)
@@ -136,20 +139,25 @@ class LogitMemory(NamedTuple):
             next memory.
 
         Raises:
-            TypeError: `indices` are no integers.
+            TypeError: `indices` are no integers, or `epoch` is not one.
             ValueError: the shapes do not fit.
         """
         indices, logits = jnp.asarray(indices), jax.lax.stop_gradient(jnp.asarray(logits))
         num_outputs = self.logits.shape[2]
         if not jnp.issubdtype(indices.dtype, jnp.integer):
             raise TypeError(f"indices has dtype {indices.dtype}, wanted integers")
+        epoch = jnp.asarray(epoch)
+        if not jnp.issubdtype(epoch.dtype, jnp.integer) or epoch.shape != ():
+            raise TypeError(
+                f"epoch has dtype {epoch.dtype} and shape {epoch.shape}, wanted one integer: count whole epochs"
+            )
         if logits.shape != (*indices.shape, num_outputs):
             raise ValueError(
                 f"logits has shape {logits.shape}, wanted {(*indices.shape, num_outputs)}: indices has shape "
                 f"{indices.shape}, and the memory is of {num_outputs} outputs"
             )
         indices = indices.astype(jnp.int64 if indices.dtype.itemsize == 8 else jnp.int32)
-        arguments = self, indices, logits, jnp.asarray(epoch, jnp.int32)
+        arguments = self, indices, logits, epoch.astype(jnp.int32)
         mesh = explicit_mesh(arguments)
         if mesh is None:
             return LogitMemory._exchanged(*arguments)

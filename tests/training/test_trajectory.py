@@ -119,6 +119,15 @@ def test_logits_of_different_shapes_are_an_error():
         trajectory_loss(jnp.ones((3, 5)), jnp.ones(5))
 
 
+@pytest.mark.parametrize("temperature", [0, 0.0, -5.0, np.nan])
+def test_a_temperature_that_is_not_positive_is_an_error_and_of_an_array_nan(temperature):
+    logits, past = np.random.default_rng(0).normal(size=(2, 3, 5))
+    with helpers.raises(ValueError, match=f"temperature is {temperature}, wanted a positive number"):
+        jax.jit(functools.partial(trajectory_loss, temperature=temperature))(logits, past)
+    for loss in (trajectory_loss, jax.jit(trajectory_loss)):
+        np.testing.assert_array_equal(loss(logits, past, temperature=jnp.asarray(temperature)), np.full(3, np.nan))
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_samples_split_among_devices_stay_there(axis_type):
     logits, past = np.random.default_rng(0).normal(size=(2, 16, 5))
@@ -251,6 +260,13 @@ def test_what_does_not_fit_a_memory_is_an_error_that_says_so():
     memory = LogitMemory.init(4, 2)
     with helpers.raises(TypeError, match="indices has dtype float64, wanted integers"):
         memory.exchange(jnp.zeros(3), jnp.zeros((3, 2)), 0)
+    for epoch in (1.0, np.float32(1.5), jnp.ones(())):
+        with helpers.raises(
+            TypeError, match=r"epoch has dtype float\d\d and shape \(\), wanted one integer: count whole"
+        ):
+            jax.jit(memory.exchange)(jnp.arange(3), jnp.zeros((3, 2)), epoch)
+    with helpers.raises(TypeError, match=r"epoch has dtype int\d\d and shape \(3,\), wanted one integer"):
+        memory.exchange(jnp.arange(3), jnp.zeros((3, 2)), jnp.arange(3))
     with helpers.raises(ValueError, match=r"logits has shape \(3, 5\), wanted \(3, 2\)"):
         memory.exchange(jnp.arange(3), jnp.zeros((3, 5)), 0)
     with helpers.raises(ValueError, match="wanted at least 1 of each"):
