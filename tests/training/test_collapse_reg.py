@@ -1,10 +1,15 @@
 """The injected update is λ∇NCC, of the definition of NCC by pairs of classes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from flatjax import collapse_reg
 
@@ -82,6 +87,84 @@ def test_training_with_it_moves_collapse_where_it_is_sent(sign):
         params = optax.apply_updates(params, updates)
         history.append(float(optax.tree.get(state, "collapse")))
     assert sign * (history[0] - history[-1]) > 0.01 * history[0]
+
+
+# Where it is used.
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_in_a_shard_map_it_is_the_mean_of_the_collapse_of_each_device(check_vma):
+    params, batch, updates = network(), samples(96), some_updates(network())
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    tx = collapse_reg(RATE, features=labelled_features, num_classes=4, axis_name="data")
+
+    def step(params, updates, batch):
+        updates, state = tx.update(updates, tx.init(params), params, batch=batch)
+        return updates, state.collapse
+
+    specs = {"in_specs": (P(), P(), P("data")), "out_specs": (P(), P())}
+    got, collapse = jax.jit(jax.shard_map(step, mesh=mesh, check_vma=check_vma, **specs))(params, updates, batch)
+
+    def mean_ncc(params):
+        parts = [jax.tree.map(lambda each, i=i: each[12 * i : 12 * (i + 1)], batch) for i in range(8)]
+        return sum(dense_ncc(params, part) for part in parts) / 8
+
+    assert_trees_close(got, added(updates, RATE, jax.grad(mean_ncc)(params)), 1e-11)
+    np.testing.assert_allclose(collapse, mean_ncc(params), rtol=1e-6)
+
+
+def test_in_an_nnx_optimizer():
+    class Network(nnx.Module):
+        def __init__(self, rngs):
+            self.body = nnx.Linear(5, 7, param_dtype=jnp.float64, rngs=rngs)
+
+    model, batch = Network(nnx.Rngs(0)), samples()
+    graphdef, before = nnx.split(model, nnx.Param)
+    before = nnx.to_pure_dict(before)
+
+    def model_features(params, batch):
+        return jnp.tanh(nnx.merge(graphdef, params).body(batch[0])), batch[1]
+
+    @nnx.jit
+    def step(model, optimizer):
+        grads = jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param))
+        optimizer.update(model, grads, batch=batch)
+
+    tx = optax.chain(collapse_reg(RATE, features=model_features, num_classes=4), optax.sgd(0.1))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    step(model, optimizer)
+    got = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    assert_trees_close(got, added(before, -0.1 * RATE, jax.grad(dense_ncc)(before, batch)), 1e-12)
+    np.testing.assert_allclose(optimizer.opt_state[0].collapse[...], dense_ncc(before, batch), rtol=1e-6)
+
+
+def test_bfloat16_updates_stay_bfloat16_and_are_rounded_once():
+    params, batch = network(dtype=np.float32), samples(dtype=np.float32)
+    updates = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), some_updates(params))
+    tx = collapse_reg(RATE, features=labelled_features, num_classes=4)
+    got, state = jax.jit(tx.update)(updates, tx.init(params), params, batch=batch)
+    want = added(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), updates), RATE, jax.grad(dense_ncc)(params, batch))
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert x.dtype == jnp.bfloat16
+        np.testing.assert_allclose(x.astype(jnp.float32), y, rtol=2**-8)
+    assert state.collapse.dtype == jnp.float32
+
+
+def test_in_bfloat16_the_gradient_is_that_of_the_rounded_parameters_and_features():
+    params, batch = network(dtype=jnp.bfloat16), samples()
+    feats_of = functools.partial(features, x=batch[0].astype(jnp.bfloat16))
+
+    def low_features(params, batch):
+        return feats_of(params), batch[1]
+
+    tx = collapse_reg(1.0, features=low_features, num_classes=4)
+    got, state = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), tx.init(params), params, batch=batch)
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(got))
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
+    wide_batch = batch[0].astype(jnp.bfloat16).astype(jnp.float64), batch[1]
+    np.testing.assert_allclose(state.collapse, dense_ncc(wide, wide_batch), rtol=2e-3)
+    want = jax.grad(dense_ncc)(wide, wide_batch)
+    assert_trees_close(jax.tree.map(lambda leaf: leaf.astype(jnp.float64), got), want, 1e-2)
 
 
 @pytest.mark.parametrize(

@@ -169,38 +169,44 @@ def test_a_strength_may_be_a_schedule_of_the_updates():
 # What wraps chains.
 
 
-def test_in_an_nnx_optimizer():
-    class Network(nnx.Module):
-        def __init__(self, rngs):
-            self.body, self.head = nnx.Linear(5, 7, rngs=rngs), nnx.Linear(7, 4, rngs=rngs)
+class NnxNetwork(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.body, self.head = nnx.Linear(5, 7, rngs=rngs), nnx.Linear(7, 4, rngs=rngs)
 
-        def features(self, x):
-            return jnp.tanh(self.body(x))
+    def features(self, x):
+        return jnp.tanh(self.body(x))
 
-    model, (x, labels) = Network(nnx.Rngs(0)), samples(dtype=np.float32)
+
+@pytest.mark.parametrize("by", ["penalty", "head"])
+def test_in_an_nnx_optimizer(by):
+    model, (x, labels) = NnxNetwork(), samples(dtype=np.float32)
     graphdef, before = nnx.split(model, nnx.Param)
-    before = nnx.to_pure_dict(before)
+    before = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), nnx.to_pure_dict(before))
 
     def penalty(params, batch):
         return relative_flatness(params["head"], nnx.merge(graphdef, params).features(batch[0]), batch[1])
 
-    def loss(model):
+    def model_loss(model):
         logits = model.head(model.features(x))
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     @nnx.jit
     def step(model, optimizer):
-        optimizer.update(model, nnx.grad(loss)(model), batch=(x, labels))
+        needed = {"batch": (x, labels)} if by == "penalty" else {"feats": model.features(x), "labels": labels}
+        optimizer.update(model, nnx.grad(model_loss)(model), **needed)
 
-    optimizer = nnx.Optimizer(model, optax.chain(flat_reg(RATE, penalty), optax.sgd(0.1)), wrt=nnx.Param)
+    tx = flat_reg(RATE, penalty) if by == "penalty" else flat_reg(RATE, head="head")
+    optimizer = nnx.Optimizer(model, optax.chain(tx, optax.sgd(0.1)), wrt=nnx.Param)
     step(model, optimizer)
     got = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    before = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), before)
-    want = added(before, -0.1, joint_gradient(before, (x.astype(float), labels)))
+    batch = x.astype(float), labels
+    gradient = jax.grad(dense_penalty)(before, batch)
+    if by == "head":
+        gradient["body"] = jax.tree.map(jnp.zeros_like, gradient["body"])
+    want = added(before, -0.1, added(jax.grad(loss)(before, batch), RATE, gradient))
     assert_trees_close(got, want, 1e-5)
-    np.testing.assert_allclose(
-        optimizer.opt_state[0].kappa[...], dense_penalty(before, (x.astype(float), labels)), rtol=1e-5
-    )
+    np.testing.assert_allclose(optimizer.opt_state[0].kappa[...], dense_penalty(before, batch), rtol=1e-5)
 
 
 def test_in_a_linen_train_state_by_the_two_lines_of_the_docstring():
