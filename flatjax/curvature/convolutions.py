@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jaxtyping import Array
 
 from flatjax.curvature.leaves import Tree
+from flatjax.curvature.programs import as_function
 
 
 def with_convolutions_in_order(function: Callable[[Tree], Tree]) -> Callable[[Tree], Tree]:
@@ -61,8 +62,8 @@ def _results(program: Jaxpr, equation: JaxprEqn, operands: list[Any]) -> list[An
         called = equation.params["jaxpr"]
         return _run(called.jaxpr, called.consts, operands)
     known = {operand: i for i, operand in enumerate(equation.invars) if not isinstance(operand, Literal)}
-    alone = program.replace(constvars=[], invars=list(known), outvars=equation.outvars, eqns=[equation])
-    return jaxpr_as_fun(ClosedJaxpr(alone, ()))(*(operands[i] for i in known.values()))
+    run = as_function(program, [equation], list(known), equation.outvars)
+    return run(*(operands[i] for i in known.values()))
 
 
 def _convolution(lhs: Array, rhs: Array, *, dimension_numbers: Any, **params: Any) -> Array:

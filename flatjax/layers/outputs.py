@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from jaxtyping import Array, Float
 
 from flatjax.curvature.leaves import Tree, leaves_by_path
+from flatjax.curvature.programs import as_function
 from flatjax.layers.kernels import Layer
 
 
@@ -141,8 +142,8 @@ def _around(program: Jaxpr, place: int, site: _Site) -> _Site:
     known = [*given, *(value for each in program.eqns[:place] for value in each.outvars)]
     known = [value for value in known if value in read]
     results = [value for value in equation.outvars if value in read]
-    before = _function(program, program.eqns[:place], given, known)
-    after = _function(program, later, [*known, *results], program.outvars)
+    before = as_function(program, program.eqns[:place], given, known)
+    after = as_function(program, later, [*known, *results], program.outvars)
 
     def run(arguments: list[Any], shift: Float[Array, "n d"]) -> tuple[list[Any], Float[Array, "n m"]]:
         values = dict(zip(known, before(*arguments), strict=True))
@@ -152,12 +153,6 @@ def _around(program: Jaxpr, place: int, site: _Site) -> _Site:
         return after(*(values[value] for value in (*known, *results))), feats
 
     return _Site(site.rows, (*site.products_after, *_products(later)), run)
-
-
-def _function(program: Jaxpr, equations: list[JaxprEqn], given: list[Var], results: list[Any]) -> Callable[..., list]:
-    """Some equations of a program, as a function of the values of variables before them."""
-    part = program.replace(constvars=[], invars=given, outvars=results, eqns=equations)
-    return jaxpr_as_fun(ClosedJaxpr(part, ()))
 
 
 def _at(equation: JaxprEqn, kernels: dict[Var, Axes], kernel: _Kernel) -> _Site:
