@@ -1,47 +1,20 @@
 """The main job, on a task small enough for a test, as its own process: as it is run, and as it is killed."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "grokking.py"
+from .processes import fail, finish, kill_when, metrics, starter
+
 SMALL = "--modulus 7 --width 16 --heads 2 --train-share 0.8 --learning-rate 1e-2 --weight-decay 0.1 --max-steps 80 "
 SMALL += "--measure-every 5 --checkpoint-every 10"
-
-
-def start(folder: Path, *options: str) -> subprocess.Popen:
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *SMALL.split(), "--folder", str(folder), "--name", "run", *options],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(folder: Path, *options: str) -> str:
-    process = start(folder, *options)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
-def metrics(folder: Path) -> bytes:
-    file = folder / "run" / "metrics.jsonl"
-    return file.read_bytes() if file.exists() else b""
+start = starter("grokking.py", SMALL)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
-    return folder, finish(folder, "--seeds", "2")
+    return folder, finish(start(folder, "--seeds", "2"))
 
 
 def test_a_run_leaves_its_configuration_metrics_checkpoints_figure_and_summary(uninterrupted):
@@ -67,29 +40,21 @@ def test_the_network_learns_what_it_is_trained_on(uninterrupted):
 def test_a_killed_run_resumes_to_the_same_bits(uninterrupted, tmp_path):
     # Between two checkpoints of the first seed, and of the second.
     for lines_by_then in (4, 22):
-        process = start(tmp_path, "--seeds", "2", "--resume")
-        while metrics(tmp_path).count(b"\n") < lines_by_then:
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    finish(tmp_path, "--seeds", "2", "--resume")
+        kill_when(
+            start(tmp_path, "--seeds", "2", "--resume"),
+            lambda lines=lines_by_then: metrics(tmp_path).count(b"\n") >= lines,
+        )
+    finish(start(tmp_path, "--seeds", "2", "--resume"))
     assert metrics(tmp_path) == metrics(uninterrupted[0])
 
 
 def test_a_finished_run_is_neither_overwritten_nor_trained_again(uninterrupted):
     folder, _ = uninterrupted
     before = metrics(folder)
-    process = start(folder, "--seeds", "2")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode != 0
-    assert "--resume" in output
-    finish(folder, "--seeds", "2", "--resume")
+    assert "--resume" in fail(start(folder, "--seeds", "2"))
+    finish(start(folder, "--seeds", "2", "--resume"))
     assert metrics(folder) == before
 
 
 def test_an_interval_that_a_run_could_not_resume_at_is_an_error(tmp_path):
-    process = start(tmp_path, "--checkpoint-every", "12")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode != 0
-    assert "multiple of --measure-every" in output
+    assert "multiple of --measure-every" in fail(start(tmp_path, "--checkpoint-every", "12"))

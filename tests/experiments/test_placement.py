@@ -1,13 +1,7 @@
 """The experiment, on a network small enough for a test, as its own process: as it is run, and as it is killed."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +12,8 @@ from harness import images
 
 import flatjax
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "placement.py"
+from .processes import finish, kill_when, metrics, starter
+
 SMALL = "--width 6 --depth 1 --steps 30 --measurements 4 --checkpoint-every 20 --num-train 200 --batch-size 20 "
 SMALL += "--measure-on 20 --measure-batch 12 --num-probes 4 --max-probes 4 --learning-rate 1e-2 --warmup 1"
 STEPS = [0, 1, 3, 10, 30]
@@ -26,35 +21,7 @@ STEPS = [0, 1, 3, 10, 30]
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """What one process compiles the next ones find, and little time is spent on compiling well."""
-    compiling = {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | compiling
-
-    def start(folder: Path, *options: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, str(SCRIPT), *SMALL.split(), "--folder", str(folder), "--name", "run", *options],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    return start
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
-def metrics(folder: Path) -> bytes:
-    file = folder / "run" / "metrics.jsonl"
-    return file.read_bytes() if file.exists() else b""
+    return starter("placement.py", SMALL, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +50,7 @@ def test_a_run_leaves_its_configuration_metrics_checkpoints_figures_and_summary(
 
 
 def test_a_killed_run_resumes_to_the_same_bits(start, uninterrupted, tmp_path):
-    process = start(tmp_path, "--resume")
-    while metrics(tmp_path).count(b"\n") < 3:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill_when(start(tmp_path, "--resume"), lambda: metrics(tmp_path).count(b"\n") >= 3)
     finish(start(tmp_path, "--resume"))
     assert metrics(tmp_path) == metrics(uninterrupted[0])
 

@@ -3,11 +3,6 @@
 import contextlib
 import itertools
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
@@ -26,7 +21,8 @@ from scipy import stats
 import flatjax
 from flatjax.models import MLP
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "regularise.py"
+from .processes import finish, kill_when, metrics, starter
+
 SMALL = "--models mlp --methods baseline sam kappa --width 6 --steps 12 --batch-size 20 --num-few 40 --num-wrong 60 "
 SMALL += "--num-validation 30 --num-rates 2 --num-strengths 2 --tuning-seeds 2 --seeds 3 --timing-seconds 0.01"
 CASES = [(task, method) for task in ("few", "wrong") for method in ("baseline", "sam", "kappa")]
@@ -34,24 +30,7 @@ CASES = [(task, method) for task in ("few", "wrong") for method in ("baseline", 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """What one process compiles the next ones find, and little time is spent on compiling well."""
-    compiling = {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | compiling
-
-    def start(folder: Path, *options: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, str(SCRIPT), *SMALL.split(), "--folder", str(folder), "--name", "run", *options],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    return start
+    return starter("regularise.py", SMALL, tmp_path_factory.mktemp("cache"))
 
 
 @contextlib.contextmanager
@@ -60,16 +39,9 @@ def as_experiments_run():
         yield
 
 
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
-def metrics(folder: Path) -> list[dict]:
-    """All but the timings, which no two runs share."""
-    file = folder / "run" / "metrics.jsonl"
-    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+def recorded(folder: Path) -> list[dict]:
+    """All records but the timings, which no two runs share."""
+    lines = metrics(folder).splitlines(keepends=True)
     records = [json.loads(line) for line in lines if line.endswith(b"\n")]
     return [record for record in records if record["phase"] != "timing"]
 
@@ -81,7 +53,7 @@ def uninterrupted(start, tmp_path_factory):
 
 
 def test_a_run_tries_each_method_in_as_many_settings_and_trains_the_best_anew(uninterrupted):
-    records = metrics(uninterrupted[0])
+    records = recorded(uninterrupted[0])
     for task, method in CASES:
         of_case = [record for record in records if (record["task"], record["method"]) == (task, method)]
         *tuned, final = of_case
@@ -98,7 +70,7 @@ def test_a_run_leaves_a_table_a_figure_and_a_summary(uninterrupted):
     folder, output = uninterrupted
     summary = json.loads((folder / "run" / "summary.json").read_text())
     assert list(summary) == ["mlp-few", "mlp-wrong"]
-    final = next(r for r in metrics(folder) if (r["phase"], r["task"], r["method"]) == ("final", "wrong", "kappa"))
+    final = next(r for r in recorded(folder) if (r["phase"], r["task"], r["method"]) == ("final", "wrong", "kappa"))
     accuracies = [seed["test_accuracy"] for seed in final["seeds"].values()]
     np.testing.assert_allclose(summary["mlp-wrong"]["κ"]["accuracy"]["mean"], np.mean(accuracies))
     assert summary["mlp-wrong"]["baseline"]["gain"] is None
@@ -108,22 +80,16 @@ def test_a_run_leaves_a_table_a_figure_and_a_summary(uninterrupted):
 
 
 def test_a_killed_run_resumes_to_the_same_metrics(start, uninterrupted, tmp_path):
-    process = start(tmp_path, "--resume")
-    while len(metrics(tmp_path)) < 17:  # in the midst of the second task
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill_when(start(tmp_path, "--resume"), lambda: len(recorded(tmp_path)) >= 17)  # in the midst of the second task
     finish(start(tmp_path, "--resume"))
-    assert metrics(tmp_path) == metrics(uninterrupted[0])
+    assert recorded(tmp_path) == recorded(uninterrupted[0])
 
 
 def test_a_finished_run_is_not_trained_again(start, uninterrupted):
     folder, _ = uninterrupted
-    file = folder / "run" / "metrics.jsonl"
-    before = file.read_bytes()
+    before = metrics(folder)
     finish(start(folder, "--resume"))
-    assert file.read_bytes() == before
+    assert metrics(folder) == before
 
 
 @pytest.mark.parametrize(
