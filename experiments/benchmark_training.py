@@ -31,8 +31,10 @@ Step = Callable[[Any, Any], tuple[Any, Any]]
 class Task(NamedTuple):
     """A network as what enters its head, and a batch."""
 
-    features: Callable[[Any], jax.Array]
+    features: Callable[[Any, jax.Array], jax.Array]
+    """(n, m) of inputs, of as many rows as they have labels."""
     params: Any
+    inputs: jax.Array
     labels: jax.Array
 
     def logits(self, params: Any, feats: jax.Array) -> jax.Array:
@@ -41,9 +43,9 @@ class Task(NamedTuple):
 
     def loss(self, params: Any) -> tuple[jax.Array, jax.Array]:
         """And the features."""
-        feats = self.features(params)
+        feats = self.features(params, self.inputs)
         logits = self.logits(params, feats)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, self.labels).mean(), feats
+        return optax.softmax_cross_entropy_with_integer_labels(logits, self.labels.ravel()).mean(), feats
 
 
 def main(seconds: float = 60, seed: int = 0, folder: Path = Path("runs/benchmark")) -> None:
@@ -87,36 +89,35 @@ def plain(task: Task) -> tuple[Step, optax.GradientTransformation]:
 
 def joint(task: Task) -> tuple[Step, optax.GradientTransformation]:
     def loss(params: Any) -> jax.Array:
-        cross_entropy, kappa = cross_entropy_and_flatness(params["head"], task.features(params), task.labels)
+        feats = task.features(params, task.inputs)
+        cross_entropy, kappa = cross_entropy_and_flatness(params["head"], feats, task.labels.ravel())
         return cross_entropy + STRENGTH * kappa
 
     tx = optax.adam(1e-3)
     return by_gradient(loss, tx), tx
 
 
-def joint_in_memory(task: Task, every: int = 1) -> tuple[Step, optax.GradientTransformation]:
-    """With all logits in memory, as the plain step has them."""
-
+def joint_of_some(task: Task) -> tuple[Step, optax.GradientTransformation]:
     def loss(params: Any) -> jax.Array:
         cross_entropy, feats = task.loss(params)
-        samples = feats[::every], task.labels[::every]
-        kappa = relative_flatness(params["head"], *samples, tile_size=params["head"]["kernel"].shape[1])
-        return cross_entropy + STRENGTH * kappa
+        return cross_entropy + STRENGTH * relative_flatness(params["head"], feats[::4], task.labels.ravel()[::4])
 
     tx = optax.adam(1e-3)
     return by_gradient(loss, tx), tx
 
 
-def joint_by_some(task: Task) -> tuple[Step, optax.GradientTransformation]:
-    return joint_in_memory(task, 4)
-
-
-def by_penalty(task: Task) -> tuple[Step, optax.GradientTransformation]:
-    def kappa(params: Any, labels: jax.Array) -> jax.Array:
-        return relative_flatness(params["head"], task.features(params), labels)
+def by_penalty(task: Task, every: int = 1) -> tuple[Step, optax.GradientTransformation]:
+    def kappa(params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+        inputs, labels = batch
+        return relative_flatness(params["head"], task.features(params, inputs), labels.ravel())
 
     tx = optax.chain(flat_reg(STRENGTH, kappa), optax.adam(1e-3))
-    return by_gradient(lambda params: task.loss(params)[0], tx, batch=task.labels), tx
+    batch = task.inputs[::every], task.labels[::every]
+    return by_gradient(lambda params: task.loss(params)[0], tx, batch=batch), tx
+
+
+def by_penalty_of_some(task: Task) -> tuple[Step, optax.GradientTransformation]:
+    return by_penalty(task, 2)
 
 
 def of_head(task: Task, every: int = 1) -> tuple[Step, optax.GradientTransformation]:
@@ -124,13 +125,13 @@ def of_head(task: Task, every: int = 1) -> tuple[Step, optax.GradientTransformat
 
     def step(params: Any, state: Any) -> tuple[Any, Any]:
         grads, feats = jax.grad(task.loss, has_aux=True)(params)
-        updates, state = tx.update(grads, state, params, feats=feats[::every], labels=task.labels[::every])
+        updates, state = tx.update(grads, state, params, feats=feats[::every], labels=task.labels.ravel()[::every])
         return optax.apply_updates(params, updates), state
 
     return step, tx
 
 
-def of_head_by_some(task: Task) -> tuple[Step, optax.GradientTransformation]:
+def of_head_of_some(task: Task) -> tuple[Step, optax.GradientTransformation]:
     return of_head(task, 4)
 
 
@@ -145,12 +146,12 @@ def sam(task: Task) -> tuple[Step, optax.GradientTransformation]:
 
 STEPS = {
     "plain": plain,
-    "κ in the loss": joint_in_memory,
-    "κ in the loss, by tiles": joint,
-    "κ of 1 sample in 4 in the loss": joint_by_some,
-    "flat_reg, whole gradient": by_penalty,
+    "κ in the loss": joint,
+    "κ of 1 token in 4 in the loss": joint_of_some,
+    "flat_reg": by_penalty,
+    "flat_reg of every other sequence": by_penalty_of_some,
     "flat_reg of the head": of_head,
-    "flat_reg of the head, of 1 sample in 4": of_head_by_some,
+    "flat_reg of the head, of 1 token in 4": of_head_of_some,
     "SAM": sam,
 }
 
@@ -174,10 +175,10 @@ def transformer(
     tokens = jax.random.randint(jax.random.key(seed), (num_tokens // context, context + 1), 0, vocab_size)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
-    def features(params: Any) -> jax.Array:
-        return nnx.merge(graphdef, params, rest).features(tokens[:, :-1]).reshape(-1, width)
+    def features(params: Any, inputs: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, params, rest).features(inputs).reshape(-1, width)
 
-    return Task(features, nnx.to_pure_dict(params), tokens[:, 1:].reshape(-1))
+    return Task(features, nnx.to_pure_dict(params), tokens[:, :-1], tokens[:, 1:])
 
 
 def resnet(seed: int, *, width: int = 16, num_images: int = 32) -> Task:
@@ -186,10 +187,10 @@ def resnet(seed: int, *, width: int = 16, num_images: int = 32) -> Task:
     images = jax.random.normal(jax.random.key(seed), (num_images, 32, 32, 3))
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
-    def features(params: Any) -> jax.Array:
-        return nnx.merge(graphdef, params, rest, copy=True).features(images)
+    def features(params: Any, inputs: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, params, rest, copy=True).features(inputs)
 
-    return Task(features, nnx.to_pure_dict(params), jnp.arange(num_images) % 10)
+    return Task(features, nnx.to_pure_dict(params), images, jnp.arange(num_images) % 10)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def _cheaper_route(
         drawn, seconds = prober.timed(batch, (layer,))
         layerwise |= drawn
         cost += seconds * in_blocks(drawn[layer])
-        if cost > limit or (number >= 4 and cost / number * len(layers) > 2 * limit):
+        if cost > limit or (number >= 3 and cost / number * len(layers) > 2 * limit):
             return True, joint
     return False, layerwise
 
