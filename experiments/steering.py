@@ -36,7 +36,7 @@ LOSSES = (0.3, 0.1, 0.03, 0.01, 0.003)
 
 
 def main(
-    strengths: tuple[float, ...] = (-1e-3, -3e-4, 0.0, 1e-3, 1e-2, 1e-1),
+    strengths: tuple[float, ...] = (-3e-4, -1e-4, -3e-5, 0.0, 1e-3, 1e-2, 1e-1),
     num_seeds: int = 5,
     num_steps: int = 1500,
     learning_rate: float = 1e-3,
@@ -135,7 +135,10 @@ def at_loss(loss: np.ndarray, kappa: np.ndarray, level: float) -> float:
 
 
 def draw(folder: Path, strengths: tuple[float, ...], loss: np.ndarray, kappa: np.ndarray) -> None:
-    """κ against the loss, a curve a seed, a colour a strength: red is sharp, blue is flat."""
+    """κ against the loss, a curve a seed, a colour a strength: red is sharp, blue is flat.
+
+    Losses above those of the start are left out: of a run that lost what it had learned.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     ranks = {strength: i for i, strength in enumerate(sorted(set(map(abs, strengths)) - {0.0}), start=1)}
     with plt.rc_context({"font.size": 9}):
@@ -147,7 +150,9 @@ def draw(folder: Path, strengths: tuple[float, ...], loss: np.ndarray, kappa: np
                 label = f"λ = {strength:g}" if seed == 0 else None
                 axes.plot(loss[seed, i], kappa[seed, i], color=colour, linewidth=0.8, alpha=0.8, label=label)
         axes.set(xscale="log", yscale="log", xlabel="cross-entropy of the training images", ylabel="κ of the head")
-        axes.invert_xaxis()
+        axes.set_xlim(1.1 * np.max(loss[:, :, 0]), np.min(loss) / 1.5)
+        learned = loss <= np.max(loss[:, :, 0])
+        axes.set_ylim(np.min(kappa[learned]) / 2, 2 * np.max(kappa[learned]))
         axes.grid(alpha=0.25, linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
