@@ -1,1 +1,3 @@
-"""Neural collapse: a snapshot of it today; see `flatjax.collapse.snapshot`."""
+"""Neural collapse, from the moments of the classes of any stream of features."""
+
+from flatjax.collapse.moments import ClassMoments as ClassMoments

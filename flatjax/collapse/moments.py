@@ -1,0 +1,328 @@
+"""What neural collapse is measured on: counts, means and centred squares of the classes, from any stream of batches.
+
+Two sets of samples of a class, of masses a and b and with means δ apart, have together the squares (Chan)
+
+    S = S_a + S_b + ab/(a + b)·‖δ‖²,
+
+sums of what is not negative, so that nothing cancels: no E[x²] − E[x]². A mean in float32 is rounded to ε times its
+size, which may exceed the spread around it; and of 2²⁴ samples, 1 more would count as none. So means, masses and
+squares are kept as `Double`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
+
+from flatjax.double import Double
+from flatjax.samples import IGNORED_LABEL
+from flatjax.sharding import automatic, axis_names
+
+
+class ClassMoments(NamedTuple):
+    """Statistics of labelled features, immutable: `init`, then `update` with each batch, or `merge` with another's.
+
+    With N samples a batch of m features, an update costs O(N·m), and the classes that are not in the batch are not
+    touched: at vocabulary scale donate the old moments, and the new ones take their place.
+
+    Each batch is of features (..., m), labels (...,) in 0 … C − 1, and weights (...,), 1 by default, as JAX or NumPy
+    arrays or anything else that speaks DLPack. A sample of weight 0, or of label −100, is padding. A label out of
+    range, a feature that is not finite or a negative weight makes all means and variances NaN, and so every metric.
+    Weights are summed to 48 bits in float32, and samples counted to 2³¹ − 1 a class, where the count stays.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flatjax.collapse import ClassMoments
+        >>> update = jax.jit(ClassMoments.update, donate_argnums=0)
+        >>> moments = ClassMoments.init(num_classes=3, num_features=2)
+        >>> for feats, labels in [([[0.0, 1.0], [2.0, 1.0]], [0, 0]), ([[7.0, 1.0], [5.0, 5.0]], [0, 2])]:
+        ...     moments = update(moments, jnp.array(feats), jnp.array(labels))
+        >>> print(moments.counts, moments.means[0], moments.variances)
+        [3 0 1] [3. 1.] [8.666667 0.       0.      ]
+
+    References:
+        Chan, Golub, LeVeque: *Updating Formulae and a Pairwise Algorithm for Computing Sample Variances*, 1979.
+    """
+
+    counts: Int[Array, " C"]
+    """Samples whose weight is not 0."""
+    mass_sums: Double
+    """Σω (C,)."""
+    centres: Double
+    """μ_c (C, m), 0 of an empty class."""
+    square_sums: Double
+    """Σ ω‖h − μ_c‖² (C,)."""
+    product_sums: Double | None
+    """Σ_c Σ ω (h − μ_c)(h − μ_c)ᵀ (m, m), if asked for."""
+    num_bad: Int[Array, ""]
+    """Samples that make the moments NaN."""
+
+    @classmethod
+    def init(
+        cls, num_classes: int, num_features: int, *, covariance: bool = False, dtype: DTypeLike = jnp.float32
+    ) -> "ClassMoments":
+        """Of no samples.
+
+        Args:
+            num_classes: C, at least 1.
+            num_features: m, at least 1.
+            covariance: whether to keep the pooled covariance within the classes (m, m) too, which NC1 needs. An update
+                then costs O(N·m²).
+            dtype: float32 or float64, to keep and to compute in.
+
+        Raises:
+            TypeError: another dtype, or one that JAX has not enabled.
+            ValueError: fewer than 1 class or feature.
+        """
+        if num_classes < 1 or num_features < 1:
+            raise ValueError(f"got {num_classes} classes of {num_features} features, wanted at least one of both")
+        if jnp.dtype(dtype) not in (jnp.float32, jnp.float64) or jnp.zeros(0, dtype).dtype != dtype:
+            raise TypeError(f"dtype is {jnp.dtype(dtype)}, wanted float32, or float64 with jax_enable_x64")
+        return cls(
+            counts=jnp.zeros(num_classes, jnp.int32),
+            mass_sums=Double.zeros((num_classes,), dtype),
+            centres=Double.zeros((num_classes, num_features), dtype),
+            square_sums=Double.zeros((num_classes,), dtype),
+            product_sums=Double.zeros((num_features, num_features), dtype) if covariance else None,
+            num_bad=jnp.zeros((), jnp.int32),
+        )
+
+    @property
+    def num_classes(self) -> int:
+        return self.centres.high.shape[0]
+
+    @property
+    def num_features(self) -> int:
+        return self.centres.high.shape[1]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.centres.high.dtype
+
+    @property
+    def masses(self) -> Float[Array, " C"]:
+        """Σω of each class."""
+        return self._marked(self.mass_sums.value)
+
+    @property
+    def means(self) -> Float[Array, "C m"]:
+        """μ_c, rounded; 0 of an empty class."""
+        return self._marked(self.centres.high)
+
+    @property
+    def variances(self) -> Float[Array, " C"]:
+        """V_c = Σ ω‖h − μ_c‖² / Σω; 0 of an empty class."""
+        return self._marked(self.square_sums.value / _positive(self.mass_sums.value))
+
+    @property
+    def covariance(self) -> Float[Array, "m m"]:
+        """Σ_W, of all samples around the means of their classes.
+
+        Raises:
+            ValueError: it was not asked for.
+        """
+        if self.product_sums is None:
+            raise ValueError("the moments have no covariance: ClassMoments.init(..., covariance=True) keeps it")
+        return self._marked(self.product_sums.value / jnp.sum(self.mass_sums.value))
+
+    def kept(self, min_count: int = 2) -> Bool[Array, " C"]:
+        """Classes of so many samples or more: one sample is its own mean, and says nothing of the spread around it."""
+        return self.counts >= min_count
+
+    def update(
+        self,
+        feats: Float[Any, "*n m"],
+        labels: Integer[Any, "*n"],
+        weights: Shaped[Any, "*n"] | None = None,
+    ) -> "ClassMoments":
+        """With one more batch.
+
+        Raises:
+            TypeError: `feats` are not floating, wider than the moments, or `labels` are no integers.
+            ValueError: the shapes do not fit each other or the moments.
+        """
+        batch = _read_batch(self, feats, labels, weights)
+        return automatic(_updated, like=self)(self, batch) if len(batch.feats) else self
+
+    def merge(self, other: "ClassMoments") -> "ClassMoments":
+        """Of the samples of both; the order changes nothing beyond rounding.
+
+        Raises:
+            ValueError: the moments are of other classes or features, or one has no covariance.
+        """
+        if jax.tree.map(jnp.shape, self) != jax.tree.map(jnp.shape, other):
+            raise ValueError(
+                f"moments of {self.num_classes} classes and {self.num_features} features, covariance "
+                f"{self.product_sums is not None}, cannot be merged with those of {other.num_classes} classes and "
+                f"{other.num_features} features, covariance {other.product_sums is not None}"
+            )
+        return automatic(_merged, like=self)(self, other)
+
+    def across(self, axis_name: str | tuple[str, ...]) -> "ClassMoments":
+        """Of the samples of all devices along axes of a `jax.shard_map` or `jax.pmap`, the same on each.
+
+        By two `psum` of the size of the means.
+        """
+        names = axis_names(axis_name)
+        masses = self.mass_sums.value[:, None]
+        total = jax.lax.psum(masses, names)
+        # Near the mean first, and then what that lacks: so what is rounded is of the size of the distances.
+        near = jax.lax.psum(masses * self.centres.high, names) / _positive(total)
+        near = jax.lax.stop_gradient(near)
+        offsets = jnp.where(masses == 0, 0, self.centres.minus(Double(near, jnp.zeros_like(near))))
+        offset = jax.lax.psum(masses * offsets, names) / _positive(total)
+        shifts = jnp.where(masses == 0, 0, offsets - offset)
+        moved = self._plus_shifts(masses[:, 0], shifts)
+        return ClassMoments(
+            counts=_sum_of_counts_over_devices(self.counts, names),
+            mass_sums=self.mass_sums.sum_over_devices(names),
+            centres=Double(near, jnp.zeros_like(near)).plus(offset),
+            square_sums=moved.square_sums.sum_over_devices(names),
+            product_sums=moved.product_sums and moved.product_sums.sum_over_devices(names),
+            num_bad=_sum_of_counts_over_devices(self.num_bad, names),
+        )
+
+    def _marked(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
+        return jnp.where(self.num_bad > 0, jnp.nan, values)
+
+    def _plus_shifts(self, masses: Float[Array, " C"], shifts: Float[Array, "C m"]) -> "ClassMoments":
+        """With the squares of masses moved off their means."""
+        squares = self.square_sums.plus(masses * jnp.sum(shifts**2, axis=1))
+        if self.product_sums is None:
+            return self._replace(square_sums=squares)
+        products = jnp.matmul(shifts.T, masses[:, None] * shifts, precision="highest")
+        return self._replace(square_sums=squares, product_sums=self.product_sums.plus(products))
+
+
+class _Batch(NamedTuple):
+    feats: Float[Array, "n m"]
+    """0 where a sample is padding, or bad."""
+    labels: Integer[Array, " n"]
+    """C where a sample is padding, or bad."""
+    weights: Float[Array, " n"]
+    num_bad: Int[Array, ""]
+
+
+def _read_batch(moments: ClassMoments, feats: Any, labels: Any, weights: Any) -> _Batch:
+    num_classes, num_features, dtype = moments.num_classes, moments.num_features, moments.dtype
+    feats, labels = _array(feats), _array(labels)
+    if not jnp.issubdtype(feats.dtype, jnp.floating):
+        raise TypeError(f"feats has dtype {feats.dtype}, wanted a floating dtype")
+    if jnp.promote_types(feats.dtype, dtype) != dtype:
+        raise TypeError(
+            f"feats has dtype {feats.dtype}, but the moments are {dtype}: cast the features, or "
+            f"ClassMoments.init(..., dtype={feats.dtype})"
+        )
+    if feats.ndim < 1 or feats.shape[-1] != num_features:
+        raise ValueError(f"feats has shape {feats.shape}, but the moments are of {num_features} features")
+    leading = feats.shape[:-1]
+    if labels.shape != leading or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise (ValueError if labels.shape != leading else TypeError)(
+            f"labels has dtype {labels.dtype} and shape {labels.shape}, wanted integers of shape {leading}, as feats "
+            f"has {feats.shape}"
+        )
+    weights = jnp.ones(leading, dtype) if weights is None else _array(weights).astype(dtype)
+    if weights.shape != leading:
+        raise ValueError(f"weights has shape {weights.shape}, wanted {leading}, as feats has {feats.shape}")
+
+    feats, labels, weights = feats.astype(dtype).reshape(-1, num_features), labels.reshape(-1), weights.reshape(-1)
+    counts = (weights != 0) & (labels.astype(jnp.int32) != IGNORED_LABEL)
+    sound = (labels >= 0) & (labels < num_classes) & (weights > 0) & jnp.isfinite(weights)
+    sound &= jnp.isfinite(jnp.sum(feats**2, axis=1))
+    taken = counts & sound
+    return _Batch(
+        feats=jnp.where(taken[:, None], feats, 0),
+        labels=jnp.where(taken, labels.astype(jnp.int32), num_classes),
+        weights=jnp.where(taken, weights, 0),
+        num_bad=jnp.sum(counts & ~sound, dtype=jnp.int32),
+    )
+
+
+def _array(values: Any) -> Array:
+    if hasattr(values, "__dlpack__") and not isinstance(values, (jax.Array, np.ndarray, np.generic)):
+        return jnp.from_dlpack(values)
+    return jnp.asarray(values)
+
+
+def _updated(moments: ClassMoments, batch: _Batch) -> ClassMoments:
+    classes, of_batch = _of_batch(batch, moments)
+    # Rows of the classes that are there alone. What is no class is a row of zeros, and goes nowhere.
+    per_class = {name: getattr(moments, name) for name in _PER_CLASS}
+    before = jax.tree.map(lambda x: x.at[classes].get(mode="fill", fill_value=0, indices_are_sorted=True), per_class)
+    after = _merged(moments._replace(**before), of_batch)
+
+    def put(x: Array, rows: Array) -> Array:
+        return x.at[classes].set(rows, mode="drop", indices_are_sorted=True)
+
+    return after._replace(
+        **{name: jax.tree.map(put, x, getattr(after, name)) for name, x in per_class.items()},
+    )
+
+
+def _of_batch(batch: _Batch, like: ClassMoments) -> tuple[Integer[Array, " k"], ClassMoments]:
+    """The classes of a batch, C for none, and the moments of these, one row each."""
+    feats, weights, num_classes = batch.feats, batch.weights, like.num_classes
+    num_rows = min(len(feats), num_classes + 1)
+    classes, firsts, rows = jnp.unique(
+        batch.labels, size=num_rows, fill_value=num_classes, return_index=True, return_inverse=True
+    )
+
+    def per_row(values: Array) -> Array:
+        return jax.ops.segment_sum(values, rows, num_rows)
+
+    masses = per_row(weights)
+    # From one of the samples first: what is rounded then is of the size of the spread.
+    origins = jax.lax.stop_gradient(feats[firsts])
+    offsets = feats - origins[rows]
+    means = per_row(weights[:, None] * offsets) / _positive(masses)[:, None]
+    residuals = offsets - means[rows]
+    lacking = per_row(weights[:, None] * residuals) / _positive(masses)[:, None]
+    moments = ClassMoments(
+        counts=per_row((weights != 0).astype(jnp.int32)),
+        mass_sums=Double(masses, jnp.zeros_like(masses)),
+        centres=Double(origins, jnp.zeros_like(origins)).plus(means).plus(lacking),
+        square_sums=Double(per_row(weights * jnp.sum(residuals**2, axis=1)), jnp.zeros_like(masses)),
+        product_sums=None,
+        num_bad=batch.num_bad,
+    )
+    if like.product_sums is not None:
+        products = jnp.matmul(residuals.T, weights[:, None] * residuals, precision="highest")
+        moments = moments._replace(product_sums=Double(products, jnp.zeros_like(products)))
+    return classes, moments._plus_shifts(-masses, lacking)
+
+
+_PER_CLASS = ("counts", "mass_sums", "centres", "square_sums")
+
+
+def _merged(a: ClassMoments, b: ClassMoments) -> ClassMoments:
+    masses = a.mass_sums.plus_double(b.mass_sums)
+    of_a, of_b = a.mass_sums.value, b.mass_sums.value
+    share = of_b / _positive(masses.value)
+    shifts = jnp.where(((of_a == 0) | (of_b == 0))[:, None], 0, b.centres.minus(a.centres))
+    joint = ClassMoments(
+        counts=_sum_of_counts(a.counts, b.counts),
+        mass_sums=masses,
+        centres=b.centres.where((of_a == 0)[:, None], a.centres.plus(share[:, None] * shifts)),
+        square_sums=a.square_sums.plus_double(b.square_sums),
+        product_sums=a.product_sums and b.product_sums and a.product_sums.plus_double(b.product_sums),
+        num_bad=_sum_of_counts(a.num_bad, b.num_bad),
+    )
+    return joint._plus_shifts(of_a * share, shifts)
+
+
+def _sum_of_counts(a: Int[Array, "..."], b: Int[Array, "..."]) -> Int[Array, "..."]:
+    """Where the sum is too large for its dtype, the largest number there is."""
+    return jnp.where(a + b < a, jnp.iinfo(a.dtype).max, a + b)
+
+
+def _sum_of_counts_over_devices(counts: Int[Array, "..."], names: tuple[str, ...]) -> Int[Array, "..."]:
+    total, rounded = (jax.lax.psum(counts.astype(dtype), names) for dtype in (counts.dtype, jnp.float32))
+    return jnp.where(rounded >= 2.0**31, jnp.iinfo(total.dtype).max, total)
+
+
+def _positive(masses: Float[Array, "..."]) -> Float[Array, "..."]:
+    """To divide by: where there is none, so is what is divided."""
+    return jnp.where(masses == 0, 1, masses)
