@@ -13,32 +13,34 @@ the same command with --resume goes on, and ends with the same metrics to the la
 """
 
 import dataclasses
-import functools
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
 from flax import nnx
 from harness import images
-from harness.batches import batch_at
-from harness.checkpoints import checkpointer, load_latest
+from harness.classifiers import (
+    Network,
+    State,
+    at_equal_ratios,
+    evaluating,
+    in_batches,
+    network_of,
+    train_and_measure,
+    training,
+)
 from harness.images import Images
 from harness.profiles import Profile, draw_history, draw_profile, from_record, in_forward_order, over_seeds, table
 from harness.profiles import to_record as profile_record
-from harness.progress import Progress
 from harness.runs import Record, RunFolder
 
 from flatjax import cross_entropy, flatness_profile
 from flatjax.layers.kernels import find_layers
 from flatjax.models import MLP, ResNet18, ViT
-
-State = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,54 +147,20 @@ def with_defaults(config: Config) -> Config:
     return dataclasses.replace(config, **defaults)
 
 
-class Network(NamedTuple):
-    """A model's structure as it is trained and as it is used, which differ in batch normalisation alone."""
-
-    in_training: nnx.GraphDef
-    in_use: nnx.GraphDef
-    mean: jax.Array
-    """(1, 1, 1, c), of the channels of what is trained on."""
-    deviation: jax.Array
-    is_flat: bool
-    """The model takes vectors."""
-
-    def inputs(self, pixels: jax.Array) -> jax.Array:
-        x = (pixels.astype(jnp.float32) - self.mean) / self.deviation
-        return x.reshape(len(x), -1) if self.is_flat else x
-
-
 def train(config: Config, seed: int, run: RunFolder) -> None:
-    """Trains one seed from where it was left to its end, and measures at the steps of `measured_at`."""
+    """Trains one seed from where it was left to its end, and measures along the way."""
     train_set, test_set = images.load(config.data, config.data_dir, seed)
     train_set = train_set.some(config.num_train, seed)
     network, state = initial(config, seed, train_set)
-    train_some = training(config, network, seed, train_set)
-    measure = measuring(config, network, seed, train_set, test_set)
-    steps_measured = measured_at(config)
-    stops = sorted({*steps_measured, *range(0, config.steps, config.checkpoint_every)})
-    with checkpointer(run.path / "checkpoints" / f"seed-{seed}") as checkpoints:
-        step, state = load_latest(checkpoints, state)
-        run.keep(lambda record: record["seed"] != seed or record["step"] <= step)
-        left = {
-            "step": config.steps - max(step, 0),
-            "measurement": sum(each > step for each in steps_measured),
-        }
-        with Progress(f"seed {seed}", left) as progress:
-            for stop in (each for each in stops if each > step):
-                if stop:
-                    state = jax.block_until_ready(train_some(state, max(step, 0), stop))
-                    progress.done("step", stop - max(step, 0))
-                step = stop
-                if step in steps_measured:
-                    record = {"seed": seed, "step": step} | measure(state, step)
-                    run.append(record)
-                    progress.done("measurement", note=f"accuracy {record['test_accuracy']:.1%} held out")
-                checkpoints.save(step, state)
-
-
-def measured_at(config: Config) -> set[int]:
-    """0, and steps from 1 to the last at equal ratios, rounded; fewer where they meet."""
-    return {0, *np.round(np.geomspace(1, config.steps, config.measurements)).astype(int).tolist(), config.steps}
+    train_and_measure(
+        run,
+        {"seed": seed},
+        state,
+        training(network, cross_entropy, optimizer(config), train_set, batch_size=config.batch_size, seed=seed),
+        measuring(config, network, seed, train_set, test_set),
+        steps_measured=at_equal_ratios(config.steps, config.measurements),
+        checkpoint_every=config.checkpoint_every,
+    )
 
 
 def initial(config: Config, seed: int, train_set: Images) -> tuple[Network, State]:
@@ -217,23 +185,7 @@ def initial(config: Config, seed: int, train_set: Images) -> tuple[Network, Stat
                 num_heads=_HEADS,
                 rngs=rngs,
             )
-    model.train()
-    in_training = nnx.graphdef(model)
-    model.eval()
-    in_use, params, rest = nnx.split(model, nnx.Param, ...)
-    params, rest = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
-    network = Network(in_training, in_use, *moments(train_set.pixels), is_flat=config.model == "mlp")
-    return network, {"params": params, "rest": rest, "optimizer": optimizer(config).init(params)}
-
-
-def moments(pixels: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Mean and standard deviation of each channel, from how often each of the 256 values occurs."""
-    values = np.arange(256)
-    counts = [np.bincount(channel.ravel(), minlength=256) for channel in np.moveaxis(pixels, -1, 0)]
-    means = np.array([np.average(values, weights=count) for count in counts])
-    variances = [np.average((values - mean) ** 2, weights=count) for mean, count in zip(means, counts, strict=True)]
-    mean, deviation = (jnp.asarray(each, jnp.float32)[None, None, None, :] for each in (means, np.sqrt(variances)))
-    return mean, deviation
+    return network_of(model, train_set, optimizer(config), is_flat=config.model == "mlp")
 
 
 def optimizer(config: Config) -> optax.GradientTransformation:
@@ -241,64 +193,18 @@ def optimizer(config: Config) -> optax.GradientTransformation:
     return optax.adamw(schedule, weight_decay=config.weight_decay)
 
 
-def training(config: Config, network: Network, seed: int, train_set: Images):
-    """Training from a step to another, compiled once."""
-    num_train = len(train_set.labels)
-    batch_size = min(config.batch_size, num_train)
-    batch_key = jax.random.fold_in(jax.random.key(seed), 0)
-
-    def loss(params: State, rest: State, pixels: jax.Array, labels: jax.Array) -> tuple[jax.Array, State]:
-        model = nnx.merge(network.in_training, params, rest, copy=True)
-        logits = model(network.inputs(pixels))
-        _, _, renewed = nnx.split(model, nnx.Param, ...)
-        return cross_entropy(logits, labels).mean(), nnx.to_pure_dict(renewed)
-
-    def one_step(step: jax.Array, state: State, pixels: jax.Array, labels: jax.Array) -> State:
-        chosen = batch_at(batch_key, step, num_train, batch_size)
-        grads, rest = jax.grad(loss, has_aux=True)(state["params"], state["rest"], pixels[chosen], labels[chosen])
-        updates, optimizer_state = optimizer(config).update(grads, state["optimizer"], state["params"])
-        return {
-            "params": optax.apply_updates(state["params"], updates),
-            "rest": rest,
-            "optimizer": optimizer_state,
-        }
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def steps(state: State, first: int, end: int, pixels: jax.Array, labels: jax.Array) -> State:
-        return jax.lax.fori_loop(first, end, lambda step, state: one_step(step, state, pixels, labels), state)
-
-    on_device = tuple(map(jnp.asarray, train_set))
-    return lambda state, first, end: steps(state, first, end, *on_device)
-
-
 def measuring(config: Config, network: Network, seed: int, train_set: Images, test_set: Images):
     """Loss and accuracy on both parts, and the profile on a fixed part of what is trained on."""
 
-    def logits(params: State, pixels: jax.Array, rest: State) -> jax.Array:
-        return nnx.merge(network.in_use, params, rest)(network.inputs(pixels))
-
     def loss(params: State, pixels: jax.Array, labels: jax.Array, rest: State) -> jax.Array:
-        return cross_entropy(logits(params, pixels, rest), labels).mean()
-
-    @jax.jit
-    def sums(state: State, pixels: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
-        outputs = logits(state["params"], pixels, state["rest"])
-        right = jnp.sum(jnp.argmax(outputs, axis=1) == labels)
-        return {"loss": cross_entropy(outputs, labels).sum(), "accuracy": right}
+        return cross_entropy(network.model(params, rest)(network.inputs(pixels)), labels).mean()
 
     probe_key = jax.random.fold_in(jax.random.key(seed), 1)
-    evaluated = {
-        "train": train_set.some(config.evaluate_on, seed),
-        "test": test_set.some(config.evaluate_on, seed),
-    }
+    parts = {"train": train_set.some(config.evaluate_on, seed), "test": test_set.some(config.evaluate_on, seed)}
+    evaluate = evaluating(network, cross_entropy, parts)
     profiled = list(in_batches(train_set.some(config.measure_on, seed), config.measure_batch))
 
     def measure(state: State, step: int) -> Record:
-        record: Record = {}
-        for part, chosen in evaluated.items():
-            totals = [sums(state, *batch) for batch in in_batches(chosen, _EVALUATED_AT_A_TIME)]
-            for name in totals[0]:
-                record[f"{part}_{name}"] = sum(float(total[name]) for total in totals) / len(chosen.labels)
         profile = flatness_profile(
             loss,
             state["params"],
@@ -310,17 +216,9 @@ def measuring(config: Config, network: Network, seed: int, train_set: Images, te
             relative_error=config.relative_error,
             route=config.route or "layerwise",
         )
-        return record | {"profile": profile_record(profile)}
+        return evaluate(state) | {"profile": profile_record(profile)}
 
     return measure
-
-
-_EVALUATED_AT_A_TIME = 500
-
-
-def in_batches(chosen: Images, size: int) -> Iterator[tuple[jax.Array, jax.Array]]:
-    for start in range(0, len(chosen.labels), size):
-        yield jnp.asarray(chosen.pixels[start : start + size]), jnp.asarray(chosen.labels[start : start + size])
 
 
 def report(config: Config, run: RunFolder, curves: list[list[Record]]) -> None:
