@@ -144,8 +144,14 @@ class ClassMoments(NamedTuple):
             TypeError: `feats` are not floating, wider than the moments, or `labels` are no integers.
             ValueError: the shapes do not fit each other or the moments.
         """
-        batch = _read_batch(self, feats, labels, weights)
+        return self.with_batch(read_batch(self, feats, labels, weights))
+
+    def with_batch(self, batch: "Batch") -> "ClassMoments":
         return automatic(_updated, like=self)(self, batch) if len(batch.feats) else self
+
+    def residuals(self, batch: "Batch") -> Float[Array, "n m"]:
+        """h_i − μ_c(i), to rounding of itself."""
+        return batch.feats - self.centres.high[batch.classes] - self.centres.low[batch.classes]
 
     def merge(self, other: "ClassMoments") -> "ClassMoments":
         """Of the samples of both; the order changes nothing beyond rounding.
@@ -197,21 +203,27 @@ class ClassMoments(NamedTuple):
         return self._replace(square_sums=squares, product_sums=self.product_sums.plus(products))
 
 
-class _Batch(NamedTuple):
+class Batch(NamedTuple):
+    """n samples, flattened, of a dtype to compute in."""
+
     feats: Float[Array, "n m"]
     """0 where a sample is padding, or bad."""
     labels: Integer[Array, " n"]
     """C where a sample is padding, or bad."""
     weights: Float[Array, " n"]
+    """0 where a sample is padding, or bad."""
+    classes: Integer[Array, " n"]
+    """0 where a sample is padding, or bad."""
     num_bad: Int[Array, ""]
 
 
-def _read_batch(moments: ClassMoments, feats: Any, labels: Any, weights: Any) -> _Batch:
+def read_batch(moments: ClassMoments, feats: Any, labels: Any, weights: Any) -> Batch:
+    """Checks a batch against the moments; raises as `ClassMoments.update`."""
     num_classes, num_features, dtype = moments.num_classes, moments.num_features, moments.dtype
     feats, labels = _array(feats), _array(labels)
     if not jnp.issubdtype(feats.dtype, jnp.floating):
         raise TypeError(f"feats has dtype {feats.dtype}, wanted a floating dtype")
-    if jnp.promote_types(feats.dtype, dtype) != dtype:
+    if feats.dtype.itemsize > dtype.itemsize:
         raise TypeError(
             f"feats has dtype {feats.dtype}, but the moments are {dtype}: cast the features, or "
             f"ClassMoments.init(..., dtype={feats.dtype})"
@@ -233,10 +245,11 @@ def _read_batch(moments: ClassMoments, feats: Any, labels: Any, weights: Any) ->
     sound = (labels >= 0) & (labels < num_classes) & (weights > 0) & jnp.isfinite(weights)
     sound &= jnp.isfinite(jnp.sum(feats**2, axis=1))
     taken = counts & sound
-    return _Batch(
+    return Batch(
         feats=jnp.where(taken[:, None], feats, 0),
         labels=jnp.where(taken, labels.astype(jnp.int32), num_classes),
         weights=jnp.where(taken, weights, 0),
+        classes=jnp.where(taken, labels.astype(jnp.int32), 0),
         num_bad=jnp.sum(counts & ~sound, dtype=jnp.int32),
     )
 
@@ -247,7 +260,8 @@ def _array(values: Any) -> Array:
     return jnp.asarray(values)
 
 
-def _updated(moments: ClassMoments, batch: _Batch) -> ClassMoments:
+@jax.jit
+def _updated(moments: ClassMoments, batch: Batch) -> ClassMoments:
     classes, of_batch = _of_batch(batch, moments)
     # Rows of the classes that are there alone. What is no class is a row of zeros, and goes nowhere.
     per_class = {name: getattr(moments, name) for name in _PER_CLASS}
@@ -262,7 +276,7 @@ def _updated(moments: ClassMoments, batch: _Batch) -> ClassMoments:
     )
 
 
-def _of_batch(batch: _Batch, like: ClassMoments) -> tuple[Integer[Array, " k"], ClassMoments]:
+def _of_batch(batch: Batch, like: ClassMoments) -> tuple[Integer[Array, " k"], ClassMoments]:
     """The classes of a batch, C for none, and the moments of these, one row each."""
     feats, weights, num_classes = batch.feats, batch.weights, like.num_classes
     num_rows = min(len(feats), num_classes + 1)
@@ -297,6 +311,7 @@ def _of_batch(batch: _Batch, like: ClassMoments) -> tuple[Integer[Array, " k"], 
 _PER_CLASS = ("counts", "mass_sums", "centres", "square_sums")
 
 
+@jax.jit
 def _merged(a: ClassMoments, b: ClassMoments) -> ClassMoments:
     masses = a.mass_sums.plus_double(b.mass_sums)
     of_a, of_b = a.mass_sums.value, b.mass_sums.value
