@@ -1,8 +1,8 @@
-"""Squared distances between the rows of a matrix."""
+"""Squared distances and inner products between rows."""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 
 @jax.custom_jvp
@@ -36,3 +36,55 @@ def squared_distances_around(rows: Float[Array, "d m"], centre: Float[Array, " m
     distances = norms[:, None] + norms[None, :] - 2 * products
     # Rounding may leave the distance of two equal rows negative.
     return jnp.where(jnp.eye(len(rows), dtype=bool) | (distances < 0), 0, distances)
+
+
+def products_between(
+    one: Float[Array, "t m"], other: Float[Array, "u m"], pairs: Bool[Array, "t u"]
+) -> Float[Array, "t u"]:
+    """⟨x_s, y_t⟩; which `pairs` are asked for makes no difference."""
+    del pairs
+    return jnp.matmul(one, other.T, precision="highest")
+
+
+@jax.custom_jvp
+def squared_distances_between(
+    one: Float[Array, "t m"], other: Float[Array, "u m"], pairs: Bool[Array, "t u"]
+) -> Float[Array, "t u"]:
+    """‖x_s − y_t‖² of the pairs asked for, to some ten ε/`CLOSE` of itself, and to rounding if there are few rows.
+
+    Of distances that are small against the norms, |x|² + |y|² − 2⟨x, y⟩ leaves few digits: these are computed from the
+    differences, as many at once as are worth it, until none is left.
+    """
+    if max(len(one), len(other)) <= FEW:
+        return jnp.sum((one[:, None, :] - other[None, :, :]) ** 2, axis=2)
+    squares = jnp.sum(one**2, axis=1)[:, None] + jnp.sum(other**2, axis=1)[None, :]
+    distances = squares - 2 * jnp.matmul(one, other.T, precision="highest")
+    close = pairs & (distances < CLOSE * squares)
+
+    def any_left(state: tuple[Array, Array]) -> Bool[Array, ""]:
+        return jnp.any(state[1])
+
+    def refined(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        distances, close = state
+        s, t = jnp.nonzero(close, size=min(_CLOSE_AT_ONCE, close.size), fill_value=len(one) + len(other))
+        from_difference = jnp.sum((one[s] - other[t]) ** 2, axis=1)
+        return distances.at[s, t].set(from_difference, mode="drop"), close.at[s, t].set(False, mode="drop")
+
+    return jax.lax.while_loop(any_left, refined, (distances, close))[0]
+
+
+@squared_distances_between.defjvp  # pyrefly: ignore[bad-argument-type]
+def _squared_distances_between_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    """2⟨x_s − y_t, ẋ_s − ẏ_t⟩ by products of matrices, as above."""
+    (one, other, pairs), (d_one, d_other, _) = primals, tangents
+    own = jnp.sum(one * d_one, axis=1)[:, None] + jnp.sum(other * d_other, axis=1)[None, :]
+    mixed = jnp.matmul(d_one, other.T, precision="highest") + jnp.matmul(one, d_other.T, precision="highest")
+    return squared_distances_between(one, other, pairs), 2 * (own - mixed)
+
+
+FEW = 128
+"""Rows of which all distances may be computed from the differences."""
+CLOSE = 1 / 64
+"""Squared, and against the squares of the norms."""
+
+_CLOSE_AT_ONCE = 4096
