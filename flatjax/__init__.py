@@ -1,6 +1,9 @@
 """Measure the flatness and the neural collapse of networks in JAX."""
 
 from flatjax.checks import check_inputs as check_inputs
+from flatjax.collapse.moments import ClassMoments as ClassMoments
+from flatjax.collapse.report import CollapseReport as CollapseReport
+from flatjax.collapse.report import collapse_report as collapse_report
 from flatjax.collapse.snapshot import NeuralCollapse as NeuralCollapse
 from flatjax.collapse.snapshot import neural_collapse as neural_collapse
 from flatjax.flatness.cross_entropy import cross_entropy_and_flatness as cross_entropy_and_flatness

@@ -1,6 +1,7 @@
 """What every public metric does around its formula."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -38,4 +39,17 @@ def metric(function: F) -> F:
     return cast(F, wrapped)
 
 
-_ARRAYS = ("params", "feats", "labels", "weights")
+def compiled_metric(function: F) -> F:
+    """A `metric` whose keywords-only are static, compiled once for each of them and for each shape."""
+    parameters = inspect.signature(function).parameters.values()
+    static = [parameter.name for parameter in parameters if parameter.kind == parameter.KEYWORD_ONLY]
+    compiled = jax.jit(metric(function), static_argnames=static)
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return compiled(*args, **kwargs)
+
+    return cast(F, wrapped)
+
+
+_ARRAYS = ("moments", "params", "feats", "labels", "weights")

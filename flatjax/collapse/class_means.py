@@ -1,87 +1,108 @@
-"""What neural collapse is measured on: the class means, and what is left of the samples around them."""
+"""The class means that collapse is a geometry of: the classes with enough samples, centred, in a unit of their own."""
 
-from typing import NamedTuple
+import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Integer
+from jaxtyping import Array, Bool, Float, Int
 
-from flatjax.pairwise import squared_distances
-from flatjax.samples import Samples
+from flatjax.collapse.moments import ClassMoments
+from flatjax.heads import HeadParams, LinearHead, linear_head
+from flatjax.sharding import axis_names, sum_over_devices
+
+AxisName = str | tuple[str, ...] | None
+"""Of a `jax.shard_map`, along which the classes are split."""
 
 
-class ClassMeans(NamedTuple):
-    """Statistics of n samples in C classes; a class that is not kept has zeros, and its samples the share 0."""
+@dataclasses.dataclass(frozen=True)
+class ClassMeans:
+    """Of C classes, or of a device's share of them; of a class that is not kept, zeros."""
 
     kept: Bool[Array, " C"]
-    """Classes of two samples or more: one sample is its own mean, and says nothing of the spread around it."""
-    num_empty: Int[Array, ""]
-    num_single: Int[Array, ""]
     centred: Float[Array, "C m"]
     """μ_c − μ_G, with μ_G the unweighted mean of the kept means, in units of the largest number in it."""
-    squared_distances: Float[Array, "C C"]
-    """‖μ_c − μ_c'‖², in the same units squared."""
-    labels: Integer[Array, " n"]
     variances: Float[Array, " C"]
     """V_c, the mean squared distance of a class to its mean, in the same units squared."""
-    residuals: Float[Array, "n m"]
-    """h_i − μ_c(i), in the same units."""
-    shares: Float[Array, " n"]
-    """Of the kept samples: they sum to 1."""
+    unit: Float[Array, ""]
+    axis_names: tuple[str, ...]
 
     @property
     def num_kept(self) -> Int[Array, ""]:
-        return jnp.sum(self.kept)
+        return self.total(self.kept.astype(jnp.int32))
 
     @property
-    def pairs(self) -> Bool[Array, "C C"]:
-        """The ordered pairs of different kept classes."""
-        return self.kept[:, None] & self.kept[None, :] & ~jnp.eye(len(self.kept), dtype=bool)
+    def count(self) -> Float[Array, ""]:
+        """C, of the classes kept."""
+        return self.num_kept.astype(self.centred.dtype)
+
+    def total(self, values: Array) -> Array:
+        """Σ over the classes of all devices."""
+        return sum_over_devices(jnp.sum(values, axis=0, dtype=values.dtype), self.axis_names)
+
+    def only_kept(self, rows: Float[Array, "C m"]) -> Float[Array, "C m"]:
+        return jnp.where(self.kept[:, None], rows, 0)
+
+    def defined(self, value: Float[Array, ""], *heads: LinearHead) -> Float[Array, ""]:
+        """NaN where there are no two classes, samples were bad, or a head is not finite."""
+        defined = (self.num_kept >= 2) & ~jnp.isnan(self.unit)
+        for head in heads:
+            num_bad = self.total(jnp.atleast_1d((~head.is_finite).astype(jnp.int32)))
+            defined &= num_bad == 0
+        return jnp.where(defined, value, jnp.nan)
 
 
-def class_means(samples: Samples, num_classes: int) -> ClassMeans:
-    """Centres first and squares second: no E[x²] − E[x]²."""
-    feats, labels = samples.feats, samples.labels
+def class_means(moments: ClassMoments, *, min_count: int = 2, ddof: int = 0, axis_name: AxisName = None) -> ClassMeans:
+    """Of the classes that have at least `min_count` samples.
 
-    def per_class(values: Array) -> Array:
-        return jax.ops.segment_sum(values, labels, num_classes)
+    Raises:
+        ValueError: fewer than 2 classes, or a `min_count` that `ddof` leaves no freedom.
+    """
+    names = axis_names(axis_name)
+    num_classes = moments.num_classes * (jax.lax.axis_size(names) if names else 1)
+    if num_classes < 2:
+        raise ValueError(f"the moments are of {num_classes} class; there is nothing between fewer than 2")
+    if min_count <= ddof or min_count < 1:
+        raise ValueError(f"min_count is {min_count} and ddof {ddof}, wanted min_count at least 1, and more than ddof")
+    kept = moments.kept(min_count)
+    column = kept[:, None]
+    num_kept = sum_over_devices(jnp.sum(kept, dtype=jnp.int32), names).astype(moments.dtype)
 
-    counts = per_class(samples.counts.astype(jnp.int32))
-    kept = counts >= 2
-    # Weights, not shares: their sums are exact if they are 1, where many n-ths would round the same way every time.
-    weights = jnp.where(kept[labels], samples.weights, 0)
-    masses = per_class(weights)[:, None]
-    masses = jnp.where(masses == 0, 1, masses)
-
-    def around(means: Float[Array, "C m"]) -> tuple[Float[Array, "n m"], Float[Array, "C m"]]:
-        """The samples from their class's mean, and what that mean lacks."""
-        residuals = feats - means[labels]
-        return residuals, per_class(weights[:, None] * residuals) / masses
-
-    # A mean is rounded to ε times its size, which may exceed both the spread around it and the way to the next. So μ_c
-    # is two numbers: `means`, as near as rounding allows, and `remainders`, which count once the size is subtracted.
-    # The samples themselves are not moved first: near 0 they may be finer than where they would be moved to.
-    means = per_class(weights[:, None] * feats) / masses
-    means = means + around(means)[1]
-    residuals, remainders = around(means)
-    residuals = jnp.where(kept[labels][:, None], residuals - remainders[labels], 0)
     # From one of the means first: if all are one, exactly 0 remains.
-    centred = jnp.where(kept[:, None], means - means[jnp.argmax(kept)][None, :] + remainders, 0)
-    grand_mean = jnp.sum(centred, axis=0, keepdims=True) / jnp.sum(kept).astype(feats.dtype)
-    centred = jnp.where(kept[:, None], centred - grand_mean, 0)
+    centres = moments.centres
+    from_one = jnp.where(column, centres.high - _first(centres.high, kept, names)[None, :] + centres.low, 0)
+    grand_mean = sum_over_devices(jnp.sum(from_one, axis=0), names) / num_kept
+    centred = jnp.where(column, from_one - grand_mean[None, :], 0)
 
     # No metric knows the unit of the features, and their squares must not overflow.
     size = jax.lax.stop_gradient(jnp.max(jnp.abs(centred)))
-    unit = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
-    centred, residuals = centred / unit, residuals / unit
-    return ClassMeans(
-        kept=kept,
-        num_empty=jnp.sum(counts == 0),
-        num_single=jnp.sum(counts == 1),
-        centred=centred,
-        squared_distances=squared_distances(centred),
-        labels=labels,
-        variances=per_class(weights * jnp.sum(residuals**2, axis=1)) / masses[:, 0],
-        residuals=residuals,
-        shares=weights / jnp.sum(weights),
-    )
+    size = jax.lax.pmax(size, names) if names else size
+    num_bad = jax.lax.pmax(moments.num_bad, names) if names else moments.num_bad
+    unit = jnp.where(num_bad > 0, jnp.nan, jnp.where((size > 0) & jnp.isfinite(size), size, 1))
+    freedom = moments.counts.astype(moments.dtype)
+    variances = moments.variances * (freedom / jnp.where(kept, freedom - ddof, 1) if ddof else 1)
+    return ClassMeans(kept, centred / unit, jnp.where(kept, variances / unit / unit, 0), unit, names)
+
+
+def classifier(params: HeadParams, moments: ClassMoments) -> LinearHead:
+    """Of as many outputs as classes.
+
+    Raises:
+        ValueError: it has another number of outputs or of features than the moments.
+    """
+    head = linear_head(params)
+    if (head.num_outputs, head.num_features) != (moments.num_classes, moments.num_features):
+        raise ValueError(
+            f"the head has {head.num_outputs} outputs of {head.num_features} features, but the moments are of "
+            f"{moments.num_classes} classes and {moments.num_features} features"
+        )
+    return head.astype(moments.dtype)
+
+
+def _first(rows: Float[Array, "C m"], kept: Bool[Array, " C"], names: tuple[str, ...]) -> Float[Array, " m"]:
+    """One of the kept rows, the same on all devices."""
+    # Summed, not sliced: of rows split among devices a slice is cut once all are gathered.
+    chosen = kept & (jnp.arange(len(kept)) == jnp.argmax(kept))
+    if names:
+        device = jax.lax.axis_index(names)
+        chosen &= device == jax.lax.pmin(jnp.where(jnp.any(kept), device, jnp.iinfo(jnp.int32).max), names)
+    return sum_over_devices(jnp.sum(jnp.where(chosen[:, None], rows, 0), axis=0), names)

@@ -6,9 +6,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Integer, Shaped
 
-from flatjax.collapse.class_means import ClassMeans, class_means
-from flatjax.collapse.geometry import equiangularity, equinorm, etf_error, etf_floor, self_duality
-from flatjax.collapse.variability import class_distance_normalized_variances, within_over_between
+from flatjax.collapse.class_means import class_means
+from flatjax.collapse.decisions import nearest_means_and_outputs
+from flatjax.collapse.moments import ClassMoments, read_batch
+from flatjax.collapse.report import class_counts, of_classifier, of_means
+from flatjax.collapse.variability import mean_square_in_means
 from flatjax.heads import HeadParams, LinearHead, linear_head
 from flatjax.metric import metric
 from flatjax.samples import Samples, check_one_class_a_sample, flatten_samples, mark_class_labels
@@ -73,6 +75,7 @@ def neural_collapse(
     class means, Σ_W the covariance within the classes (over all samples), Σ_B = M̄M̄ᵀ/C that of the class means, and w_c
     the rows of the head. The conventions, which differ between codes, stand with the attributes of `NeuralCollapse`.
     Means come first and centred squares second: in float32 a V_c of 1e-12 of the squared distances keeps six digits.
+    Of more samples than are in memory, or of a vocabulary, take `ClassMoments` batch by batch, and a `collapse_report`.
 
     Args:
         params: the head as Flax keeps it: a mapping (or `nnx.State`) with `kernel` (m, C) or `embedding` (C, m), and
@@ -83,7 +86,7 @@ def neural_collapse(
         weights: sample weights (...,), all 1 by default; 0 masks a sample.
 
     Returns:
-        The metrics, scalars without a unit, at the memory of a few (C, C) arrays. Classes without two samples are left
+        The metrics, scalars without a unit, at a memory of O((n + C)·(m + 512)). Classes without two samples are left
         out of all of them, and counted. Where a metric has no value it is NaN or infinite: with fewer than two classes
         left, where two class means are one (CDNV, NCC), or all of them (all metrics of means); and NaN where a feature
         or the head is not finite, a label out of range, or a weight negative; `flatjax.check_inputs` says where.
@@ -108,44 +111,23 @@ def neural_collapse(
         accuracy of the nearest class centre, which goes by the same letters).
     """
     head, samples = _classified_samples(params, feats, labels, num_classes, weights)
-    classes = class_means(samples, num_classes)
-    angle_means, cosine_std_means = equiangularity(classes.centred, classes)
-    angle_classifier, cosine_std_classifier = equiangularity(head.weight, classes)
-    ncc = jnp.sum(class_distance_normalized_variances(classes))
-    num_kept = classes.num_kept.astype(ncc.dtype)
+    empty = ClassMoments.init(num_classes, head.num_features, dtype=samples.feats.dtype)
+    batch = read_batch(empty, samples.feats, samples.labels, samples.weights)
+    moments = empty.with_batch(batch)
+    classes = class_means(moments)
+    weights = jnp.where(classes.kept[batch.classes], batch.weights, 0)
+    residuals = jnp.where((weights != 0)[:, None], moments.residuals(batch) / classes.unit, 0)
+    nearest, decided = nearest_means_and_outputs(head, batch.feats, residuals, batch.classes, classes)
+    shares = weights / jnp.sum(weights)
     metrics = {
-        "nc1": within_over_between(classes),
-        "nc2_equinorm_means": equinorm(classes.centred, classes.kept),
-        "nc2_equinorm_classifier": equinorm(head.weight, classes.kept),
-        "nc2_equiangularity_means": angle_means,
-        "nc2_equiangularity_classifier": angle_classifier,
-        "nc2_cosine_std_means": cosine_std_means,
-        "nc2_cosine_std_classifier": cosine_std_classifier,
-        "nc2_etf_error": etf_error(classes),
-        "nc2_etf_floor": etf_floor(classes),
-        "nc3": self_duality(head.weight, classes),
-        "nc4": nearest_mean_disagreement(head.logits(samples.feats), classes),
-        "cdnv": ncc / (num_kept * (num_kept - 1)),
-        "ncc": ncc,
+        "nc1": mean_square_in_means(residuals, shares, classes),
+        "nc4": jnp.sum(jnp.where(nearest == decided, 0, shares)),
+        **of_means(classes),
+        **of_classifier(head, classes),
     }
-    # Not every metric is made of every number that may be bad.
-    undefined = ~head.is_finite | jnp.isnan(jnp.sum(samples.shares)) | (classes.num_kept < 2)
     return NeuralCollapse(
-        **{name: jnp.where(undefined, jnp.nan, value) for name, value in metrics.items()},
-        num_classes_kept=classes.num_kept,
-        num_classes_empty=classes.num_empty,
-        num_classes_single=classes.num_single,
+        **{name: classes.defined(value, head) for name, value in metrics.items()}, **class_counts(moments, classes)
     )
-
-
-def nearest_mean_disagreement(logits: Float[Array, "n C"], classes: ClassMeans) -> Float[Array, ""]:
-    """NC4: the share of samples where the largest logit and the nearest class mean are of different classes."""
-    # ‖h − μ_y‖² − ‖h − μ_c‖² with y the sample's own class: a difference of neighbours, not of what they share.
-    alignments = classes.residuals @ classes.centred.T
-    own = jnp.take_along_axis(alignments, classes.labels[:, None], axis=1)
-    closeness = 2 * (alignments - own) - classes.squared_distances[classes.labels]
-    nearest = jnp.argmax(jnp.where(classes.kept[None, :], closeness, -jnp.inf), axis=1)
-    return jnp.sum(jnp.where(jnp.argmax(logits, axis=1) == nearest, 0, classes.shares))
 
 
 def _classified_samples(

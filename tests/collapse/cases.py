@@ -11,9 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatjax import NeuralCollapse, neural_collapse
-from flatjax.heads import LinearHead
-from flatjax.samples import Samples, flatten_samples
+from flatjax import ClassMoments, NeuralCollapse, neural_collapse
 
 from . import oracle
 
@@ -114,7 +112,7 @@ def assert_close(
         np.testing.assert_allclose(getattr(actual, name), value, rtol=rtol, atol=atol, err_msg=name)
 
 
-def samples_of(feats, labels, weights) -> Samples:
-    """As the metrics see them."""
-    head = LinearHead(jnp.ones((1, feats.shape[1]), feats.dtype), jnp.zeros(1, feats.dtype))
-    return flatten_samples(head, feats, labels, weights)
+def moments_of(feats, labels, weights, num_classes, **options) -> ClassMoments:
+    """Of one batch, in the dtype of `feats`."""
+    empty = ClassMoments.init(num_classes, feats.shape[1], dtype=jnp.asarray(feats).dtype, **options)
+    return empty.update(feats, labels, weights)

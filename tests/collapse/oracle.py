@@ -69,3 +69,54 @@ def _equinorm(rows: np.ndarray) -> float:
 
 def _cosines(rows: np.ndarray) -> list[float]:
     return [x @ y / (np.linalg.norm(x) * np.linalg.norm(y)) for x, y in itertools.permutations(rows, 2)]
+
+
+def classes_of(feats: np.ndarray, labels: np.ndarray, weights: np.ndarray, num_classes: int, min_count: int = 2):
+    """The kept classes, and of these the means, the variances and the covariance of all samples within."""
+    feats, weights = feats.astype(np.float64), weights.astype(np.float64)
+    kept = [c for c in range(num_classes) if np.sum(labels == c) >= min_count]
+    means, variances, products, mass = [], [], 0, 0
+    for c in kept:
+        own = labels == c
+        means.append(np.average(feats[own], axis=0, weights=weights[own]))
+        residuals = feats[own] - means[-1]
+        variances.append(np.average(np.sum(residuals**2, axis=1), weights=weights[own]))
+        products += (residuals.T * weights[own]) @ residuals
+        mass += weights[own].sum()
+    return kept, np.array(means), np.array(variances), products / mass
+
+
+def cdnv(means: np.ndarray, variances: np.ndarray) -> float:
+    pairs = itertools.permutations(range(len(means)), 2)
+    return np.mean([(variances[i] + variances[j]) / (2 * np.sum((means[i] - means[j]) ** 2)) for i, j in pairs])
+
+
+def nc1(means: np.ndarray, within: np.ndarray) -> float:
+    centred = means - means.mean(axis=0)
+    between = centred.T @ centred / len(means)
+    return np.trace(within @ np.linalg.pinv(between, rcond=1e-11, hermitian=True)) / len(means)
+
+
+def nc2(rows: np.ndarray, ddof: int = 1) -> Mapping[str, float]:
+    """Of centred means, or of the rows of a classifier."""
+    count = len(rows)
+    norms = np.linalg.norm(rows, axis=1)
+    gram, simplex = rows @ rows.T, np.eye(count) - 1 / count
+    directions = rows / norms[:, None]
+    logs = [-np.log(np.linalg.norm(x - y)) for x, y in itertools.permutations(directions, 2)]
+    return {
+        "equinorm": np.std(norms, ddof=ddof) / np.mean(norms),
+        "equiangularity": np.mean([abs(cos + 1 / (count - 1)) for cos in _cosines(rows)]),
+        "cosine_std": np.std(_cosines(rows)),
+        "etf_error": np.linalg.norm(gram / np.linalg.norm(gram) - simplex / np.sqrt(count - 1)),
+        "gnc2_mean": np.mean(logs),
+        "gnc2_variation": np.std(logs) / abs(np.mean(logs)),
+    }
+
+
+def duality(rows: np.ndarray, centred: np.ndarray) -> Mapping[str, float]:
+    cosines = [x @ y / (np.linalg.norm(x) * np.linalg.norm(y)) for x, y in zip(rows, centred, strict=True)]
+    return {
+        "nc3": np.linalg.norm(rows / np.linalg.norm(rows) - centred / np.linalg.norm(centred)) ** 2,
+        "unc3": np.std(cosines) / abs(np.mean(cosines)),
+    }

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from flatjax.collapse.class_means import class_means
+from flatjax.collapse.moments import read_batch
 
 from .cases import (
     COUNTS,
@@ -18,8 +19,8 @@ from .cases import (
     expected,
     gradients,
     measure,
+    moments_of,
     random_case,
-    samples_of,
 )
 
 MASKED = (6, 0, 5, 1, 7, 6, 1), 9  # of which `FEW_CLASSES` remain
@@ -27,33 +28,35 @@ ROUNDING = {"rtol": 1e-12, "atol": 1e-13}
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def means_of(feats, labels, shares, num_classes):
-    return class_means(samples_of(feats, labels, shares), num_classes)
+def means_of(feats, labels, weights, num_classes):
+    """The kept classes, the centred means and the variances, and the residuals of the samples."""
+    moments = moments_of(feats, labels, weights, num_classes)
+    classes = class_means(moments)
+    residuals = moments.residuals(read_batch(moments, feats, labels, weights))
+    return classes.kept, classes.centred, classes.variances, residuals
 
 
 @pytest.mark.parametrize("offset", [0, 1e2, 1e4])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_residuals_of_a_class_and_centred_means_sum_to_zero(dtype, offset):
     case = random_case(*MASKED)
-    classes = means_of((case.feats + offset).astype(dtype), case.labels, np.full(26, 1 / 26, dtype), 7)
+    feats = (case.feats + offset).astype(dtype)
+    kept, centred, _, residuals = means_of(feats, case.labels, np.full(26, 1 / 26, dtype), 7)
     eps = np.finfo(dtype).eps
     # To rounding of the spread and of the distances, which are of order 1, whatever the offset: NC1 inverts the centred
     # means, and takes what is left of their sum for a direction in which they differ.
-    assert np.max(np.abs(np.sum(classes.centred, axis=0))) < 8 * eps
-    for label in np.flatnonzero(classes.kept):
-        assert np.max(np.abs(np.sum(classes.residuals[case.labels == label], axis=0))) < 16 * eps
+    assert np.max(np.abs(np.sum(centred, axis=0))) < 8 * eps
+    for label in np.flatnonzero(kept):
+        assert np.max(np.abs(np.sum(residuals[case.labels == label], axis=0))) < 16 * eps
 
 
 def test_only_classes_of_two_samples_are_kept_and_others_hold_zeros():
     case = random_case(*MASKED)
-    classes = means_of(case.feats, case.labels, case.weights / np.sum(case.weights), 7)
+    kept, centred, variances, _ = means_of(case.feats, case.labels, case.weights, 7)
     out = np.array(MASKED[0]) < 2
-    assert classes.kept.tolist() == (~out).tolist()
-    assert not np.any(classes.centred[out])
-    assert not np.any(classes.variances[out])
-    assert not np.any(classes.shares[out[case.labels]])
-    assert float(np.sum(classes.shares)) == pytest.approx(1, rel=1e-15)
-    assert np.all(classes.pairs == (~out[:, None] & ~out & ~np.eye(7, dtype=bool)))
+    assert kept.tolist() == (~out).tolist()
+    assert not np.any(centred[out])
+    assert not np.any(variances[out])
 
 
 def test_classes_without_two_samples_change_nothing_but_the_choices_of_the_network():

@@ -4,10 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from flatjax.collapse.class_means import class_means
-from flatjax.collapse.geometry import etf_error
+from flatjax.collapse import etf_error
 
-from .cases import FEW_CLASSES, MANY_CLASSES, METRICS, assert_close, collapsed_case, measure, samples_of, simplex
+from .cases import FEW_CLASSES, MANY_CLASSES, METRICS, assert_close, collapsed_case, measure, moments_of, simplex
 
 ZERO = dict.fromkeys(METRICS, 0.0)
 # Squares, which are rounded to ε².
@@ -49,7 +48,7 @@ def test_duality_is_of_directions_and_angles_are_of_either_sign(factor):
 
 def etf_error_of(means):
     labels = np.repeat(np.arange(len(means)), 2)
-    return etf_error(class_means(samples_of(means[labels], labels, None), len(means)))
+    return etf_error(moments_of(means[labels], labels, None, len(means)))
 
 
 @pytest.mark.parametrize(("num_classes", "num_features"), [(6, 4), (9, 2)])

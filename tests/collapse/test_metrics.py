@@ -1,0 +1,265 @@
+"""Each metric of the moments against its formula, in all its conventions, in tiles and over devices."""
+
+import functools
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import raises
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import flatjax.collapse as fc
+from flatjax import ClassMoments, CollapseReport, collapse_report
+
+from . import oracle
+from .cases import FEW_CLASSES, MANY_CLASSES, METRICS, collapsed_case, measure, moments_of, random_case, simplex
+
+TALL = (5, 4, 0, 6, 5, 1, 4, 6, 5, 4, 3, 0, 5, 2, 6, 1), 4
+SHAPES = {"few": FEW_CLASSES, "many": MANY_CLASSES, "tall, with empty and single classes": TALL}
+ROUNDING = {"float64": {"rtol": 2e-12, "atol": 2e-13}, "float32": {"rtol": 1e-5, "atol": 1e-6}}
+
+report_of = jax.jit(collapse_report, static_argnames=("min_count", "tile_size", "axis_name"))
+
+
+def moments_of_case(case, *, batch_size=11):
+    """From batches, of which the last is ragged."""
+    moments = moments_of(case.feats[:0], case.labels[:0], None, len(case.bias), covariance=True)
+    for start in range(0, len(case.feats), batch_size):
+        batch = slice(start, start + batch_size)
+        moments = jax.jit(ClassMoments.update)(moments, case.feats[batch], case.labels[batch], case.weights[batch])
+    return moments
+
+
+def formulas(case, min_count=2):
+    """Every field of a `CollapseReport`."""
+    kept, means, variances, within = oracle.classes_of(*case[2:], len(case.bias), min_count)
+    centred, rows = means - means.mean(axis=0), case.kernel.T.astype(float)[kept]
+    of_means, of_classifier = oracle.nc2(centred), oracle.nc2(rows)
+    names = {name: f"nc2_{name}" for name in ("equinorm", "equiangularity", "cosine_std")}
+    names |= {name: name for name in ("gnc2_mean", "gnc2_variation")}
+    cdnv, counts = oracle.cdnv(means, variances), np.bincount(case.labels, minlength=len(case.bias))
+    num_kept, num_features = len(kept), centred.shape[1]
+    return {
+        "nc1": oracle.nc1(means, within),
+        **{f"{new}_means": of_means[name] for name, new in names.items()},
+        **{f"{new}_classifier": of_classifier[name] for name, new in names.items()},
+        "nc2_etf_error": of_means["etf_error"],
+        "nc2_etf_error_classifier": of_classifier["etf_error"],
+        "nc2_etf_floor": np.sqrt(2 - 2 * np.sqrt(min(1, num_features / (num_kept - 1)))),
+        **oracle.duality(rows, centred),
+        "cdnv": cdnv,
+        "ncc": num_kept * (num_kept - 1) * cdnv,
+        "num_classes_kept": num_kept,
+        "num_classes_empty": np.sum(counts == 0),
+        "num_classes_single": np.sum(counts == 1),
+    }
+
+
+def assert_report(actual, wanted, *, rtol, atol):
+    for name in CollapseReport._fields:
+        np.testing.assert_allclose(getattr(actual, name), wanted[name], rtol=rtol, atol=atol, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_every_field_of_a_report_is_its_formula(shape, dtype):
+    case = random_case(*shape).astype(dtype)
+    moments = moments_of_case(case)
+    assert_report(report_of(moments, case.params, tile_size=3), formulas(case), **ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("min_count", [1, 2, 5])
+def test_classes_with_enough_samples_alone_are_measured(min_count):
+    case = random_case(*TALL)
+    actual = report_of(moments_of_case(case), case.params, min_count=min_count)
+    wanted = formulas(case, min_count)
+    if min_count == 5:  # the covariance has the samples of all classes
+        assert actual.nc1 is None
+        actual, wanted = actual._replace(nc1=0), wanted | {"nc1": 0}
+    assert_report(actual, wanted, **ROUNDING["float64"])
+
+
+def test_a_report_has_what_the_snapshot_has():
+    case = random_case(*TALL)
+    report, snapshot = report_of(moments_of_case(case), case.params), measure(case)
+    for name in set(METRICS) - {"nc4"}:
+        np.testing.assert_allclose(getattr(report, name), getattr(snapshot, name), rtol=1e-11, atol=1e-13, err_msg=name)
+
+
+def test_each_metric_alone_is_that_of_the_report_and_each_convention_its_formula():
+    case = random_case(*TALL)
+    moments, params, wanted = moments_of_case(case), case.params, formulas(case)
+    kept, means, variances, _ = oracle.classes_of(*case[2:], len(case.bias))
+    counts = np.bincount(case.labels, minlength=16)[kept]
+    centred, rows = means - means.mean(axis=0), case.kernel.T[kept]
+    cosines = np.sum(rows * centred, axis=1) / np.linalg.norm(rows, axis=1) / np.linalg.norm(centred, axis=1)
+    for actual, value in [
+        (fc.cdnv(moments), wanted["cdnv"]),
+        (fc.cdnv(moments, ddof=1), oracle.cdnv(means, variances * counts / (counts - 1))),
+        (fc.ncc(moments), wanted["ncc"]),
+        (fc.nc1(moments), wanted["nc1"]),
+        (fc.nc1(moments, divided=False), len(kept) * wanted["nc1"]),
+        (fc.equinorm(moments), wanted["nc2_equinorm_means"]),
+        (fc.equinorm(moments, ddof=0), oracle.nc2(centred, ddof=0)["equinorm"]),
+        (fc.equinorm(moments, params, ddof=0), oracle.nc2(rows, ddof=0)["equinorm"]),
+        (fc.equiangularity(moments), wanted["nc2_equiangularity_means"]),
+        (fc.equiangularity(moments, params), wanted["nc2_equiangularity_classifier"]),
+        (fc.cosine_std(moments), wanted["nc2_cosine_std_means"]),
+        (fc.cosine_std(moments, params), wanted["nc2_cosine_std_classifier"]),
+        (fc.etf_error(moments), wanted["nc2_etf_error"]),
+        (fc.etf_error(moments, params), wanted["nc2_etf_error_classifier"]),
+        (fc.etf_floor(moments), wanted["nc2_etf_floor"]),
+        (fc.gnc2(moments).mean, wanted["gnc2_mean_means"]),
+        (fc.gnc2(moments, params).variation, wanted["gnc2_variation_classifier"]),
+        (fc.nc3(moments, params), wanted["nc3"]),
+        (fc.nc3(moments, params, squared=False), np.sqrt(wanted["nc3"])),
+        (fc.unc3(moments, params), wanted["unc3"]),
+        (fc.unc3(moments, params, ddof=1), np.std(cosines, ddof=1) / abs(np.mean(cosines))),
+    ]:
+        np.testing.assert_allclose(actual, value, rtol=2e-12)
+
+
+def test_a_simplex_frame_has_the_report_zero():
+    case = collapsed_case(simplex(5, 6), (3, 4, 2, 5, 3))
+    actual = report_of(moments_of_case(case), case.params)
+    nonzero = {"gnc2_mean_means", "gnc2_mean_classifier", "num_classes_kept"}
+    for name in set(CollapseReport._fields) - nonzero:
+        np.testing.assert_allclose(getattr(actual, name), 0, atol=1e-14, err_msg=name)
+    # Of unit vectors with the cosine −1/4 the distance is √(5/2).
+    np.testing.assert_allclose([actual.gnc2_mean_means, actual.gnc2_mean_classifier], -np.log(2.5) / 2, rtol=1e-14)
+
+
+def test_a_within_class_variance_of_1e_12_of_the_squared_distances_is_right_in_float32_streaming():
+    case = random_case((40, 35, 50, 45, 38, 42), 9, spread=1e-6).astype("float32")
+    actual = report_of(moments_of_case(case), case.params)
+    wanted = formulas(case)
+    for name in ("cdnv", "ncc", "nc1"):
+        np.testing.assert_allclose(getattr(actual, name), wanted[name], rtol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_nc4_of_a_stream_is_that_of_all_samples_with_and_without_bias(shape, bias):
+    case = random_case(*shape)
+    moments = moments_of_case(case)
+    case = case._replace(kernel=0.2 * case.kernel + np.asarray(moments.means).T)  # often right
+    decide = jax.jit(functools.partial(fc.nc4, bias=bias, tile_size=3))
+    batches = [slice(start, start + 11) for start in range(0, len(case.feats), 11)]
+    parts = [decide(moments, case.params, case.feats[b], case.labels[b], case.weights[b]) for b in batches]
+    actual = functools.reduce(lambda a, b: jax.tree.map(operator.add, a, b), parts)
+    wanted = oracle.neural_collapse(*case._replace(bias=case.bias * bias))["nc4"]
+    assert 0 < wanted < 1
+    np.testing.assert_allclose(actual.share, wanted, rtol=1e-12)
+    kept = np.bincount(case.labels, minlength=len(case.bias)) >= 2
+    np.testing.assert_allclose(actual.total, np.sum(case.weights[kept[case.labels]]), rtol=1e-12)
+    np.testing.assert_allclose(actual.standard_error, np.sqrt(wanted * (1 - wanted) / actual.total), rtol=1e-12)
+
+
+def test_nc4_of_other_samples_asks_which_mean_is_nearest_to_them():
+    # Tiles of more classes than are compared by their differences, on a line, where one sees which is nearest.
+    means = np.arange(300.0)[:, None]
+    moments = moments_of(np.concatenate([means, means]), np.tile(np.arange(300), 2), None, 300)
+    rng = np.random.default_rng(0)
+    feats, labels = rng.uniform(0, 299, (50, 1)), rng.integers(0, 300, 50)
+    # ‖h − μ‖² is least where 2hμ − μ² is largest: this network is the nearest mean.
+    params = {"kernel": 2 * means.T, "bias": -(means[:, 0] ** 2)}
+    assert fc.nc4(moments, params, feats, labels).share == 0
+    assert fc.nc4(moments, params | {"bias": params["bias"] - 2 * means[:, 0]}, feats, labels).share == 1
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_means_split_by_classes_among_devices_have_the_report_of_all(axis_type):
+    case = random_case(*TALL)
+    moments = moments_of_case(case)
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(axis_type,))
+    by_class, whole = NamedSharding(mesh, P("model")), NamedSharding(mesh, P())
+    params = {"embedding": case.kernel.T, "bias": case.bias}
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(moments, jax.tree.map(lambda x: by_class if x.shape[:1] == (16,) else whole, moments))
+        actual = report_of(placed, jax.device_put(params, by_class))
+    assert_report(actual, formulas(case), **ROUNDING["float64"])
+
+
+def test_devices_with_classes_of_their_own_have_together_the_report_of_all():
+    case = random_case(*TALL)
+    moments = moments_of_case(case)
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
+    specs = jax.tree.map(lambda x: P("model") if x.shape[:1] == (16,) else P(), moments)
+    params = {"embedding": case.kernel.T, "bias": case.bias}
+    compute = functools.partial(collapse_report, axis_name="model")
+    compute = jax.shard_map(compute, mesh=mesh, in_specs=(specs, P("model")), out_specs=P())
+    assert_report(jax.jit(compute)(moments, params), formulas(case), **ROUNDING["float64"])
+
+
+@pytest.mark.parametrize("shape", [MANY_CLASSES, TALL], ids=["many", "tall"])
+def test_gradients_of_a_report_are_finite_differences(shape):
+    case = random_case(*shape)
+    kept_axes = [name for name in CollapseReport._fields if not name.startswith("num_") and "floor" not in name]
+
+    @jax.jit
+    def metrics(kernel, feats):
+        moments = moments_of(feats, case.labels, case.weights, len(case.bias), covariance=True)
+        report = collapse_report(moments, {"kernel": kernel, "bias": case.bias}, tile_size=3)
+        return jnp.stack([getattr(report, name) for name in kept_axes])
+
+    rng = np.random.default_rng(0)
+    along, step = [rng.normal(size=x.shape) for x in (case.kernel, case.feats)], 1e-5
+    after, before = (metrics(case.kernel + by * along[0], case.feats + by * along[1]) for by in (step, -step))
+    by_kernel, by_feats = jax.jit(jax.jacrev(metrics, (0, 1)))(case.kernel, case.feats)
+    actual = np.tensordot(by_kernel, along[0], 2) + np.tensordot(by_feats, along[1], 2)
+    for name, x, y in zip(kept_axes, actual, (after - before) / (2 * step), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("metric", [fc.cdnv, fc.ncc])
+def test_a_loss_of_variability_has_finite_gradients_at_exact_collapse_and_with_empty_classes(metric):
+    case = collapsed_case(np.concatenate([simplex(3, 4), np.ones((3, 4))]), (5, 0, 4, 6, 1, 0)).astype("float32")
+
+    def loss(feats):
+        return metric(moments_of(feats, case.labels, None, 6))
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(case.feats)
+    assert value == 0
+    assert np.all(np.isfinite(gradient))
+    spread = case.feats + 0.01 * np.random.default_rng(0).normal(size=case.feats.shape).astype("float32")
+    descended = spread - 1e-4 * jax.jit(jax.grad(loss))(spread)
+    assert 0 < loss(descended) < loss(spread)
+
+
+def test_a_bad_sample_or_head_leaves_no_metric_that_looks_like_one():
+    case = random_case(*MANY_CLASSES)
+    moments = moments_of_case(case)
+    feats = case.feats.copy()
+    feats[3, 1] = np.nan
+    floating = [name for name in CollapseReport._fields if not name.startswith("num_")]
+    for report in (
+        report_of(moments_of_case(case._replace(feats=feats)), case.params),
+        report_of(moments, case.params | {"bias": np.full(6, np.inf)}),
+        report_of(moments._replace(counts=jnp.array([5, 1, 1, 0, 0, 0], jnp.int32)), case.params),
+    ):
+        assert [name for name in floating if not np.isnan(getattr(report, name))] in ([], ["nc1"])
+    assert np.isnan(report_of(moments_of_case(case._replace(feats=feats))).nc1)
+    for decisions in (
+        fc.nc4(moments, case.params, feats, case.labels),
+        fc.nc4(moments, case.params | {"bias": np.full(6, np.nan)}, case.feats, case.labels),
+        fc.nc4(moments_of_case(case._replace(feats=feats)), case.params, case.feats, case.labels),
+    ):
+        assert np.isnan(decisions.share)
+
+
+def test_what_does_not_fit_the_moments_is_refused():
+    case = random_case(*MANY_CLASSES)
+    moments = moments_of(case.feats, case.labels, None, 6)
+    with raises(ValueError, r"the head has 5 outputs of 4 features, but the moments are of 6 classes and 4 features"):
+        fc.nc3(moments, {"kernel": case.kernel[:, :5]})
+    with raises(ValueError, "NC1 needs the covariance within the classes"):
+        fc.nc1(moments)
+    with raises(ValueError, "min_count is 3, but the covariance is of all samples: wanted 1 or 2"):
+        fc.nc1(moments_of(case.feats, case.labels, None, 6, covariance=True), min_count=3)
+    with raises(ValueError, "min_count is 1 and ddof 1"):
+        fc.cdnv(moments, min_count=1, ddof=1)
+    with raises(ValueError, "the moments are of 1 class"):
+        fc.cdnv(ClassMoments.init(1, 4))
