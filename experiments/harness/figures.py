@@ -38,7 +38,7 @@ def draw_training(
     with plt.rc_context({"font.size": 9}):
         for axes, panel in zip(all_axes, panels, strict=True):
             for part, colour in COLOURS.items():
-                _draw_curve(axes, runs, f"{part}_{panel.quantity}", colour, NAMES[part])
+                draw_curve(axes, runs, f"{part}_{panel.quantity}", colour, NAMES[part])
             axes.set_ylabel(panel.label)
             axes.set_yscale("log" if panel.log else "linear")
             axes.grid(alpha=0.25, linewidth=0.5)
@@ -52,15 +52,20 @@ def draw_training(
     plt.close(figure)
 
 
-def _draw_curve(axes: Axes, runs: list[list[Record]], key: str, colour: str, name: str) -> None:
-    """Over the steps that all runs have, from 1 on: a log axis has no 0."""
+def draw_curve(
+    axes: Axes, runs: list[list[Record]], key: str, colour: str, name: str, *, style: str = "-", against: str = "step"
+) -> None:
+    """Over the steps that all runs have, from 1 on: a log axis has no 0.
+
+    With several runs the line is the median over them, and its band reaches from the lowest to the highest.
+    """
     length = min(map(len, runs))
-    steps = np.array([record["step"] for record in runs[0][:length]])
+    steps = np.array([record[against] for record in runs[0][:length]])
     values = np.array(
         [[np.nan if record[key] is None else float(record[key]) for record in run[:length]] for run in runs]
     )
     shown = steps > 0
-    axes.plot(steps[shown], np.median(values, axis=0)[shown], color=colour, linewidth=1.3, label=name)
+    axes.plot(steps[shown], np.median(values, axis=0)[shown], style, color=colour, linewidth=1.3, label=name)
     if len(runs) > 1:
         low, high = values.min(axis=0)[shown], values.max(axis=0)[shown]
         axes.fill_between(steps[shown], low, high, color=colour, alpha=0.18, linewidth=0)

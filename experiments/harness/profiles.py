@@ -35,8 +35,8 @@ def in_forward_order(paths: Sequence[str]) -> list[str]:
 _RANKS = {
     name: rank
     for rank, names in enumerate(
-        [["stem", "patch_embedding"], ["layers", "blocks"], ["attention", "first"], ["query", "second", "up"],
-         ["key", "shortcut", "down"], ["value"], ["out"], ["head"]]
+        [["input"], ["stem", "patch_embedding"], ["layers", "blocks"], ["attention", "first"],
+         ["query", "second", "up"], ["key", "shortcut", "down"], ["value"], ["out"], ["head"]]
     )
     for name in names
 }  # fmt: skip

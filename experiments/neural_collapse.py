@@ -1,0 +1,342 @@
+"""Neural collapse past zero training error: NC1 to NC4 and CDNV by epoch and by layer, and what a squared error is of.
+
+    python experiments/neural_collapse.py                    # a perceptron and a ResNet-18 on digits: 5 min on 2 cores
+    python experiments/neural_collapse.py --models mlp       # the perceptron alone: 1 min
+    python experiments/neural_collapse.py --models resnet --data cifar10 --data-dir ~/data --resnet-width 64
+
+Each network is trained with cross-entropy, and anew with half the squared error against one-hot targets, by SGD with
+momentum and weight decay λ on all parameters, its rate a tenth after a half and after three quarters of the epochs. At
+epochs of equal ratios the features of every layer of all that is trained on are streamed through moments of the
+classes, with batch normalisation as it is used after training. The head's mean squared error, with ½λ of its squared
+norm, is split into what the features and what the head cost (the central path).
+
+Writes to `runs/neural_collapse/<name>/`: `config.json`, `metrics.jsonl` (a line a measurement, with all layers),
+`checkpoints/` (Orbax), `figure.png` and `summary.json`. Killed at any moment, the same command with --resume goes on,
+and ends with the same metrics to the last bit.
+"""
+
+import dataclasses
+import functools
+import operator
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+from harness import images
+from harness.classifiers import (
+    LossOfSamples,
+    Network,
+    State,
+    at_equal_ratios,
+    evaluating,
+    in_batches,
+    network_of,
+    train_and_measure,
+    training,
+)
+from harness.collapse import Case, draw
+from harness.convolutions import by_products
+from harness.images import Images
+from harness.milestones import first_step_at_least
+from harness.profiles import in_forward_order
+from harness.runs import Record, RunFolder
+
+from flatjax import cross_entropy
+from flatjax.collapse.central_path import central_path
+from flatjax.collapse.decisions import nc4
+from flatjax.collapse.layers import LayerMoments, init_layers, layer_reports, update_layers
+from flatjax.models import MLP, ResNet18
+
+Model = Literal["mlp", "resnet"]
+Loss = Literal["cross_entropy", "squared_error"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Train networks past zero error, and measure how their features and heads collapse."""
+
+    models: tuple[Model, ...] = get_args(Model)
+    """A perceptron of ReLU layers, and a ResNet-18."""
+    losses: tuple[Loss, ...] = get_args(Loss)
+    """What to train with."""
+    data: images.Name = "digits"
+    """What to classify. All but the digits are read from `data_dir`."""
+    data_dir: Path | None = None
+    """The folder of the data's files, as they are published."""
+    num_train: int | None = None
+    """How many images to train on; by default all."""
+    mlp_width: int = 128
+    """Of each hidden layer."""
+    mlp_depth: int = 4
+    """Hidden layers."""
+    resnet_width: int = 8
+    """Of the first stage."""
+    mlp_epochs: int = 500
+    """Of training."""
+    resnet_epochs: int = 80
+    """Of training."""
+    learning_rate: float = 0.05
+    """Of SGD with momentum 0.9, at first."""
+    mlp_weight_decay: float = 5e-4
+    """λ, added to the gradient, on all parameters."""
+    resnet_weight_decay: float = 5e-3
+    """λ, the same."""
+    batch_size: int = 128
+    """Images a step."""
+    measurements: int = 16
+    """At equal ratios of the epoch, and before the first."""
+    measure_batch: int = 256
+    """Images at a time, as features are streamed."""
+    covariance_up_to: int = 512
+    """NC1 is of layers of at most so many features, and of what enters the head."""
+    checkpoint_every: int = 20
+    """Epochs; each measurement leaves a checkpoint too."""
+    seed: int = 0
+    """Of the choice of images, the initial weights and the batches."""
+    seeds: int = 1
+    """How many seeds to run, from `seed` on."""
+    name: str | None = None
+    """Of the run's folder; that of the data by default."""
+    folder: Path = Path("runs/neural_collapse")
+    """Where the runs' folders are."""
+    resume: bool = False
+    """Continue the run of this name where it was left."""
+
+    def __post_init__(self):
+        for name in ("mlp_width", "mlp_depth", "resnet_width", "mlp_epochs", "resnet_epochs", "batch_size",
+                     "measurements", "measure_batch", "checkpoint_every", "seeds"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise SystemExit(f"--{name.replace('_', '-')} is {getattr(self, name)}, wanted at least 1")
+
+    def epochs(self, model: Model) -> int:
+        return self.mlp_epochs if model == "mlp" else self.resnet_epochs
+
+    def weight_decay(self, model: Model) -> float:
+        return self.mlp_weight_decay if model == "mlp" else self.resnet_weight_decay
+
+
+def main(config: Config) -> None:
+    """Trains every network with every loss and seed, draws the figure and prints the tables."""
+    recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_THE_RUN}
+    run = RunFolder(config.folder / (config.name or config.data), recorded, resume=config.resume)
+    seeds = range(config.seed, config.seed + config.seeds)
+    started = time.monotonic()
+    for seed in seeds:
+        for model in config.models:
+            train(config, model, seed, run)
+    report(config, run, seeds)
+    print(f"{time.monotonic() - started:.0f} s. The figure is {run.path / 'figure.png'}")
+
+
+_NOT_OF_THE_RUN = {"resume", "name", "folder", "data_dir", "seeds", "seed", "models", "losses"}
+"""Options that may differ when a run is resumed; its networks and seeds are in its records."""
+
+
+def train(config: Config, model: Model, seed: int, run: RunFolder) -> None:
+    """Trains one network with each loss from where it was left to its end, and measures along the way."""
+    train_set, test_set = images.load(config.data, config.data_dir, seed)
+    train_set = train_set.some(config.num_train, seed)
+    steps_an_epoch = max(1, len(train_set.labels) // config.batch_size)
+    epochs = at_equal_ratios(config.epochs(model), config.measurements)
+    of_training = optimizer(config, model, config.epochs(model) * steps_an_epoch)
+    network, start = initial(config, model, seed, train_set, of_training)
+    measure = measuring(config, network, config.weight_decay(model), train_set, test_set)
+    for loss in config.losses:
+        evaluate = evaluating(network, LOSSES[loss], {"train": train_set, "test": test_set})
+        train_and_measure(
+            run,
+            {"model": model, "loss": loss, "seed": seed},
+            jax.tree.map(jnp.copy, start),
+            training(network, LOSSES[loss], of_training, train_set, batch_size=config.batch_size, seed=seed),
+            lambda state, step, evaluate=evaluate: {"epoch": step // steps_an_epoch} | evaluate(state) | measure(state),
+            steps_measured={epoch * steps_an_epoch for epoch in epochs},
+            checkpoint_every=config.checkpoint_every * steps_an_epoch,
+        )
+
+
+def squared_error(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """½‖z − y‖² of each sample, y one-hot."""
+    return jnp.sum((logits - jax.nn.one_hot(labels, logits.shape[1], dtype=logits.dtype)) ** 2, axis=1) / 2
+
+
+LOSSES: dict[Loss, LossOfSamples] = {"cross_entropy": cross_entropy, "squared_error": squared_error}
+
+
+def optimizer(config: Config, model: Model, num_steps: int) -> optax.GradientTransformation:
+    drops = {num_steps // 2: 0.1, 3 * num_steps // 4: 0.1}
+    rate = optax.piecewise_constant_schedule(config.learning_rate, drops)
+    return optax.chain(optax.add_decayed_weights(config.weight_decay(model)), optax.sgd(rate, momentum=0.9))
+
+
+def initial(
+    config: Config, model: Model, seed: int, train_set: Images, optimizer: optax.GradientTransformation
+) -> tuple[Network, State]:
+    """The network, and the state that training starts from."""
+    _, height, width, channels = train_set.pixels.shape
+    rngs = nnx.Rngs(seed)
+    if model == "mlp":
+        hidden = [config.mlp_width] * config.mlp_depth
+        made = MLP((height * width * channels, *hidden, images.NUM_CLASSES), rngs=rngs)
+    else:
+        made = ResNet18(images.NUM_CLASSES, channels_in=channels, width=config.resnet_width, rngs=rngs)
+        made = by_products(made) if height <= _SMALL else made
+    return network_of(made, train_set, optimizer, is_flat=model == "mlp")
+
+
+_SMALL = 16
+"""Pixels; of larger images the compiler's own convolutions are the faster."""
+
+
+def layer_features(model: Any, x: jax.Array) -> dict[str, jax.Array]:
+    """What leaves each layer or block, and last what enters the head."""
+    feats = {"input": x}
+    if isinstance(model, MLP):
+        for i, layer in enumerate(model.layers):
+            x = feats[f"layers/{i}"] = model.activation(layer(x))
+        return feats
+    x = feats["stem"] = jax.nn.relu(model.stem_norm(model.stem(x)))
+    for i, block in enumerate(model.blocks):
+        x = feats[f"blocks/{i}"] = block(x)
+    return feats | {"pooled": jnp.mean(x, axis=(1, 2))}
+
+
+def measuring(
+    config: Config, network: Network, weight_decay: float, train_set: Images, test_set: Images
+) -> Callable[[State], Record]:
+    """Collapse of what enters the head, and of every layer."""
+
+    def features(state: State, pixels: jax.Array) -> dict[str, jax.Array]:
+        return layer_features(network.model(state["params"], state["rest"]), network.inputs(pixels))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(moments: LayerMoments, state: State, pixels: jax.Array, labels: jax.Array) -> LayerMoments:
+        return update_layers(moments, features(state, pixels), labels)
+
+    def moments_of(state: State, part: Images, covariance_up_to: int) -> LayerMoments:
+        batches = list(in_batches(part, config.measure_batch))
+        moments = init_layers(
+            jax.eval_shape(features, state, batches[0][0]), batches[0][1],
+            num_classes=images.NUM_CLASSES, covariance_up_to=covariance_up_to,
+        )  # fmt: skip
+        for batch in batches:
+            moments = update(moments, state, *batch)
+        return moments
+
+    @jax.jit
+    def decisions(moments: LayerMoments, state: State, pixels: jax.Array, labels: jax.Array) -> Any:
+        last = in_forward_order(list(moments))[-1]
+        return nc4(moments[last], state["params"]["head"], features(state, pixels)[last], labels)
+
+    @jax.jit
+    def reports(moments: LayerMoments, head: Record) -> dict[str, Any]:
+        return layer_reports(moments, {in_forward_order(list(moments))[-1]: head})
+
+    split = jax.jit(functools.partial(central_path, weight_decay=weight_decay))
+
+    def measure(state: State) -> Record:
+        head = state["params"]["head"]
+        moments = moments_of(state, train_set, config.covariance_up_to)
+        reported = reports(moments, head)
+        of_layers = {name: numbers(reported[name]) for name in in_forward_order(list(moments))}
+        last = list(of_layers)[-1]
+        of_batches = [decisions(moments, state, *batch) for batch in in_batches(train_set, config.measure_batch)]
+        total = functools.reduce(lambda one, other: jax.tree.map(operator.add, one, other), of_batches)
+        held_out = reports(moments_of(state, test_set, 0), head)[last]
+        parts = split(moments[last], head)
+        return {
+            **of_layers[last],
+            "nc4": float(total.share),
+            "test_cdnv": float(held_out.cdnv),
+            **{f"squared_error_{name}": float(value) for name, value in parts._asdict().items()},
+            "layers": of_layers,
+        }
+
+    return measure
+
+
+def numbers(report: Any) -> Record:
+    return {name: value.item() for name, value in report._asdict().items() if value is not None}
+
+
+def report(config: Config, run: RunFolder, seeds: range) -> None:
+    """The tables, the figure and the summary."""
+    cases, summary = [], {}
+    for model in config.models:
+        for loss in config.losses:
+            of_seeds = [
+                [record for record in run.records if (record["model"], record["loss"], record["seed"]) == key]
+                for key in ((model, loss, seed) for seed in seeds)
+            ]
+            fitted = [zero_error(records) for records in of_seeds]
+            name = f"{_NAMES[model]}, {_NAMES[loss]}"
+            cases.append(Case(name, of_seeds, fitted, squared_error=loss == "squared_error"))
+            summary[f"{model}-{loss}"] = {
+                str(seed): {"zero_error": epoch, "last": records[-1]}
+                for seed, epoch, records in zip(seeds, fitted, of_seeds, strict=True)
+            }
+            print(f"\n{name}\n{table(of_seeds, fitted)}")
+    run.summarise(summary)
+    draw(
+        run.path / "figure.png",
+        cases,
+        f"Neural collapse on {config.data}, {len(seeds)} {'seeds' if len(seeds) > 1 else 'seed'}",
+    )
+
+
+_NAMES = {
+    "mlp": "perceptron",
+    "resnet": "ResNet-18",
+    "cross_entropy": "cross-entropy",
+    "squared_error": "squared error",
+}
+
+_IN_TABLE = {
+    "error, trained on": lambda record: 1 - record["train_accuracy"],
+    "error, held out": lambda record: 1 - record["test_accuracy"],
+    "NC1": lambda record: record["nc1"],
+    "CDNV, trained on": lambda record: record["cdnv"],
+    "CDNV, held out": lambda record: record["test_cdnv"],
+    "NC2 equinorm of means": lambda record: record["nc2_equinorm_means"],
+    "NC2 equiangularity of means": lambda record: record["nc2_equiangularity_means"],
+    "NC3": lambda record: record["nc3"],
+    "NC4": lambda record: record["nc4"],
+    "L_NC1": lambda record: record["squared_error_nc1"],
+    "L_NC2/3": lambda record: record["squared_error_nc2_and_nc3"],
+    "L_⊥": lambda record: record["squared_error_perpendicular"],
+}
+
+
+def zero_error(records: list[Record]) -> int | None:
+    """The first epoch measured without an error on what is trained on."""
+    return first_step_at_least(
+        [record["epoch"] for record in records], [record["train_accuracy"] for record in records], 1.0
+    )
+
+
+def table(of_seeds: list[list[Record]], fitted: list[int | None]) -> str:
+    """Medians over seeds: before training, at the first epoch measured without a training error, and at the end."""
+    at = {"at first": [records[0] for records in of_seeds]}
+    if None not in fitted:
+        at["at zero error"] = [
+            next(record for record in records if record["epoch"] == epoch)
+            for records, epoch in zip(of_seeds, fitted, strict=True)
+        ]
+    at["at last"] = [records[-1] for records in of_seeds]
+    width = max(map(len, _IN_TABLE))
+    epochs = "".join(f"{np.median([record['epoch'] for record in records]):>15.0f}" for records in at.values())
+    lines = [f"{'':{width}}" + "".join(f"{name:>15}" for name in at), f"{'epoch':{width}}{epochs}"]
+    for name, value in _IN_TABLE.items():
+        values = [np.median([value(record) for record in records]) for records in at.values()]
+        lines.append(f"{name:{width}}" + "".join(f"{each:>15.3g}" for each in values))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
