@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from harness.baselines import cross_entropy, tiled_cross_entropy, weight_by_weight
-from harness.growth import Growth, draw_growth, exponent
+from harness.growth import Growth, report_growth
 from harness.records import temporary_memory, write_record
 from harness.timing import side_by_side
 
@@ -144,16 +144,9 @@ def growth(seed: int = 0, num_features: int = 512, folder: Path = Path("runs/ben
                 seconds[name].append(row["seconds"])
                 mebibytes[name].append(temporary_memory(function, batch) / 2**20)
         growths += [Growth(axis, "seconds", sizes, seconds), Growth(axis, "temporary MiB", sizes, mebibytes)]
-    for measured in growths:
-        for name, costs in measured.costs.items():
-            slope, error = exponent(measured.sizes, costs)
-            print(f"{measured.cost:14} of {name:26} ~ ({measured.size.split(',')[0]})^{slope:.2f} ± {error:.2f}")
-            record.append(
-                {"cost": measured.cost, "size": measured.size, "function": name, "exponent": slope} | measured._asdict()
-            )
+    title = f"A head of V outputs and {num_features} features on N samples"
+    record += report_growth(folder / "growth.png", growths, title)
     write_record(folder / "growth.json", record)
-    draw_growth(folder / "growth.png", growths, f"A head of V outputs and {num_features} features on N samples")
-    print(f"the figure is {folder / 'growth.png'}")
 
 
 def errors(

@@ -1,8 +1,8 @@
-"""How a cost grows with a size: the exponent of the power law that fits best, and a figure."""
+"""How a cost grows with a size: the exponent of the power law that fits best, in a table and a figure."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -28,6 +28,22 @@ def exponent(sizes: Sequence[int], costs: Sequence[float]) -> tuple[float, float
     slope = x @ y / (x @ x)
     residuals = y - y.mean() - slope * x
     return float(slope), float(np.sqrt(residuals @ residuals / max(len(x) - 2, 1) / (x @ x)))
+
+
+def report_growth(path: Path, growths: Sequence[Growth], title: str) -> list[dict[str, Any]]:
+    """Prints the exponents, draws the figure, and returns what to record."""
+    rows = []
+    for measured in growths:
+        for name, costs in measured.costs.items():
+            slope, error = exponent(measured.sizes, costs)
+            print(f"{measured.cost:14} of {name:26} ~ ({measured.size.split(',')[0]})^{slope:.2f} ± {error:.2f}")
+            rows.append(
+                {"cost": measured.cost, "size": measured.size, "function": name, "exponent": slope}
+                | {"standard_error": error, "sizes": list(measured.sizes), "costs": list(costs)}
+            )
+    draw_growth(path, growths, title)
+    print(f"the figure is {path}")
+    return rows
 
 
 def draw_growth(path: Path, growths: Sequence[Growth], title: str) -> None:

@@ -1,4 +1,4 @@
-"""Hessian-vector products of a perceptron by curvlinops, a PyTorch library, as its users would call it."""
+"""What PyTorch libraries measure, as they do it: Hessian-vector products by curvlinops, and sums by classes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,3 +32,20 @@ def curvlinops_calls(
         return torch.autograd.grad(loss(model(data[0][0]), data[0][1]), params)
 
     return {"gradient, torch": gradient, "products, curvlinops": lambda: hessian @ probes}
+
+
+def one_hot_update(feats: np.ndarray, labels: np.ndarray, num_classes: int) -> Callable[[], Any]:
+    """Counts and sums of the features by classes, as products with one-hot labels.
+
+    Raises:
+        ImportError: PyTorch is not installed.
+    """
+    import torch
+
+    samples, classes = torch.tensor(feats), torch.tensor(labels, dtype=torch.long)
+
+    def update() -> Any:
+        one_hot = torch.nn.functional.one_hot(classes, num_classes).to(samples.dtype)
+        return one_hot.sum(dim=0), one_hot.T @ samples
+
+    return update
