@@ -13,6 +13,7 @@ from flatjax.flatness.relative import row_block_traces as row_block_traces
 from flatjax.flatness.relative import simplified_relative_flatness as simplified_relative_flatness
 from flatjax.flatness.robustness import feature_robustness as feature_robustness
 from flatjax.layers.flatness import layer_relative_flatness as layer_relative_flatness
+from flatjax.layers.kernels import Layer as Layer
 from flatjax.layers.profile import flatness_profile as flatness_profile
 from flatjax.losses import cross_entropy as cross_entropy
 from flatjax.training.collapse_reg import collapse_reg as collapse_reg

@@ -19,7 +19,9 @@ def cross_entropy(logits: Float[Array, "*n d"], labels: Integer[Array, "*n"]) ->
         labels: integer classes (...,).
 
     Returns:
-        ℓ (...,) in nats, in the dtype of the logits. NaN for a label out of range.
+        ℓ (...,) in nats, in the dtype of the logits. NaN for a label out of range, with all its derivatives; so for
+        −100 too: of a batch with padding take `jnp.where(labels >= 0, cross_entropy(logits, labels.clip(0)), 0)`, and
+        its sum over the number of the others.
 
     Example:
         >>> import jax.numpy as jnp
@@ -28,8 +30,9 @@ def cross_entropy(logits: Float[Array, "*n d"], labels: Integer[Array, "*n"]) ->
         9.358e-14
     """
     is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+    # Into the logits, as a loss that is NaN by choice has the derivative 0.
+    logits = logits * jnp.where(jnp.any(is_label, axis=-1, keepdims=True), 1, jnp.nan).astype(logits.dtype)
     # Summed, not indexed: classes may be split among devices, and no label is then looked up where it is not.
     of_label = jnp.sum(jnp.where(is_label, logits, 0), axis=-1, keepdims=True)
     margins = jnp.where(is_label, -jnp.inf, logits - of_label)
-    losses = jax.nn.softplus(jax.nn.logsumexp(margins, axis=-1))
-    return jnp.where(jnp.any(is_label, axis=-1), losses, jnp.nan)
+    return jax.nn.softplus(jax.nn.logsumexp(margins, axis=-1))

@@ -22,6 +22,18 @@ def test_it_is_cross_entropy_with_its_derivatives():
         np.testing.assert_allclose(each(ours)(logits), each(plain)(logits), rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("label", [3, -1, -100])
+def test_a_bad_label_is_nan_in_every_derivative_and_other_samples_are_untouched(label):
+    logits, labels = jnp.asarray([[1.0, 2.0, 0.5], [0.3, -1.0, 0.2]]), jnp.asarray([label, 1])
+    good = cross_entropy(logits[1:], labels[1:])
+    np.testing.assert_array_equal(cross_entropy(logits, labels)[1:], good)
+    gradient = jax.jacobian(cross_entropy)(logits, labels)
+    assert np.all(np.isnan(gradient[0, 0]))
+    np.testing.assert_array_equal(gradient[1, 1], jax.grad(lambda z: cross_entropy(z, labels[1]))(logits[1]))
+    hessian = jax.hessian(lambda z: cross_entropy(z, labels[0]))(logits[0])
+    assert np.all(np.isnan(hessian))
+
+
 def test_infinite_logits_leave_their_class_out_and_a_bad_label_is_nan():
     logits = jnp.asarray([[1.0, -jnp.inf, 0.5], [1.0, 2.0, 0.5]])
     np.testing.assert_allclose(cross_entropy(logits, jnp.asarray([0, 3])), [np.log1p(np.exp(-0.5)), np.nan], rtol=1e-12)

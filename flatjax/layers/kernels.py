@@ -45,7 +45,10 @@ def find_layer(params: Tree, layer: str | Layer) -> tuple[Layer, jax.Array]:
     leaves = leaves_by_path(params)
     path = layer if isinstance(layer, str) else layer.path
     if path not in leaves:
-        raise ValueError(f"params has no leaf at {path!r}; its layers are {_named(find_layers(params))}")
+        raise ValueError(
+            f"params has no leaf at {path!r}; its layers are {_named(find_layers(params))}, its leaves "
+            f"{', '.join(map(repr, leaves))}"
+        )
     kernel = leaves[path]
     found = _by_convention(path, jnp.ndim(kernel)) if isinstance(layer, str) else layer
     if found is None:

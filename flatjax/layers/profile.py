@@ -72,6 +72,7 @@ def flatness_profile(
         in which samples do not interact in the first batch, but do in another.
 
     Raises:
+        TypeError: a batch is no tuple.
         ValueError: no layers, no batches, an unknown route, numbers of probes that do not fit, or a kernel that is used
             otherwise than it is read, as for `layer_relative_flatness`.
 
@@ -104,15 +105,22 @@ def flatness_profile(
         )
     if relative_error is not None and not relative_error > 0:
         raise ValueError(f"relative_error is {relative_error}, wanted it above 0, or None for num_probes probes")
+    if isinstance(layers, str | Layer):
+        raise ValueError(f"layers is {layers!r}, wanted several, as [{layers!r}]")
     found = [find_layer(params, layer)[0] for layer in (find_layers(params) if layers is None else layers)]
     if not found:
-        raise ValueError("params has no layers: none of its leaves is called 'kernel' or 'embedding'")
+        raise ValueError(
+            "params has no layers: none of its leaves is called 'kernel' or 'embedding'; for one of another name give "
+            "layers=[flatjax.Layer(path, feature_axes=...)]"
+        )
     if len({layer.path for layer in found}) < len(found):
         raise ValueError("layers names a leaf twice, wanted one reading of each at a time")
     rest = iter(batches)
     first = next(rest, None)
     if first is None:
         raise ValueError("batches is empty, wanted at least one batch")
+    if not isinstance(first, tuple):
+        raise TypeError(f"a batch is a {type(first).__name__}, wanted a tuple of what loss_fn takes: batches=[(x, y)]")
     prober = Prober(loss_fn, params, first, found, num_probes // 2, key)
     num_batches = len(batches) if isinstance(batches, Sized) else 1
 

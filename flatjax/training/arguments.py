@@ -20,7 +20,7 @@ def check_given(name: str, params: Any, given: Mapping[str, Any], call: Mapping[
     reason = (
         f"It is inside {wrapper.format(name=name)}"
         if wrapper
-        else "A wrapper that is no optax.GradientTransformationExtraArgs loses what it is given"
+        else "If it was given, a wrapper that is no optax.GradientTransformationExtraArgs lost it"
     )
     needed = ", ".join(f"{each}={written}" for each, written in call.items())
     raise TypeError(
@@ -50,8 +50,8 @@ _UNFIT = {
 
 _FORGETFUL = {
     "optax._src.lookahead": _UNFIT["optax._src.lookahead"],
-    "optax.transforms._accumulation": "optax.MultiSteps, of which gradient_transformation() passes no arguments on: "
-    "call the update of MultiSteps itself, or put {name} before it in the chain",
+    "optax.transforms._accumulation": "optax.MultiSteps: give its update the arguments, and if "
+    "they were lost in a chain around its gradient_transformation(), put {name} before it in that chain",
     "flax.training.train_state": "TrainState.apply_gradients, which passes no arguments on: call state.tx.update(grads,"
     " state.opt_state, state.params, ...) and state.replace(step=..., params=..., opt_state=...)",
 }

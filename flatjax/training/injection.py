@@ -1,10 +1,12 @@
 """The gradient of a penalty added to the updates in an optimizer chain: what `flat_reg` and `collapse_reg` share."""
 
+import numbers
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
@@ -31,8 +33,8 @@ def injection(
 
     The state is made of the number of updates and of the last value, in float32: NaN before the first.
     """
-    if not callable(strength) and (jnp.ndim(strength) != 0 or not jnp.isrealobj(strength)):
-        raise ValueError(f"strength has shape {jnp.shape(strength)}, wanted a real number or a schedule")
+    if not callable(strength) and not _is_real_number(strength):
+        raise ValueError(f"strength is {strength!r}, wanted a real number or a schedule")
 
     def init(params: Tree) -> Any:
         check_fits(name)
@@ -46,6 +48,11 @@ def injection(
         return _added(updates, rate, gradients), new_state(count, value.astype(jnp.float32))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_real_number(value: Any) -> bool:
+    is_array = isinstance(value, np.ndarray | np.generic | jax.Array)
+    return isinstance(value, numbers.Real) or (is_array and value.ndim == 0 and jnp.isrealobj(value))
 
 
 def of_penalty(penalty: Callable[..., Any], name: str, axis_name: str | tuple[str, ...] | None) -> Gradient:

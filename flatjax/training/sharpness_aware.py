@@ -54,7 +54,8 @@ def sharpness_aware(
         A transformation whose update takes `grad_fn`, `(params, i) -> gradients`, by keyword; i is 0.
 
     Raises:
-        TypeError: at an update, without `grad_fn` or `params`, or where a wrapper lost them, which is named.
+        TypeError: at an update, without `grad_fn` or `params`, or where a wrapper lost them, which is named; or
+            `grad_fn` returns no tree like the parameters.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -88,7 +89,13 @@ def sharpness_aware(
 
         def local_grad_fn(params: Tree, i: int) -> Tree:
             # In a `jax.shard_map` gradients in what is the same on all devices are summed unasked.
-            return grad_fn(varying_along(params, names or ()), i)
+            gradients = grad_fn(varying_along(params, names or ()), i)
+            if jax.tree.structure(gradients) != jax.tree.structure(params):
+                raise TypeError(
+                    f"grad_fn returned {jax.tree.structure(gradients)}, wanted a gradient like the parameters, "
+                    f"{jax.tree.structure(params)}: jax.grad of the loss, not jax.value_and_grad"
+                )
+            return gradients
 
         return sam(**extra_args).update(updates, state, params, grad_fn=local_grad_fn)
 

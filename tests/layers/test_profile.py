@@ -174,6 +174,8 @@ def test_the_same_key_gives_the_same_profile():
     ("error", "message", "options"),
     [
         (ValueError, "batches is empty", {"batches": []}),
+        (TypeError, "tuple", {"batches": [np.ones(3)]}),
+        (ValueError, r"wanted several, as \['layer0/kernel'\]", {"layers": "layer0/kernel"}),
         (ValueError, "route is 'both', wanted", {"route": "both"}),
         (ValueError, "num_probes is 5", {"num_probes": 5}),
         (ValueError, "num_probes is 16 and max_probes 8", {"max_probes": 8}),

@@ -466,7 +466,7 @@ def test_lookahead_after_it_works(promoting):
 def test_arguments_lost_in_multi_steps_are_an_error_that_names_it():
     params = network()
     inner = optax.MultiSteps(optax.chain(flat_reg(RATE, penalty), optax.sgd(0.1)), 2).gradient_transformation()
-    with pytest.raises(TypeError, match=r"got no batch: .*inside optax\.MultiSteps, of which gradient_transformation"):
+    with pytest.raises(TypeError, match=r"got no batch: .*inside optax\.MultiSteps: give its update"):
         fed(optax.chain(inner), params, batch=samples())
 
 
@@ -499,5 +499,6 @@ def test_a_head_besides_a_penalty_and_a_strength_of_many_numbers_are_errors():
     for options in ({"head": "head"}, {"metric": simplified_relative_flatness}):
         with pytest.raises(ValueError, match="wanted one or the other"):
             flat_reg(1.0, penalty, **options)
-    with pytest.raises(ValueError, match=r"strength has shape \(2,\)"):
-        flat_reg(jnp.ones(2), penalty)
+    for strength in (jnp.ones(2), 1j):
+        with pytest.raises(ValueError, match="wanted a real number or a schedule"):
+            flat_reg(strength, penalty)

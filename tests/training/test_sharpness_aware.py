@@ -317,3 +317,10 @@ def test_parameters_split_among_devices_stay_there(adaptive, axis_type):
     got = compiled(*arrays)
     assert got.sharding.is_equivalent_to(sharding, 2)
     np.testing.assert_allclose(got, -curvatures * (w + numpy_ascent(w, g, 0.5, adaptive)), rtol=1e-12)
+
+
+def test_a_gradient_that_is_not_like_the_parameters_is_an_error():
+    w = jnp.asarray([3.0, 4.0])
+    tx = sharpness_aware(optax.sgd(0.1), radius=0.5)
+    with pytest.raises(TypeError, match=r"wanted a gradient like the parameters"):
+        tx.update(w, tx.init(w), w, grad_fn=lambda w, _: jax.value_and_grad(lambda w: jnp.sum(w**2))(w))
