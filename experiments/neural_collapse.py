@@ -1,7 +1,7 @@
 """Neural collapse past zero training error: NC1 to NC4 and CDNV by epoch and by layer, and what a squared error is of.
 
-    python experiments/neural_collapse.py                    # a perceptron and a ResNet-18 on digits: 5 min on 2 cores
-    python experiments/neural_collapse.py --models mlp       # the perceptron alone: 1 min
+    python experiments/neural_collapse.py                 # a perceptron and a ResNet-18 on digits: 6 min on 2 cores
+    python experiments/neural_collapse.py --models mlp    # the perceptron alone: 1 to 2 min
     python experiments/neural_collapse.py --models resnet --data cifar10 --data-dir ~/data --resnet-width 64
 
 Each network is trained with cross-entropy, and anew with half the squared error against one-hot targets, by SGD with
