@@ -70,11 +70,13 @@ def class_means(moments: ClassMoments, *, min_count: int = 2, ddof: int = 0, axi
     # From one of the means first: if all are one, exactly 0 remains.
     centres = moments.centres
     from_one = jnp.where(column, centres.high - _first(centres.high, kept, names)[None, :] + centres.low, 0)
-    grand_mean = sum_over_devices(jnp.sum(from_one, axis=0), names) / num_kept
+    grand_mean = _sum_of_rows(kept, from_one, names) / num_kept
     centred = jnp.where(column, from_one - grand_mean[None, :], 0)
 
     # No metric knows the unit of the features, and their squares must not overflow.
-    size = jax.lax.stop_gradient(jnp.max(jnp.abs(centred)))
+    # The largest number in `centred`, without a second array (C, m): a row that is not kept is as that one mean.
+    highest, lowest = jnp.max(from_one, axis=0) - grand_mean, grand_mean - jnp.min(from_one, axis=0)
+    size = jax.lax.stop_gradient(jnp.max(jnp.maximum(highest, lowest)))
     size = jax.lax.pmax(size, names) if names else size
     num_bad = jax.lax.pmax(moments.num_bad, names) if names else moments.num_bad
     unit = jnp.where(num_bad > 0, jnp.nan, jnp.where((size > 0) & jnp.isfinite(size), size, 1))
@@ -105,4 +107,9 @@ def _first(rows: Float[Array, "C m"], kept: Bool[Array, " C"], names: tuple[str,
     if names:
         device = jax.lax.axis_index(names)
         chosen &= device == jax.lax.pmin(jnp.where(jnp.any(kept), device, jnp.iinfo(jnp.int32).max), names)
-    return sum_over_devices(jnp.sum(jnp.where(chosen[:, None], rows, 0), axis=0), names)
+    return _sum_of_rows(chosen, rows, names)
+
+
+def _sum_of_rows(chosen: Bool[Array, " C"], rows: Float[Array, "C m"], names: tuple[str, ...]) -> Float[Array, " m"]:
+    """As a product, which needs no copy of the rows; moments hold finite numbers alone."""
+    return sum_over_devices(jnp.matmul(chosen.astype(rows.dtype), rows, precision="highest"), names)
