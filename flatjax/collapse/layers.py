@@ -44,7 +44,7 @@ def init_layers(
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from flatjax.collapse.layers import init_layers, layer_reports, update_layers
+        >>> from flatjax.collapse import init_layers, layer_reports, update_layers
         >>> feats = {"first": jnp.ones((4, 2, 3), jnp.float32), "last": jnp.array([[1.0], [3], [7], [9]], jnp.float32)}
         >>> labels = jnp.array([0, 0, 1, 1])
         >>> moments = init_layers(feats, labels, num_classes=2)

@@ -10,8 +10,8 @@ import pytest
 from helpers import raises
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from flatjax.collapse.central_path import central_path, least_squares_head, squared_error_decomposition
 from flatjax.collapse.moments import ClassMoments
+from flatjax.collapse.squared_error import central_path, least_squares_head, squared_error_decomposition
 
 from .cases import simplex
 

@@ -9,7 +9,7 @@ import pytest
 from helpers import raises
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from flatjax.collapse.mixup import mixup, mixup_geometry
+from flatjax.collapse.mixing import mixup, mixup_geometry
 
 measure = jax.jit(mixup_geometry, static_argnames="centred")
 COUNTS = ("num_classes", "num_pairs", "num_parallel", "num_undefined")

@@ -72,7 +72,7 @@ def squared_error_decomposition(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from flatjax.collapse.central_path import squared_error_decomposition
+        >>> from flatjax.collapse import squared_error_decomposition
         >>> head = {"kernel": jnp.array([[0.4, -0.4]]), "bias": jnp.array([0.5, 0.5])}
         >>> means, within = jnp.array([[1.0], [-1.0]]), jnp.array([[0.25]])
         >>> parts = squared_error_decomposition(head, means, within, jnp.array([10, 10]))
@@ -123,7 +123,7 @@ def central_path(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from flatjax.collapse.central_path import central_path
+        >>> from flatjax.collapse import central_path
         >>> from flatjax.collapse.moments import ClassMoments
         >>> moments = ClassMoments.init(num_classes=2, num_features=1, covariance=True)
         >>> feats = jnp.array([[1.5], [0.5], [-0.5], [-1.5]], jnp.float32)
@@ -158,7 +158,7 @@ def least_squares_head(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from flatjax.collapse.central_path import least_squares_head
+        >>> from flatjax.collapse import least_squares_head
         >>> head = least_squares_head(jnp.array([[1.0], [-1.0]]), jnp.array([[0.25]]), jnp.array([10, 10]))
         >>> print(head["kernel"].round(4), head["bias"].round(4))
         [[ 0.4 -0.4]] [0.5 0.5]

@@ -70,7 +70,7 @@ def mixup_geometry(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from flatjax.collapse.mixup import mixup_geometry
+        >>> from flatjax.collapse import mixup_geometry
         >>> head = {"kernel": jnp.eye(3)}
         >>> feats = jnp.array([[2.0, 0.0, 0.0], [4.0, 3.0, 0.0], [0.0, 0.3, 0.4]])
         >>> geometry = mixup_geometry(head, feats, jnp.array([0, 0, 1]), jnp.array([0, 1, 0]))
@@ -147,7 +147,7 @@ def mixup(
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from flatjax.collapse.mixup import mixup
+        >>> from flatjax.collapse import mixup
         >>> mixes, labels, partners = mixup(jax.random.key(0), jnp.array([[0.0], [8.0]]), jnp.array([3, 5]), 0.75)
         >>> mixes.shape, labels.tolist(), sorted(partners.tolist())
         ((2, 1), [3, 5], [3, 5])
