@@ -14,6 +14,7 @@ import numpy as np
 from scipy import stats
 
 from harness.runs import Record
+from harness.tables import aligned
 
 
 class Interval(NamedTuple):
@@ -72,12 +73,7 @@ def table(rows: Sequence[Row]) -> str:
                 f"{1e3 * row.seconds:.2f} ({row.ratio:.2f}×)",
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for name, *others in cells:
-        right = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *right]))
-    return "\n".join(lines)
+    return aligned(cells)
 
 
 def _setting(row: Row, key: str) -> str:

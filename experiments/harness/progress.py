@@ -33,6 +33,12 @@ class Progress:
             self._bar.update(number)
         self._bar.set_postfix_str(", ".join(filter(None, [f"{tqdm.format_interval(self.seconds_left)} left", note])))
 
+    def spared(self, kind: str, number: int) -> None:
+        """That so much of a kind need not be done."""
+        self.left[kind] -= number
+        if kind == self._first:
+            self._bar.total -= number
+
     @property
     def seconds_left(self) -> float:
         """A kind that nothing was done of yet counts nothing."""
