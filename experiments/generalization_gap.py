@@ -1,0 +1,292 @@
+"""What goes with the generalization gap? Flatness, collapse and size of many small networks, by rank correlation.
+
+    python experiments/generalization_gap.py
+
+Perceptrons learn 500 handwritten digits by SGD with momentum and a rate that falls to 0: every combination of learning
+rate, batch size, width, weight decay (an L2 penalty) and share of wrong labels, from as many seeds, which choose the
+images, the wrong labels, the start and the batches. The gap is that of the cross-entropy, and that of the error,
+between 797 images that no network is trained on, whose labels are right, and those trained on, with the labels given.
+
+Of every network, none left out: κ, κ̂ and κ_max of the head, the trace (by probes, with its standard error) and the
+largest eigenvalue (by Lanczos' method, with its residual) of the Hessian in all parameters, ‖W‖_F of the head, NCC, the
+training loss, and the distance from where it started; all of what is trained on. Kendall's τ and Spearman's ρ with each
+gap have 95 % bootstrap intervals over networks, and stand also given the training loss. A network that diverged makes
+its correlations NaN, and is counted.
+
+Writes to `runs/generalization_gap/<name>/`: `config.json`, `metrics.jsonl` (a line a network), `summary.json`,
+`table.txt` and `figure.png`. Killed at any moment, the same command with --resume goes on with the same metrics.
+"""
+
+import dataclasses
+import itertools
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+from harness import scarce
+from harness.correlations import Correlation, correlations
+from harness.effects import number, to_record
+from harness.progress import Progress
+from harness.regularisers import REGULARISERS
+from harness.runs import Record, RunFolder
+from harness.tables import aligned
+from harness.trials import PARTS, Network, Programs, State, Trial, network
+
+from flatjax import (
+    cross_entropy,
+    max_relative_flatness,
+    neural_collapse,
+    relative_flatness,
+    simplified_relative_flatness,
+)
+from flatjax.curvature import Hessian, extreme_eigenpairs, trace
+from flatjax.models import MLP
+
+Gap = Literal["loss_gap", "error_gap"]
+
+MEASURES: dict[str, str] = {
+    "relative_flatness": "κ",
+    "simplified_relative_flatness": "κ̂",
+    "max_relative_flatness": "κ_max",
+    "hessian_trace": "Tr H",
+    "largest_eigenvalue": "λ_max",
+    "head_norm": "‖W‖",
+    "ncc": "NCC",
+    "train_loss": "training loss",
+    "distance": "distance from the start",
+}
+GAPS: dict[Gap, str] = {"loss_gap": "gap of the cross-entropy", "error_gap": "gap of the error"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Train many small networks, and rank what is measured of them against how they generalize."""
+
+    rates: tuple[float, ...] = (0.01, 0.03, 0.1)
+    """Learning rates."""
+    batch_sizes: tuple[int, ...] = (16, 100)
+    """Images a step."""
+    widths: tuple[int, ...] = (24, 96)
+    """Of two hidden layers."""
+    decays: tuple[float, ...] = (0.0, 1e-3, 5e-3)
+    """Strengths of the L2 penalty."""
+    noises: tuple[float, ...] = (0.0, 0.1, 0.3)
+    """Shares of wrong labels among those trained on."""
+    seeds: int = 2
+    """Networks of each combination."""
+    num_train: int = 500
+    """Images to train on."""
+    steps: int = 2000
+    """Of training."""
+    num_probes: int = 32
+    """For the trace of the Hessian."""
+    num_lanczos_steps: int = 24
+    """For its largest eigenvalue."""
+    resamples: int = 1000
+    """Of the bootstrap."""
+    name: str = "digits"
+    """Of the run's folder."""
+    folder: Path = Path("runs/generalization_gap")
+    """Where the runs' folders are."""
+    resume: bool = False
+    """Continue the run of this name where it was left."""
+
+
+def main(config: Config) -> None:
+    """Trains and measures whatever is not in the records yet, and reports."""
+    recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_THE_RUN}
+    recorded = {key: list(value) if isinstance(value, tuple) else value for key, value in recorded.items()}
+    run = RunFolder(config.folder / config.name, recorded, resume=config.resume)
+    started = time.monotonic()
+    groups = list(itertools.product(config.widths, config.batch_sizes))
+    of_group = list(itertools.product(config.rates, config.decays, config.noises, range(config.seeds)))
+    done = [len(in_group(run, width, batch)) == len(of_group) for width, batch in groups]
+    with Progress("networks", {"network": len(of_group) * done.count(False)}) as progress:
+        for (width, batch), is_done in zip(groups, done, strict=True):
+            if not is_done:
+                # A group is whole, or done anew: networks are trained several at a time.
+                run.keep(lambda record, group=(width, batch): (record["width"], record["batch_size"]) != group)
+                train_group(config, run, width, batch, of_group, progress)
+    report(config, run)
+    print(f"{time.monotonic() - started:.0f} s. The table and the figure are in {run.path}")
+
+
+_NOT_OF_THE_RUN = {"resume", "name", "folder", "resamples"}
+
+
+def in_group(run: RunFolder, width: int, batch: int) -> list[Record]:
+    return [record for record in run.records if (record["width"], record["batch_size"]) == (width, batch)]
+
+
+Combination = tuple[float, float, float, int]
+"""Learning rate, decay, share of wrong labels, seed."""
+
+
+def train_group(
+    config: Config, run: RunFolder, width: int, batch: int, combinations: list[Combination], progress: Progress
+) -> None:
+    """All networks of one shape, and of one size of batch."""
+    digits = scarce.digits()
+    pixels = ((digits.pixels - digits.pixels.mean()) / digits.pixels.std()).astype(np.float32)
+    x = pixels.reshape(len(pixels), -1)
+    of_width = network(lambda rngs: MLP((x.shape[1], width, width, scarce.NUM_CLASSES), rngs=rngs))
+    programs = Programs(of_width, x, config.steps)
+    measure = Measurement(config, of_width, jnp.asarray(x))
+    for start in range(0, len(combinations), programs.size):
+        some = combinations[start : start + programs.size]
+        trials = [trial(config, of_width, digits.labels, batch, each) for each in some]
+        states = jax.device_get(programs.train(REGULARISERS["weight_decay"], programs.stacked(trials)))
+        for i, (combination, of_trial) in enumerate(zip(some, trials, strict=True)):
+            state = jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), states)
+            rate, decay, noise, seed = combination
+            setting = {"width": width, "batch_size": batch, "learning_rate": rate, "weight_decay": decay}
+            run.append(setting | {"noise": noise, "seed": seed} | measure(of_trial, state))
+        progress.done("network", len(some), f"width {width}, batches of {batch}")
+
+
+def trial(config: Config, of_width: Network, labels: np.ndarray, batch: int, combination: Combination) -> Trial:
+    """What a seed decides, which is the same for all rates and decays, and the setting."""
+    rate, decay, noise, seed = combination
+    drawn = scarce.draw(labels, scarce.Task(config.num_train, noise), 0, seed)
+    parts = np.zeros(len(labels), np.int32)
+    for place, part in enumerate(PARTS, start=1):
+        parts[drawn.parts[part]] = place
+    batches = scarce.batches(drawn.parts["train"], batch, config.steps, seed)
+    return Trial(of_width.start(seed), drawn.labels, parts, batches, np.float32(rate), np.float32(decay))
+
+
+class Measurement:
+    """Of one trained network; compiled once for a width."""
+
+    def __init__(self, config: Config, of_width: Network, x: jax.Array):
+        self.config, self.x = config, x
+        graphdef = of_width.in_use
+
+        def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+            return cross_entropy(nnx.merge(graphdef, params)(x), y).mean()
+
+        @jax.jit
+        def of_head(params: Any, x: jax.Array, y: jax.Array, x_test: jax.Array, y_test: jax.Array) -> Any:
+            model = nnx.merge(graphdef, params)
+            head, feats = params["head"], model.features(x)
+            return {
+                "relative_flatness": relative_flatness(head, feats, y),
+                "simplified_relative_flatness": simplified_relative_flatness(head, feats, y),
+                "max_relative_flatness": max_relative_flatness(head, feats, y),
+                "head_norm": jnp.linalg.norm(head["kernel"]),
+                "ncc": neural_collapse(head, feats, y, num_classes=scarce.NUM_CLASSES).ncc,
+                "train_loss": loss_fn(params, x, y),
+                "test_loss": loss_fn(params, x_test, y_test),
+                "train_error": _error(model(x), y),
+                "test_error": _error(model(x_test), y_test),
+            }
+
+        self._loss_fn, self._of_head = loss_fn, of_head
+
+    def __call__(self, of_trial: Trial, state: State) -> Record:
+        chosen = {part: np.flatnonzero(of_trial.parts == place) for place, part in enumerate(PARTS, start=1)}
+        x, y = self.x[chosen["train"]], jnp.asarray(of_trial.labels[chosen["train"]])
+        test = self.x[chosen["test"]], jnp.asarray(of_trial.labels[chosen["test"]])
+        params = state["params"]
+        measured = jax.device_get(self._of_head(params, x, y, *test))
+        record = {name: float(value) for name, value in measured.items()}
+        key, hessian = jax.random.key(0), Hessian(self._loss_fn, params, (x, y))
+        traced = trace(hessian, key, num_probes=self.config.num_probes)
+        pair = extreme_eigenpairs(hessian, key, num_steps=self.config.num_lanczos_steps)
+        return record | {
+            "loss_gap": record["test_loss"] - record["train_loss"],
+            "error_gap": record["test_error"] - record["train_error"],
+            "hessian_trace": float(traced.value),
+            "hessian_trace_standard_error": float(traced.standard_error),
+            "largest_eigenvalue": float(pair.eigenvalues[0]),
+            "largest_eigenvalue_residual": float(pair.residuals[0]),
+            "distance": float(optax.tree.norm(optax.tree.sub(params, of_trial.start["params"]))),
+        }
+
+
+def _error(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """NaN of a network that diverged."""
+    wrong = jnp.mean((jnp.argmax(logits, axis=1) != labels).astype(logits.dtype))
+    return jnp.where(jnp.all(jnp.isfinite(logits)), wrong, jnp.nan)
+
+
+def report(config: Config, run: RunFolder) -> None:
+    """The table, the figure and the summary."""
+    records = run.records
+    measures = {name: np.array([number(record[name]) for record in records]) for name in MEASURES}
+    outcomes = {gap: np.array([number(record[gap]) for record in records]) for gap in GAPS}
+    found = {
+        gap: correlations(measures, outcome, "train_loss", num_resamples=config.resamples, seed=0)
+        for gap, outcome in outcomes.items()
+    }
+    diverged = sum(not np.isfinite(number(record["train_loss"])) for record in records)
+    fitted = sum(number(record["train_error"]) <= 0.01 for record in records)
+    lines = [
+        f"{len(records)} networks, {diverged} of them diverged, {fitted} with at most 1 % of training errors; none is "
+        "left out.",
+        *(f"\n{name}\n{table(found[gap])}" for gap, name in GAPS.items()),
+        f"\nIn brackets 95 % intervals of {config.resamples} bootstrap samples of the networks; 'given' is the partial "
+        "coefficient given the training loss.",
+    ]
+    text = "\n".join(lines)
+    print(text)
+    (run.path / "table.txt").write_text(text + "\n")
+    run.summarise({"num_networks": len(records), "num_diverged": diverged, "num_fitted": fitted} | to_record(found))
+    draw(run.path / "figure.png", records, found)
+
+
+def table(found: dict[str, dict[str, Correlation]]) -> str:
+    """A row a measure."""
+    kinds = {"kendall": "τ", "kendall_given": "τ given", "spearman": "ρ", "spearman_given": "ρ given"}
+    cells = [["", *kinds.values()]]
+    for name, of_measure in found.items():
+        cells.append([MEASURES[name], *(_shown(of_measure.get(kind)) for kind in kinds)])
+    return aligned(cells)
+
+
+def _shown(of_measure: Correlation | None) -> str:
+    return "" if of_measure is None else f"{of_measure[0]:+.2f} [{of_measure[1]:+.2f}, {of_measure[2]:+.2f}]"
+
+
+def draw(path: Path, records: Sequence[Record], found: dict[Gap, dict[str, dict[str, Correlation]]]) -> None:
+    """The gap of the cross-entropy against every measure, a point a network, coloured by its share of wrong labels."""
+    noises = sorted({record["noise"] for record in records})
+    with plt.rc_context({"font.size": 8}):
+        figure, all_axes = plt.subplots(3, 3, sharey=True, figsize=(9, 8), layout="constrained", dpi=150)
+        for axes, (name, label) in zip(all_axes.ravel(), MEASURES.items(), strict=True):
+            for place, noise in enumerate(noises):
+                of_noise = [record for record in records if record["noise"] == noise]
+                x, y = (np.array([number(record[key]) for record in of_noise]) for key in (name, "loss_gap"))
+                colour = plt.get_cmap("viridis")(0.85 * place / max(len(noises) - 1, 1))
+                axes.plot(x, y, "o", markersize=3, alpha=0.6, color=colour, markeredgewidth=0, label=f"{noise:.0%}")
+            tau, given = (found["loss_gap"][name].get(kind) for kind in ("kendall", "kendall_given"))
+            axes.set_title(f"τ {_shown(tau)}" + (f"\ngiven the loss {_shown(given)}" if given else ""), fontsize=7.5)
+            positive = np.all([number(record[name]) > 0 for record in records])
+            axes.set(xlabel=label, xscale="log" if positive else "symlog")
+            axes.grid(alpha=0.25, linewidth=0.5)
+            axes.spines[["top", "right"]].set_visible(False)
+        for row in all_axes:
+            row[0].set_ylabel(GAPS["loss_gap"])
+        all_axes[0, 0].legend(title="wrong labels", frameon=False, fontsize=7)
+        figure.suptitle(f"{len(records)} perceptrons on digits, with Kendall's τ and its 95 % interval")
+        figure.savefig(path)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    # A device a core: small networks on two cores are trained in half the time two at a time.
+    jax.config.update("jax_num_cpu_devices", min(os.cpu_count() or 1, 8))
+    main(tyro.cli(Config))

@@ -1,0 +1,139 @@
+"""The measures of small networks, held against dense ones; and the experiment, as it is run and as it is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import generalization_gap
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from harness import scarce
+from harness.trials import Trial, network
+from helpers import Problem, dense_flatness, softmax_cross_entropy
+
+from flatjax import cross_entropy
+from flatjax.models import MLP
+
+SCRIPT = Path(__file__).parents[2] / "experiments" / "generalization_gap.py"
+SMALL = (
+    "--rates 0.05 --batch-sizes 10 20 --widths 4 --decays 0 0.01 --noises 0 0.2 --seeds 1 --num-train 40 --steps 20 "
+)
+SMALL += "--num-probes 2 --num-lanczos-steps 3 --resamples 20"
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    """What one process compiles the next ones find, and little time is spent on compiling well."""
+    compiling = {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | compiling
+
+    def launch(folder, *options):
+        return subprocess.Popen(
+            [sys.executable, str(SCRIPT), *SMALL.split(), "--folder", str(folder), "--name", "run", *options],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return launch
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def metrics(folder):
+    file = folder / "run" / "metrics.jsonl"
+    return file.read_bytes() if file.exists() else b""
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(launch, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return folder, finish(launch(folder))
+
+
+def test_every_combination_is_trained_and_none_left_out(uninterrupted):
+    folder, output = uninterrupted
+    records = [json.loads(line) for line in metrics(folder).splitlines()]
+    settings = [(r["batch_size"], r["weight_decay"], r["noise"]) for r in records]
+    assert sorted(settings) == sorted(
+        (batch, decay, noise) for batch in (10, 20) for decay in (0, 0.01) for noise in (0, 0.2)
+    )
+    for record in records:
+        assert all(np.isfinite(record[name]) for name in generalization_gap.MEASURES)
+        assert record["loss_gap"] == record["test_loss"] - record["train_loss"]
+    assert "8 networks, 0 of them diverged" in output
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    assert set(summary["loss_gap"]) == set(generalization_gap.MEASURES)
+    assert (folder / "run" / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_killed_run_resumes_to_the_same_bits(launch, uninterrupted, tmp_path):
+    process = launch(tmp_path, "--resume")
+    while metrics(tmp_path).count(b"\n") < 5:  # in the midst of the second group
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    finish(launch(tmp_path, "--resume"))
+    assert metrics(tmp_path) == metrics(uninterrupted[0])
+
+
+def test_the_measures_of_a_network_are_those_of_its_dense_hessian():
+    digits = scarce.digits()
+    x = digits.pixels[:, ::2, ::2].reshape(len(digits.labels), -1) / 255
+    of_width = network(lambda rngs: MLP((x.shape[1], 4, 4, 10), activation="tanh", rngs=rngs))
+    config = generalization_gap.Config(num_train=40, steps=5, num_probes=3000, num_lanczos_steps=60)
+    made = generalization_gap.trial(config, of_width, digits.labels, 10, (0.1, 0.0, 0.2, 3))
+    start = jax.tree.map(lambda leaf: leaf.astype(float), made.start)
+    state = {"params": jax.tree.map(lambda leaf: 1.5 * leaf, start["params"]), "rest": start["rest"]}
+    made = Trial(start, *made[1:])
+    with jax.numpy_dtype_promotion("standard"):
+        found = generalization_gap.Measurement(config, of_width, jax.numpy.asarray(x))(made, state)
+
+    train, test = (np.flatnonzero(made.parts == place) for place in (1, 3))
+    model = nnx.merge(of_width.in_use, state["params"])
+    head = jax.tree.map(np.array, state["params"]["head"])
+    problem = Problem(
+        head["kernel"].T, head["bias"], np.array(model.features(x[train])), made.labels[train], np.ones(40)
+    )
+    flatness = dense_flatness(softmax_cross_entropy, problem)
+    for name, wanted in {
+        "relative_flatness": flatness.kappa,
+        "simplified_relative_flatness": flatness.simplified,
+        "max_relative_flatness": flatness.maximal,
+        "head_norm": np.sqrt(np.sum(head["kernel"] ** 2)),
+        "test_error": np.mean(np.argmax(np.array(model(x[test])), axis=1) != made.labels[test]),
+    }.items():
+        np.testing.assert_allclose(found[name], wanted, rtol=1e-8, err_msg=name)
+
+    flat, unravel = jax.flatten_util.ravel_pytree(state["params"])
+    hessian = np.array(
+        jax.hessian(
+            lambda p: cross_entropy(nnx.merge(of_width.in_use, unravel(p))(x[train]), made.labels[train]).mean()
+        )(flat)
+    )
+    np.testing.assert_allclose(found["largest_eigenvalue"], np.linalg.eigvalsh(hessian)[-1], rtol=1e-6)
+    assert abs(found["hessian_trace"] - np.trace(hessian)) < 4 * found["hessian_trace_standard_error"]
+    np.testing.assert_allclose(
+        found["distance"], 0.5 * np.linalg.norm(jax.flatten_util.ravel_pytree(start["params"])[0])
+    )
+
+
+def test_a_diverged_network_has_no_error_that_looks_like_one():
+    logits = jax.numpy.array([[0.0, np.nan], [1.0, 0.0]])
+    assert np.isnan(generalization_gap._error(logits, jax.numpy.array([0, 0])))
