@@ -1,0 +1,185 @@
+"""Figures of interventions: every arm over training, what a level does, and the delay of generalization by arm."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from harness.arms import BASELINE, Arm
+from harness.comparison import interval
+from harness.effects import at_the_end, number
+from harness.pushes import QUANTITIES, SYMBOLS
+from harness.runs import Record
+from harness.verdicts import Verdict
+
+_PANELS = {
+    "accuracy": "accuracy (dashed: trained on)",
+    "relative_flatness": "κ, trained on",
+    "ncc": "NCC, trained on",
+}
+_STYLE = {"font.size": 9}
+_ANSWERS, _DOES_NOT, _BASELINE = "#0b4f8a", "#d1600f", "0.35"
+
+
+def groups_of(arms: Sequence[Arm]) -> dict[str, list[Arm]]:
+    """A column of the figure each, with the baseline in it."""
+    groups: dict[str, list[Arm]] = {}
+    for arm in arms:
+        if arm.rule.quantity is None:
+            continue
+        symbol = SYMBOLS[arm.rule.quantity]
+        if arm.rule.is_held:
+            title = f"{symbol} held"
+        elif arm.rule.control is not None:
+            title = f"controls, as {arm.control_of}"
+        elif arm.until is not None:
+            title = "unplugged"
+        else:
+            title = f"{symbol} pushed"
+        groups.setdefault(title, [BASELINE]).append(arm)
+    return groups
+
+
+def draw_training(path: Path, arms: Sequence[Arm], of_arms: Mapping[str, Any], title: str) -> None:
+    """Medians over seeds, with bands from the lowest to the highest; a column a group, a colour an arm."""
+    groups = groups_of(arms) or {"": list(arms)}
+    with plt.rc_context(_STYLE):
+        figure, all_axes = plt.subplots(
+            len(_PANELS), len(groups), squeeze=False, sharex=True, sharey="row",
+            figsize=(3.1 * len(groups) + 0.6, 7.4), layout="constrained", dpi=150,
+        )  # fmt: skip
+        for column, (name, members) in zip(all_axes.T, groups.items(), strict=True):
+            for place, arm in enumerate(members):
+                is_baseline = arm == BASELINE
+                colour = (
+                    "black" if is_baseline else plt.get_cmap("plasma")(0.85 * (place - 1) / max(len(members) - 2, 1))
+                )
+                for axes, quantity in zip(column, _PANELS, strict=True):
+                    label = _short(arm)
+                    if quantity == "accuracy":
+                        _curve(axes, of_arms[arm.name], "train_accuracy", colour, None, dashed=True)
+                        _curve(axes, of_arms[arm.name], "held_out_accuracy", colour, label)
+                    else:
+                        _curve(axes, of_arms[arm.name], f"train_{quantity}", colour, None)
+                if arm.until is not None:
+                    for axes in column:
+                        axes.axvline(arm.until, color="0.5", linewidth=0.8, linestyle=(0, (4, 3)))
+            column[0].set_title(name, fontsize=8)
+            column[0].legend(frameon=False, fontsize=6.5, loc="lower center", bbox_to_anchor=(0.5, 1.12))
+            column[-1].set(xlabel="step", xscale="log")
+        for (quantity, label), row in zip(_PANELS.items(), all_axes, strict=True):
+            row[0].set_ylabel(label)
+            for axes in row:
+                axes.set_yscale("linear" if quantity == "accuracy" else "log")
+                axes.grid(alpha=0.25, linewidth=0.5)
+                axes.spines[["top", "right"]].set_visible(False)
+        figure.suptitle(f"{title}; black: baseline; bands: lowest to highest seed", fontsize=10)
+        figure.savefig(path)
+    plt.close(figure)
+
+
+def _short(arm: Arm) -> str:
+    return arm.name.removesuffix(f" as {arm.control_of}")
+
+
+def _curve(
+    axes: Any, runs: Sequence[Sequence[Record]], key: str, colour: Any, label: str | None, *, dashed: bool = False
+) -> None:
+    """From the second measurement on: a log axis has no 0. A network that diverged is not drawn from then on."""
+    steps = np.array([record["step"] for record in runs[0]])[1:]
+    values = np.array([[number(record[key]) for record in run] for run in runs])[:, 1:]
+    some = np.isfinite(values).any(axis=0)
+    steps, values = steps[some], values[:, some]
+    if not len(steps):
+        return
+    style = {"color": colour, "linestyle": "--" if dashed else "-", "linewidth": 0.7 if dashed else 1.2}
+    axes.plot(steps, np.nanmedian(values, axis=0), label=label, **style)
+    if not dashed:
+        low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
+        axes.fill_between(steps, low, high, color=colour, alpha=0.13, linewidth=0)
+
+
+def draw_dose(path: Path, judged: Sequence[Verdict], title: str) -> None:
+    """Against the level held: the delay, the final held-out accuracy, and the training loss; a point a seed."""
+    held = [q for q in QUANTITIES if any(each.arm.rule.is_held and each.arm.rule.quantity == q for each in judged)]
+    if not held:
+        return
+    rows = ("delay of generalization, steps", "held-out accuracy at the end", "training loss at the end")
+    with plt.rc_context(_STYLE):
+        figure, all_axes = plt.subplots(
+            len(rows), len(held), squeeze=False, sharex="col", sharey="row", figsize=(3.4 * len(held) + 0.6, 6.8),
+            layout="constrained", dpi=150,
+        )  # fmt: skip
+        for column, quantity in zip(all_axes.T, held, strict=True):
+            for each in (each for each in judged if each.arm.rule.is_held and each.arm.rule.quantity == quantity):
+                colour = _ANSWERS if each.answers else _DOES_NOT
+                _seeds(column, each, np.full(len(each.seeds), each.arm.level), colour)
+                for axes, values in zip(column, _values(each), strict=True):
+                    mean, reach = interval(values)
+                    axes.errorbar(
+                        each.arm.level, mean, reach, fmt="s", markersize=5, color=colour, capsize=3, linewidth=1.2
+                    )
+            plain = next(each for each in judged if each.arm == BASELINE)
+            for axes, values in zip(column, _values(plain), strict=True):
+                axes.axhline(interval(values).mean, color=_BASELINE, linewidth=0.9, linestyle=(0, (4, 3)))
+            column[0].set_title(f"{SYMBOLS[quantity]} held")
+            column[-1].set(xlabel=f"{SYMBOLS[quantity]}*", xscale="log")
+        for row, label in zip(all_axes, rows, strict=True):
+            row[0].set_ylabel(label)
+            for axes in row:
+                axes.grid(alpha=0.25, linewidth=0.5)
+                axes.spines[["top", "right"]].set_visible(False)
+        all_axes[2, 0].set_yscale("log")
+        figure.suptitle(
+            f"{title}; orange: training set not fitted; ▲: not generalized by then;\nsquares: means, 95 % intervals; "
+            "dashed: baseline",
+            fontsize=9,
+        )
+        figure.savefig(path)
+    plt.close(figure)
+
+
+def _values(each: Verdict) -> tuple[list[float], list[float], list[float]]:
+    delays = [np.nan if seed.delay is None else float(seed.delay) for seed in each.seeds]
+    return delays, at_the_end(each.seeds, "held_out_accuracy"), at_the_end(each.seeds, "train_loss")
+
+
+def _seeds(column: Sequence[Any], each: Verdict, levels: np.ndarray, colour: str) -> None:
+    beside = levels * np.geomspace(0.88, 1.14, len(levels))
+    for axes, values, marks in zip(column, _values(each), (True, False, False), strict=True):
+        for x, y, seed in zip(beside, values, each.seeds, strict=True):
+            shape = "^" if marks and seed.is_censored else "o"
+            axes.plot(x, y, shape, markersize=3, color=colour, alpha=0.55, markeredgewidth=0)
+
+
+def draw_delays(path: Path, judged: Sequence[Verdict], title: str) -> None:
+    """A row an arm, a point a seed, to the right of it where it never generalized."""
+    with plt.rc_context(_STYLE):
+        figure, (left, right) = plt.subplots(
+            1, 2, sharey=True, figsize=(9.6, 0.24 * len(judged) + 1.4), layout="constrained", dpi=150
+        )
+        for place, each in enumerate(judged):
+            is_baseline = each.arm == BASELINE
+            colour = _BASELINE if is_baseline else _ANSWERS if each.answers else _DOES_NOT
+            delays, accuracies, _ = _values(each)
+            for delay, accuracy, seed in zip(delays, accuracies, each.seeds, strict=True):
+                left.plot(delay, place, ">" if seed.is_censored else "o", color=colour, markersize=3.5, alpha=0.7)
+                right.plot(100 * accuracy, place, "o", color=colour, markersize=3.5, alpha=0.7)
+            mean, reach = interval([100 * value for value in accuracies])
+            right.errorbar(mean, place, xerr=reach, fmt="|", color=colour, markersize=8, capsize=2.5, linewidth=1.1)
+        left.set_yticks(range(len(judged)), [each.arm.name for each in judged], fontsize=7.5)
+        left.invert_yaxis()
+        left.set_xlabel("delay of generalization, steps (>: not by then)")
+        right.set_xlabel("held-out accuracy at the end, % (mean, 95 %)")
+        for axes in (left, right):
+            axes.grid(alpha=0.25, linewidth=0.5)
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.suptitle(f"{title}; grey: baseline; orange: training set not fitted, which answers nothing", fontsize=9)
+        figure.savefig(path)
+    plt.close(figure)

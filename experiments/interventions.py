@@ -1,0 +1,369 @@
+"""Is it flatness or collapse? Training that drives either up, holds it at a level, or lets it go again.
+
+    python experiments/interventions.py                        # x + y mod 23
+    python experiments/interventions.py --task digits
+    python experiments/interventions.py --full                 # all controls, more strengths and levels, 10 seeds
+    python experiments/interventions.py --task cifar10 --data-dir ~/data --num-train 5000 --batch-size 500
+
+In all arms features have at most the norm R, and the head ‖W‖_F ≤ B (it is projected after every step): wider than the
+baseline ever reaches, so that it is not changed, and yet there is a ceiling to what an arm can drive up, and a run that
+sits at it is called so. All arms are of the same seeds (a split or a choice of images, and initial weights):
+
+* pushed: λκ, λκ̂ or λNCC in the loss, λ < 0 driving it up. NCC has no maximum, as two class means may coincide: there
+  something is added to squared distances.
+* controls: a confidence penalty, label smoothing (as a term: cross-entropy with uniform labels, less that with the
+  right ones) and weight decay, the gradient of each scaled at every step to the norm that the pushed arm's term has at
+  the same parameters.
+* held: μ(log q − log q*)², q being κ, κ̂ or NCC of the training batch, from a step at which the training set is fitted.
+* unplugged: pushed until a step, and then nothing else changes: neither the rate, nor the decay, nor the optimizer's
+  state. The arm unplugged from the start is the baseline.
+
+κ is the same in all of them and at all times: at temperature 1, of the features that the network uses. An arm that does
+not fit its training set to 99 % is marked as not answering, and a network that diverged as one that did.
+
+Writes to `runs/interventions/<name>/`: `config.json`, `metrics.jsonl` (a line a seed and measurement), `checkpoints/`,
+`summary.json`, `table.txt`, and `training.png`, `dose.png` and `delay.png`. Killed at any moment, the same command with
+--resume goes on, and ends with the same metrics to the last bit.
+"""
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+from typing import Literal
+
+import jax
+import optax
+import tyro
+from harness.arm_figures import draw_delays, draw_dose, draw_training
+from harness.arms import BASELINE, Arm, controls, held, pushed
+from harness.bounds import Bounds
+from harness.checkpoints import checkpointer, load_latest
+from harness.effects import diverged_at, generalized_at
+from harness.lanes import Lanes, Rule, Setting, State
+from harness.learners import Learner, image_classification, modular_addition
+from harness.progress import Progress
+from harness.pushes import QUANTITIES, Quantity
+from harness.runs import Record, RunFolder
+from harness.verdicts import table, to_summary, verdicts
+
+Group = Literal["pushed", "controls", "held", "unplugged"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Drive flatness or collapse, hold them, or let them go, and see when the network generalizes."""
+
+    task: Literal["modular", "digits", "mnist", "fashion-mnist", "cifar10"] = "modular"
+    """Modular addition by a transformer, or images by a perceptron."""
+    data_dir: Path | None = None
+    """The folder of the images' files, but for the digits."""
+    groups: tuple[Group, ...] = ("pushed", "controls", "held", "unplugged")
+    """Which arms, beside the baseline."""
+    quantities: tuple[Quantity, ...] = QUANTITIES
+    """Of which quantities."""
+    full: bool = False
+    """More strengths, the controls of every one, six levels of each quantity, 10 seeds."""
+    modulus: int = 23
+    """Of the modular task."""
+    train_share: float = 0.8
+    """Of its equations."""
+    num_train: int = 200
+    """Images to train on."""
+    num_held_out: int = 2000
+    """Images held out, at most; of the digits there are 359."""
+    width: int = 0
+    """Of the network; 0 is 32 of the transformer, 64 of the perceptron."""
+    depth: int = 0
+    """Blocks, 0 is 1; or hidden layers, 0 is 2."""
+    learning_rate: float = 0.0
+    """Of AdamW; 0 is 5e-3 and 1e-3."""
+    weight_decay: float | None = None
+    """Of AdamW, decoupled; by default 1 and 0.1."""
+    batch_size: int = 0
+    """Samples a step; 0 is all, so that every class has its mean."""
+    feature_norm: float = 0.0
+    """R, what the norm of a sample's features is held to; 0 is by the task."""
+    head_norm: float = 0.0
+    """B, what ‖W‖_F is held to; 0 is by the task."""
+    sphere: bool = False
+    """All features have the norm R, as in the published interventions, where R = 1 and B = 50."""
+    softness: float = 1e-3
+    """In the NCC of pushed arms so many times R² is added to the squared distance of two class means."""
+    kappa_strengths: tuple[float, ...] = ()
+    """λ of κ, negative where κ is driven up; by the task."""
+    simplified_strengths: tuple[float, ...] = ()
+    """λ of κ̂; by the task."""
+    ncc_strengths: tuple[float, ...] = ()
+    """λ of NCC; by the task."""
+    kappa_levels: tuple[float, ...] = ()
+    """κ*; by the task."""
+    simplified_levels: tuple[float, ...] = ()
+    """κ̂*; by the task."""
+    ncc_levels: tuple[float, ...] = ()
+    """NCC*; by the task."""
+    hold_strength: float = 0.1
+    """μ."""
+    hold_since: int = 0
+    """The step from which quantities are held; 0 is by the task."""
+    unplug_at: int = 0
+    """The step from which nothing is pushed any more; 0 is by the task."""
+    max_steps: int = 0
+    """An arm stops here at the latest; 0 is by the task."""
+    train_on: float = 0.25
+    """Once all seeds have generalized, go on for this many times the steps that the last took."""
+    measure_every: int = 25
+    """Steps from one measurement to the next."""
+    checkpoint_every: int = 500
+    """Steps from one checkpoint to the next, a multiple of `measure_every`."""
+    seed: int = 0
+    """The first."""
+    seeds: int = 0
+    """How many; 0 is 6 of the modular task, 10 of images and of --full."""
+    name: str | None = None
+    """Of the run's folder; by default the task."""
+    folder: Path = Path("runs/interventions")
+    """Where the runs' folders are."""
+    resume: bool = False
+    """Continue the run of this name where it was left."""
+
+    def __post_init__(self):
+        for name in ("checkpoint_every", "hold_since", "unplug_at", "max_steps"):
+            if getattr(self, name) % self.measure_every:
+                raise SystemExit(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}, wanted a multiple of --measure-every, "
+                    f"{self.measure_every}: between two measurements nothing changes"
+                )
+        if self.batch_size and self.task == "modular":
+            raise SystemExit("--batch-size is for images: the modular task trains on all its equations")
+
+    @property
+    def all_seeds(self) -> list[int]:
+        return list(range(self.seed, self.seed + self.seeds))
+
+
+_MODULAR: Record = {
+    "seeds": 6, "width": 32, "depth": 1, "learning_rate": 5e-3, "weight_decay": 1.0, "feature_norm": 100.0,
+    "head_norm": 10.0, "max_steps": 2500, "unplug_at": 1000, "hold_since": 200,
+    "kappa_strengths": (-3e-5, -1e-5, 1e-2), "simplified_strengths": (-3e-6, -1e-6, 1e-3),
+    "ncc_strengths": (-1e-6, -3e-7, 1e-4),
+    "kappa_levels": (0.01, 0.1, 1.0, 10.0), "simplified_levels": (0.3, 3.0, 30.0, 300.0),
+    "ncc_levels": (10.0, 30.0, 100.0, 300.0),
+}  # fmt: skip
+_IMAGES: Record = {
+    "width": 64, "depth": 2, "learning_rate": 1e-3, "weight_decay": 0.1, "feature_norm": 100.0, "head_norm": 10.0,
+    "max_steps": 1500, "unplug_at": 750, "hold_since": 200, "seeds": 10,
+    "kappa_strengths": (-1e-3, -1e-4, 1e-2), "simplified_strengths": (-1e-4, -1e-5, 1e-3),
+    "ncc_strengths": (-1e-3, -1e-4, 1e-3),
+    "kappa_levels": (0.01, 0.1, 1.0, 10.0), "simplified_levels": (0.1, 1.0, 10.0, 100.0),
+    "ncc_levels": (3.0, 10.0, 30.0, 100.0),
+}  # fmt: skip
+_FULL: Record = {
+    "kappa_levels": (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0), "simplified_levels": (0.03, 0.3, 3.0, 30.0, 300.0, 3000.0),
+    "ncc_levels": (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0),
+    "kappa_strengths": (-1e-4, -3e-5, -1e-5, -3e-6, 1e-3, 1e-2, 1e-1), "seeds": 10,
+    "simplified_strengths": (-1e-5, -3e-6, -1e-6, -3e-7, 1e-4, 1e-3, 1e-2),
+    "ncc_strengths": (-3e-6, -1e-6, -3e-7, -1e-7, 1e-5, 1e-4, 1e-3),
+}  # fmt: skip
+
+
+def with_defaults(config: Config) -> Config:
+    """What depends on the task, and on how much is to be run."""
+    defaults = (_MODULAR if config.task == "modular" else _IMAGES) | (_FULL if config.full else {})
+    # A decay of 0 is a decay that may be wanted.
+    left = [
+        name
+        for name in defaults
+        if (config.weight_decay is None if name == "weight_decay" else not getattr(config, name))
+    ]
+    return dataclasses.replace(config, **{name: defaults[name] for name in left})
+
+
+def main(config: Config) -> None:
+    """Trains every arm, draws the figures, and says what came of it."""
+    config = with_defaults(config)
+    recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_THE_RUN}
+    run = RunFolder(config.folder / (config.name or config.task), _as_json(recorded), resume=config.resume)
+    started = time.monotonic()
+    experiment = Experiment(config, run)
+    experiment.train()
+    report(config, run, experiment.arms, experiment.learner.num_classes)
+    print(f"{time.monotonic() - started:.0f} s. The table and the figures are in {run.path}")
+
+
+_NOT_OF_THE_RUN = {"resume", "name", "folder", "data_dir", "groups", "quantities"}
+"""Options that may differ when a run is resumed: other groups and quantities add to the records."""
+
+
+def _as_json(record: Record) -> Record:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in record.items()}
+
+
+def arms_of(config: Config) -> list[Arm]:
+    """The baseline first, as others are compared with it."""
+    strengths: dict[Quantity, tuple[float, ...]] = {
+        "kappa": config.kappa_strengths,
+        "simplified_kappa": config.simplified_strengths,
+        "ncc": config.ncc_strengths,
+    }
+    levels: dict[Quantity, tuple[float, ...]] = {
+        "kappa": config.kappa_levels,
+        "simplified_kappa": config.simplified_levels,
+        "ncc": config.ncc_levels,
+    }
+    arms = [BASELINE]
+    for quantity in config.quantities:
+        if "held" in config.groups:
+            arms += held(quantity, levels[quantity], config.hold_strength, config.hold_since)
+    by_quantity = {q: [pushed(q, each) for each in strengths[q]] for q in config.quantities}
+    for arms_of_quantity in by_quantity.values():
+        arms += arms_of_quantity if "pushed" in config.groups else []
+    for quantity, arms_of_quantity in by_quantity.items():
+        hardest = min(arms_of_quantity, key=lambda arm: arm.strength)
+        if "controls" in config.groups and (config.full or quantity != "simplified_kappa"):
+            arms += [control for arm in (arms_of_quantity if config.full else [hardest]) for control in controls(arm)]
+    if "unplugged" in config.groups:
+        arms += [pushed(q, min(strengths[q]), until=config.unplug_at) for q in config.quantities]
+    return arms
+
+
+class Experiment:
+    """All arms of a run, with a program for each rule, compiled when it is first needed."""
+
+    def __init__(self, config: Config, run: RunFolder):
+        self.config, self.run, self.arms = config, run, arms_of(config)
+        self.learner = learner_of(config)
+        self._programs: dict[Rule, Lanes] = {}
+
+    def program(self, rule: Rule) -> Lanes:
+        if rule not in self._programs:
+            self._programs[rule] = Lanes(self.learner, setting_of(self.config), rule, self.config.all_seeds)
+        return self._programs[rule]
+
+    def train(self) -> None:
+        left = sum(self._left(arm) for arm in self.arms)
+        with Progress(self.config.task, {"measurement": left}) as progress:
+            for arm in self.arms:
+                self._train(arm, progress)
+
+    def _left(self, arm: Arm) -> int:
+        """Measurements to come, at most."""
+        records = self._records(arm)
+        if is_done(self.config, arm, records):
+            return 0
+        return (
+            self.config.max_steps - max((record["step"] for record in records), default=0)
+        ) // self.config.measure_every
+
+    def _records(self, arm: Arm) -> list[Record]:
+        return [record for record in self.run.records if record["arm"] == arm.name]
+
+    def _train(self, arm: Arm, progress: Progress) -> None:
+        """From where it was left to its end."""
+        config, run = self.config, self.run
+        records, counted = self._records(arm), self._left(arm)
+        if is_done(config, arm, records):
+            return
+        state = self.program(BASELINE.rule).start()
+        with checkpointer(run.path / "checkpoints" / arm.folder) as checkpoints:
+            step, state = load_latest(checkpoints, state)
+            run.keep(lambda record: record["arm"] != arm.name or record["step"] <= step)
+            records = self._records(arm)
+            done = is_done(config, arm, records)
+            while not done:
+                if step >= 0:
+                    program = self.program(arm.rule_at(step))
+                    state = program.advance(state, step, arm.strength, arm.level)
+                step = 0 if step < 0 else step + config.measure_every
+                records += self._measure(arm, state, step)
+                done = is_done(config, arm, records)
+                if step:
+                    counted -= 1
+                    progress.done("measurement", note=one_line(arm, records[-config.seeds :]))
+                if step % config.checkpoint_every == 0 or done:
+                    checkpoints.save(step, state)
+        progress.spared("measurement", counted)
+
+    def _measure(self, arm: Arm, state: State, step: int) -> list[Record]:
+        measured = self.program(BASELINE.rule).measure(state)
+        for seed, values in zip(self.config.all_seeds, measured, strict=True):
+            self.run.append({"arm": arm.name, "seed": seed, "step": step} | values)
+        return self.run.records[-self.config.seeds :]
+
+
+def learner_of(config: Config) -> Learner:
+    if config.task == "modular":
+        return modular_addition(config.modulus, config.train_share, config.width, config.depth)
+    return image_classification(
+        config.task, config.data_dir, config.num_train, config.num_held_out, config.width, config.depth
+    )
+
+
+def setting_of(config: Config) -> Setting:
+    schedule = optax.linear_schedule(0, config.learning_rate, _WARMUP)
+    optimizer = optax.adamw(schedule, b2=0.98, weight_decay=config.weight_decay)
+    return Setting(optimizer, config.measure_every, config.batch_size, bounds_of(config))
+
+
+def bounds_of(config: Config) -> Bounds:
+    return Bounds(config.feature_norm, config.head_norm, config.softness, config.sphere)
+
+
+_WARMUP = 10
+
+
+def is_done(config: Config, arm: Arm, records: list[Record]) -> bool:
+    """At the last step; or once every seed has generalized, `train_on` times as far again, or diverged.
+
+    An arm goes on for as long again after it was unplugged, at least.
+    """
+    step = records[-1]["step"] if records else -1
+    if sum(record["step"] == step for record in records[-config.seeds :]) < config.seeds:
+        return False  # killed between two seeds
+    if step >= config.max_steps:
+        return True
+    ends = [0 if arm.until is None else int((1 + config.train_on) * arm.until)]
+    for seed in config.all_seeds:
+        of_seed = [record for record in records if record["seed"] == seed]
+        if diverged_at(of_seed) is None:
+            generalized = generalized_at(of_seed)
+            if generalized is None:
+                return False
+            ends.append(int((1 + config.train_on) * generalized))
+    return step >= max(ends)
+
+
+def one_line(arm: Arm, records: list[Record]) -> str:
+    held_out = [record["held_out_accuracy"] for record in records]
+    worst = "diverged" if None in held_out else f"{min(held_out):.0%} held out at worst"
+    return f"{arm.name}, {worst}"
+
+
+def report(config: Config, run: RunFolder, arms: list[Arm], num_classes: int) -> None:
+    """The table, the figures and the summary."""
+    of_arms = {
+        arm.name: [[record for record in run.records if (record["arm"], record["seed"]) == (arm.name, seed)]
+                   for seed in config.all_seeds]
+        for arm in arms
+    }  # fmt: skip
+    judged = verdicts(
+        arms,
+        of_arms,
+        num_classes=num_classes,
+        bounds=bounds_of(config),
+        resolution=config.measure_every,
+    )
+    text = table(judged)
+    print(text)
+    (run.path / "table.txt").write_text(text + "\n")
+    run.summarise(to_summary(judged))
+    title = f"{config.task}, {config.seeds} seeds"
+    draw_training(run.path / "training.png", arms, of_arms, title)
+    draw_dose(run.path / "dose.png", judged, title)
+    draw_delays(run.path / "delay.png", judged, title)
+
+
+if __name__ == "__main__":
+    # A device a core: small networks on two cores are trained in half the time two at a time.
+    jax.config.update("jax_num_cpu_devices", min(os.cpu_count() or 1, 8))
+    main(tyro.cli(Config))

@@ -1,0 +1,325 @@
+"""What each arm minimises, in float64; and the experiment, small enough for a test, as it is run and is killed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import interventions
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from harness.arms import BASELINE
+from harness.bounds import Bounds
+from harness.lanes import Lanes, Rule, Setting, gradient
+from harness.learners import Learner, Samples, image_classification
+from harness.pushes import CONTROLS, QUANTITIES, distance_from_level, measured
+from helpers import Problem, collapsed_problem, dense_flatness, softmax_cross_entropy
+
+NUM_CLASSES, LEVEL, STRENGTH = 3, 0.7, 0.3
+BOUNDS = Bounds(feature_norm=1.45, head_norm=9.0, softness=0.02)
+SETTING = Setting(optax.sgd(0.1), steps_at_a_time=4, batch_size=0, bounds=BOUNDS)
+
+
+def features(params, x):
+    return jnp.tanh(x @ params["body"])
+
+
+def start(seed):
+    rng = np.random.default_rng(seed)
+    head = {"kernel": rng.normal(size=(4, NUM_CLASSES)), "bias": rng.normal(size=NUM_CLASSES)}
+    return jax.tree.map(jnp.asarray, {"body": rng.normal(size=(5, 4)), "head": head})
+
+
+def samples(seed):
+    rng = np.random.default_rng((seed, 1))
+    x, y = rng.normal(size=(17, 5)), np.arange(17) % NUM_CLASSES
+    return Samples(x[:11], y[:11], x[11:], y[11:])
+
+
+LEARNER = Learner(NUM_CLASSES, features, start, samples)
+X, Y = jnp.asarray(samples(0).train_x), jnp.asarray(samples(0).train_y)
+
+
+def of(rule):
+    return gradient(LEARNER, SETTING, rule, start(0), X, Y, STRENGTH, LEVEL)
+
+
+def slope(function, direction, step=1e-5):
+    """Of a function of the parameters along a direction, by differences."""
+
+    def at(place):
+        return function(jax.tree.map(lambda leaf, change: np.array(leaf + place * change), start(0), direction))
+
+    return (at(step) - at(-step)) / (2 * step)
+
+
+def used(params):
+    """Features by NumPy, projected on their ball: some are outside."""
+    feats = np.tanh(np.array(X) @ params["body"])
+    norms = np.linalg.norm(feats, axis=1, keepdims=True)
+    assert 0 < np.mean(norms > BOUNDS.feature_norm) < 1
+    return feats * np.minimum(1, BOUNDS.feature_norm / norms)
+
+
+def log_probabilities(params):
+    logits = used(params) @ params["head"]["kernel"] + params["head"]["bias"]
+    return logits - np.log(np.sum(np.exp(logits), axis=1, keepdims=True))
+
+
+def loss(params):
+    return -log_probabilities(params)[np.arange(len(Y)), np.array(Y)].mean()
+
+
+def oracle(quantity, params, added=0.0):
+    feats = used(params)
+    if quantity == "ncc":
+        own = [feats[np.array(Y) == c] for c in range(NUM_CLASSES)]
+        means, spreads = [each.mean(0) for each in own], [np.sum((each - each.mean(0)) ** 2, 1).mean() for each in own]
+        return sum(
+            (spreads[c] + spreads[k]) / (2 * (np.sum((means[c] - means[k]) ** 2) + added))
+            for c in range(NUM_CLASSES)
+            for k in range(NUM_CLASSES)
+            if c != k
+        )
+    head = params["head"]
+    problem = Problem(head["kernel"].T, head["bias"], feats, np.array(Y), np.ones(len(Y)))
+    flatness = dense_flatness(softmax_cross_entropy, problem)
+    return float(flatness.kappa if quantity == "kappa" else flatness.simplified)
+
+
+def pushed_term(quantity, params):
+    return STRENGTH * oracle(quantity, params, added=BOUNDS.softness * BOUNDS.feature_norm**2)
+
+
+def held_term(quantity, params):
+    return STRENGTH * (np.log(oracle(quantity, params)) - np.log(LEVEL)) ** 2
+
+
+DIRECTIONS = [start(seed) for seed in (7, 8)]
+
+
+@pytest.mark.parametrize("is_held", [False, True], ids=["pushed", "held"])
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_the_gradient_of_an_arm_is_that_of_the_loss_and_of_its_term_by_differences(quantity, is_held):
+    term = held_term if is_held else pushed_term
+    for direction in DIRECTIONS:
+        wanted = slope(lambda params: loss(params) + term(quantity, params), direction)
+        np.testing.assert_allclose(optax.tree.vdot(of(Rule(quantity, is_held)), direction), wanted, rtol=2e-6)
+
+
+def test_nothing_is_added_to_the_baseline():
+    np.testing.assert_allclose(optax.tree.vdot(of(Rule()), DIRECTIONS[0]), slope(loss, DIRECTIONS[0]), rtol=1e-7)
+
+
+def control_oracle(control, params):
+    log_p = log_probabilities(params)
+    return {
+        "confidence_penalty": np.sum(np.exp(log_p) * log_p, axis=1).mean(),
+        "label_smoothing": -log_p.mean() - loss(params),
+        "weight_decay": 0.5 * sum(np.sum(leaf**2) for leaf in jax.tree.leaves(params)),
+    }[control]
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_control_has_its_own_direction_and_the_size_of_the_term_it_stands_for(quantity, control):
+    added = optax.tree.sub(of(Rule(quantity, control=control)), of(Rule()))
+    term = optax.tree.sub(of(Rule(quantity)), of(Rule()))
+    np.testing.assert_allclose(optax.tree.norm(added), optax.tree.norm(term), rtol=1e-12)
+    ratios = [
+        optax.tree.vdot(added, direction) / slope(lambda params: control_oracle(control, params), direction)
+        for direction in DIRECTIONS
+    ]
+    assert ratios[0] > 0
+    np.testing.assert_allclose(ratios[0], ratios[1], rtol=1e-6)
+
+
+# Where everything has collapsed.
+
+
+@pytest.mark.parametrize("scale", [12.0, 60.0])
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_the_gradient_of_the_logarithm_keeps_its_digits_in_the_collapsed_regime(quantity, scale):
+    problem = collapsed_problem(5, 6, 15, scale)
+
+    def gradients(dtype):
+        of_type = problem.astype(dtype)
+        head = {"kernel": jnp.asarray(of_type.weight.T), "bias": jnp.asarray(of_type.bias)}
+
+        def distance(arrays):
+            value = measured(quantity, arrays[0], arrays[1], jnp.asarray(problem.labels), 5)
+            return distance_from_level(value, jnp.asarray(1.0, value.dtype)), value
+
+        return jax.grad(distance, has_aux=True)((head, jnp.asarray(of_type.feats)))
+
+    (single, _), (double, value) = gradients(np.float32), gradients(np.float64)
+    assert value < {"kappa": 1e-2, "simplified_kappa": 1e-1, "ncc": 1e-2}[quantity]
+    if scale > 50 and quantity != "ncc":
+        assert value < 1e-20
+    difference = optax.tree.norm(optax.tree.sub(jax.tree.map(lambda leaf: leaf.astype(float), single), double))
+    assert optax.tree.norm(double) > 1
+    assert difference < 1e-4 * optax.tree.norm(double)
+
+
+def test_where_two_class_means_coincide_the_distance_from_a_level_of_collapse_is_not_finite():
+    feats = jnp.array([[0.0], [2.0], [1.0], [1.0], [4.0], [5.0]])
+    for scale in (1.0, 0.0):
+        value = measured("ncc", {"kernel": jnp.ones((1, 3))}, scale * feats, jnp.arange(6) // 2, 3)
+        assert not jnp.isfinite(distance_from_level(value, jnp.asarray(1.0)))
+
+
+# Networks of several seeds.
+
+
+def test_each_seed_of_several_is_trained_as_it_would_be_alone():
+    rule = Rule("kappa")
+    several, alone = Lanes(LEARNER, SETTING, rule, [3, 4, 5]), Lanes(LEARNER, SETTING, rule, [5])
+    ends = [lanes.measure(lanes.advance(lanes.start(), 0, 0.1, 1.0)) for lanes in (several, alone)]
+    for name, value in ends[1][0].items():
+        np.testing.assert_allclose(ends[0][2][name], value, rtol=1e-12, err_msg=name)
+    assert ends[0][0]["train_loss"] != ends[0][1]["train_loss"]
+
+
+def test_what_is_measured_is_of_the_features_that_the_network_uses():
+    lanes = Lanes(LEARNER, SETTING, Rule(), [0])
+    (values,) = lanes.measure(lanes.start())
+    params = jax.tree.map(np.array, start(0))
+    for name, quantity in {
+        "relative_flatness": "kappa",
+        "simplified_relative_flatness": "simplified_kappa",
+        "ncc": "ncc",
+    }.items():
+        np.testing.assert_allclose(values[f"train_{name}"], oracle(quantity, params), rtol=1e-8)
+    np.testing.assert_allclose(values["train_loss"], loss(params), rtol=1e-10)
+    np.testing.assert_allclose(values["train_largest_feature"], BOUNDS.feature_norm, rtol=1e-12)
+
+
+def test_an_arm_that_is_unplugged_from_the_start_is_the_baseline_to_the_last_bit():
+    arm = interventions.pushed("kappa", -0.1, until=0)
+    assert arm.rule_at(0) == BASELINE.rule
+
+
+def test_images_held_out_are_none_of_those_trained_on():
+    drawn = image_classification("digits", None, 50, 20, 8, 1).samples(3)
+    assert drawn.train_x.shape == (50, 64)
+    assert drawn.held_out_x.shape == (20, 64)
+    assert not (drawn.train_x[:, None] == drawn.held_out_x[None]).all(axis=2).any()
+    np.testing.assert_allclose([drawn.train_x.mean(), drawn.train_x.std()], [0, 1], atol=1e-5)
+
+
+# The experiment.
+
+SCRIPT = Path(__file__).parents[2] / "experiments" / "interventions.py"
+SMALL = "--modulus 5 --width 4 --max-steps 60 --measure-every 10 --checkpoint-every 20 --hold-since 20 --unplug-at 20 "
+SMALL += (
+    "--seeds 2 --quantities kappa --groups pushed held unplugged --kappa-levels 0.1 1 --kappa-strengths -0.00001 0.01"
+)
+ARMS = ["baseline", "κ held at 0.1", "κ held at 1", "against κ, λ = 1e-05", "towards κ, λ = 0.01"]
+ARMS += ["against κ, λ = 1e-05, unplugged at 20"]
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    """What one process compiles the next ones find, and little time is spent on compiling well."""
+    compiling = {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | compiling
+
+    def launch(folder, *options):
+        return subprocess.Popen(
+            [sys.executable, str(SCRIPT), *SMALL.split(), "--folder", str(folder), "--name", "run", *options],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return launch
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def metrics(folder):
+    file = folder / "run" / "metrics.jsonl"
+    return file.read_bytes() if file.exists() else b""
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(launch, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return folder, finish(launch(folder))
+
+
+def test_a_run_leaves_a_record_of_every_arm_and_seed_a_table_figures_and_a_summary(uninterrupted):
+    folder, output = uninterrupted
+    records = [json.loads(line) for line in metrics(folder).splitlines()]
+    assert list(dict.fromkeys(record["arm"] for record in records)) == ARMS
+    for arm in ARMS:
+        steps = [(r["seed"], r["step"]) for r in records if r["arm"] == arm]
+        assert sorted(steps) == [(seed, step) for seed in (0, 1) for step in range(0, 70, 10)]
+    run = folder / "run"
+    assert (run / "table.txt").read_text() in output
+    assert list(json.loads((run / "summary.json").read_text())) == ARMS
+    for name in ("training", "dose", "delay"):
+        assert (run / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_all_arms_start_alike_and_a_held_one_leaves_the_baseline_when_it_is_held(uninterrupted):
+    records = [json.loads(line) for line in metrics(uninterrupted[0]).splitlines()]
+    of = {
+        arm: {
+            r["step"]: {k: v for k, v in r.items() if k != "arm"} for r in records if (r["arm"], r["seed"]) == (arm, 1)
+        }
+        for arm in ARMS
+    }
+    for arm in ARMS:
+        assert of[arm][0] == of["baseline"][0]
+    assert of["κ held at 1"][20] == of["baseline"][20]
+    assert of["κ held at 1"][30] != of["baseline"][30]
+    pushed, unplugged = of["against κ, λ = 1e-05"], of["against κ, λ = 1e-05, unplugged at 20"]
+    assert pushed[20] == unplugged[20]
+    assert pushed[30] != unplugged[30]
+
+
+def test_a_killed_run_resumes_to_the_same_bits(launch, uninterrupted, tmp_path):
+    # Between two checkpoints of the first arm, and of the third.
+    for lines_by_then in (7, 34):
+        process = launch(tmp_path, "--resume")
+        while metrics(tmp_path).count(b"\n") < lines_by_then:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    finish(launch(tmp_path, "--resume"))
+    assert metrics(tmp_path) == metrics(uninterrupted[0])
+
+    # Between the last lines of two seeds, the checkpoint after them not written.
+    run = tmp_path / "run"
+    (last,) = (run / "checkpoints").glob("*unplugged*/60")
+    shutil.rmtree(last)
+    (run / "metrics.jsonl").write_bytes(b"".join(metrics(tmp_path).splitlines(keepends=True)[:-1]))
+    finish(launch(tmp_path, "--resume"))
+    assert metrics(tmp_path) == metrics(uninterrupted[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [({"unplug_at": 60}, "--unplug-at is 60"), ({"batch_size": 5}, "--batch-size is for images")],
+)
+def test_options_that_do_not_fit_are_an_error(options, wanted):
+    with pytest.raises(SystemExit, match=wanted):
+        interventions.Config(**options)
