@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import NullFormatter
 
 from harness.arms import BASELINE, Arm
 from harness.comparison import interval
@@ -46,9 +47,20 @@ def groups_of(arms: Sequence[Arm]) -> dict[str, list[Arm]]:
     return groups
 
 
-def draw_training(path: Path, arms: Sequence[Arm], of_arms: Mapping[str, Any], title: str) -> None:
+def draw_training(folder: Path, arms: Sequence[Arm], of_arms: Mapping[str, Any], title: str) -> None:
+    """`training-held.png`, `training-pushed.png` and `training-controls.png`, each of the arms that there are."""
+    kinds: dict[str, list[Arm]] = {}
+    for arm in arms:
+        if arm.rule.quantity is not None:
+            kind = "held" if arm.rule.is_held else "pushed" if arm.rule.control is None else "controls"
+            kinds.setdefault(kind, [BASELINE]).append(arm)
+    for kind, of_kind in kinds.items():
+        _draw_curves(folder / f"training-{kind}.png", of_kind, of_arms, title)
+
+
+def _draw_curves(path: Path, arms: Sequence[Arm], of_arms: Mapping[str, Any], title: str) -> None:
     """Medians over seeds, with bands from the lowest to the highest; a column a group, a colour an arm."""
-    groups = groups_of(arms) or {"": list(arms)}
+    groups = groups_of(arms)
     with plt.rc_context(_STYLE):
         figure, all_axes = plt.subplots(
             len(_PANELS), len(groups), squeeze=False, sharex=True, sharey="row",
@@ -73,6 +85,7 @@ def draw_training(path: Path, arms: Sequence[Arm], of_arms: Mapping[str, Any], t
             column[0].set_title(name, fontsize=8)
             column[0].legend(frameon=False, fontsize=6.5, loc="lower center", bbox_to_anchor=(0.5, 1.12))
             column[-1].set(xlabel="step", xscale="log")
+            column[-1].xaxis.set_minor_formatter(NullFormatter())
         for (quantity, label), row in zip(_PANELS.items(), all_axes, strict=True):
             row[0].set_ylabel(label)
             for axes in row:
@@ -176,6 +189,7 @@ def draw_delays(path: Path, judged: Sequence[Verdict], title: str) -> None:
         left.set_yticks(range(len(judged)), [each.arm.name for each in judged], fontsize=7.5)
         left.invert_yaxis()
         left.set_xlabel("delay of generalization, steps (>: not by then)")
+        right.set_xlim(max(0, right.get_xlim()[0]), 101)
         right.set_xlabel("held-out accuracy at the end, % (mean, 95 %)")
         for axes in (left, right):
             axes.grid(alpha=0.25, linewidth=0.5)

@@ -99,7 +99,11 @@ def effect(values: Sequence[float], reference: Sequence[float]) -> Effect:
     differences = np.subtract(values, reference)
     spread = float(np.std(differences, ddof=1)) if len(differences) > 1 else math.nan
     mean = float(np.mean(differences))
-    return Effect(interval(differences.tolist()), mean / spread if spread > 0 else math.nan)
+    return Effect(interval(differences.tolist()), mean / spread if spread > _ROUNDING else math.nan)
+
+
+_ROUNDING = 1e-6
+"""Of accuracies in float32: differences that spread less are the same in all seeds."""
 
 
 class Ratio(NamedTuple):

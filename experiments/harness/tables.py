@@ -1,13 +1,20 @@
 """Tables of text."""
 
+import unicodedata
 from collections.abc import Sequence
 
 
 def aligned(cells: Sequence[Sequence[str]]) -> str:
     """A line a row, the first column to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    widths = [max(map(_width, column)) for column in zip(*cells, strict=True)]
     lines = []
     for name, *others in cells:
-        right = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *right]))
+        left = name + " " * (widths[0] - _width(name))
+        right = [" " * (width - _width(cell)) + cell for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([left, *right]))
     return "\n".join(lines)
+
+
+def _width(text: str) -> int:
+    """The hat of κ̂ takes no place of its own."""
+    return sum(not unicodedata.combining(letter) for letter in text)

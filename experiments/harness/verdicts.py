@@ -1,5 +1,6 @@
 """What came of each arm, beside its baseline and the controls of its size: a table, and a summary."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -135,7 +136,9 @@ def table(judged: Sequence[Verdict]) -> str:
                 f"{100 * min(at_the_end(each.seeds, 'train_accuracy')):.1f}",
                 _plus_minus(interval([100 * value for value in at_the_end(each.seeds, "held_out_accuracy")])),
                 "" if each.held_out is None else _plus_minus(_percent(each.held_out.difference), sign="+"),
-                "" if each.held_out is None else f"{each.held_out.standardised:+.1f}",
+                ""
+                if each.held_out is None or math.isnan(each.held_out.standardised)
+                else f"{each.held_out.standardised:+.1f}",
                 f"{'≥ ' if any(seed.is_censored for seed in each.seeds) else ''}{np.median(delays):.0f}"
                 if delays
                 else "",
@@ -181,7 +184,7 @@ def _plus_minus(values: Interval, sign: str = "") -> str:
 
 
 def _ratio(ratio: Ratio | None) -> str:
-    if ratio is None:
+    if ratio is None or ratio.bound == "?":
         return ""
     return f"{ratio.bound}{' ' if ratio.bound else ''}{ratio.ratio:.2g} [{ratio.low:.2g}, {ratio.high:.2g}]"
 

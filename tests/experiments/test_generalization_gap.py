@@ -10,6 +10,7 @@ from pathlib import Path
 
 import generalization_gap
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -95,7 +96,7 @@ def test_a_killed_run_resumes_to_the_same_bits(launch, uninterrupted, tmp_path):
 
 def test_the_measures_of_a_network_are_those_of_its_dense_hessian():
     digits = scarce.digits()
-    x = digits.pixels[:, ::2, ::2].reshape(len(digits.labels), -1) / 255
+    x = jnp.asarray(digits.pixels[:, ::2, ::2].reshape(len(digits.labels), -1) / 255)
     of_width = network(lambda rngs: MLP((x.shape[1], 4, 4, 10), activation="tanh", rngs=rngs))
     config = generalization_gap.Config(num_train=40, steps=5, num_probes=3000, num_lanczos_steps=60)
     made = generalization_gap.trial(config, of_width, digits.labels, 10, (0.1, 0.0, 0.2, 3))
@@ -103,7 +104,7 @@ def test_the_measures_of_a_network_are_those_of_its_dense_hessian():
     state = {"params": jax.tree.map(lambda leaf: 1.5 * leaf, start["params"]), "rest": start["rest"]}
     made = Trial(start, *made[1:])
     with jax.numpy_dtype_promotion("standard"):
-        found = generalization_gap.Measurement(config, of_width, jax.numpy.asarray(x))(made, state)
+        found = generalization_gap.Measurement(config, of_width, x)(made, state)
 
     train, test = (np.flatnonzero(made.parts == place) for place in (1, 3))
     model = nnx.merge(of_width.in_use, state["params"])
@@ -135,5 +136,5 @@ def test_the_measures_of_a_network_are_those_of_its_dense_hessian():
 
 
 def test_a_diverged_network_has_no_error_that_looks_like_one():
-    logits = jax.numpy.array([[0.0, np.nan], [1.0, 0.0]])
-    assert np.isnan(generalization_gap._error(logits, jax.numpy.array([0, 0])))
+    logits = jnp.array([[0.0, np.nan], [1.0, 0.0]])
+    assert np.isnan(generalization_gap._error(logits, jnp.array([0, 0])))
