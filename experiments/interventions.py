@@ -309,6 +309,7 @@ def learner_of(config: Config) -> Learner:
 
 def setting_of(config: Config) -> Setting:
     schedule = optax.linear_schedule(0, config.learning_rate, _WARMUP)
+    assert config.weight_decay is not None  # by `with_defaults`
     optimizer = optax.adamw(schedule, b2=0.98, weight_decay=config.weight_decay)
     return Setting(optimizer, config.measure_every, config.batch_size, bounds_of(config))
 
