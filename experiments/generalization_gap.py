@@ -75,7 +75,7 @@ GAPS: dict[Gap, str] = {"loss_gap": "gap of the cross-entropy", "error_gap": "ga
 class Config:
     """Train many small networks, and rank what is measured of them against how they generalize."""
 
-    rates: tuple[float, ...] = (0.01, 0.03, 0.1)
+    rates: tuple[float, ...] = (0.005, 0.015, 0.05)
     """Learning rates."""
     batch_sizes: tuple[int, ...] = (16, 100)
     """Images a step."""
@@ -234,9 +234,15 @@ def report(config: Config, run: RunFolder) -> None:
     }
     diverged = sum(not np.isfinite(number(record["train_loss"])) for record in records)
     fitted = sum(number(record["train_error"]) <= 0.01 for record in records)
+    undefined = {MEASURES[name]: int(np.sum(~np.isfinite(values))) for name, values in measures.items()}
     lines = [
         f"{len(records)} networks, {diverged} of them diverged, {fitted} with at most 1 % of training errors; none is "
         "left out.",
+        *(
+            f"{name} is no number for {count} of them, and so has no correlation."
+            for name, count in undefined.items()
+            if count
+        ),
         *(f"\n{name}\n{table(found[gap])}" for gap, name in GAPS.items()),
         f"\nIn brackets 95 % intervals of {config.resamples} bootstrap samples of the networks; 'given' is the partial "
         "coefficient given the training loss.",
