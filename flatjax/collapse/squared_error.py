@@ -160,8 +160,8 @@ def least_squares_head(
         >>> import jax.numpy as jnp
         >>> from flatjax.collapse import least_squares_head
         >>> head = least_squares_head(jnp.array([[1.0], [-1.0]]), jnp.array([[0.25]]), jnp.array([10, 10]))
-        >>> print(head["kernel"].round(4), head["bias"].round(4))
-        [[ 0.4 -0.4]] [0.5 0.5]
+        >>> print(f"{head['kernel'][0, 0]:.3f} {head['kernel'][0, 1]:.3f}, {head['bias'][0]:.3f}")
+        0.400 -0.400, 0.500
 
     References:
         Han, Papyan, Donoho: *Neural Collapse Under MSE Loss: Proximity to and Dynamics on the Central Path*, ICLR 2022.
