@@ -168,7 +168,7 @@ def gradient(
 def measure(learner: Learner, setting: Setting, state: State, lane: Lane) -> dict[str, jax.Array]:
     """Of all that is trained on, and of all that is held out; accuracy is NaN of a network that diverged."""
     params, samples = state["params"], lane.samples
-    results = {"head_norm": jnp.linalg.norm(params["head"]["kernel"])}
+    results: dict[str, jax.Array] = {"head_norm": jnp.linalg.norm(params["head"]["kernel"])}
     for part, x, y in (
         ("train", samples.train_x, samples.train_y),
         ("held_out", samples.held_out_x, samples.held_out_y),
