@@ -1,6 +1,6 @@
 """Does training for flatness help? κ against the regularisers one would else use, on digits with few or wrong labels.
 
-    python experiments/regularise.py                  # about 20 min on 2 cores
+    python experiments/regularise.py                  # about half an hour on 2 cores
     python experiments/regularise.py --models mlp     # the perceptron alone
 
 Two networks, a perceptron and a ResNet-18, learn from 100 images, and from 500 of which 40 % have a wrong label, by SGD

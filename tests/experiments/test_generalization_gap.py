@@ -1,12 +1,6 @@
 """The measures of small networks, held against dense ones; and the experiment, as it is run and as it is killed."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import generalization_gap
 import jax
@@ -21,7 +15,8 @@ from helpers import Problem, dense_flatness, softmax_cross_entropy
 from flatjax import cross_entropy
 from flatjax.models import MLP
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "generalization_gap.py"
+from .processes import finish, kill_when, metrics, starter
+
 SMALL = (
     "--rates 0.05 --batch-sizes 10 20 --widths 4 --decays 0 0.01 --noises 0 0.2 --seeds 1 --num-train 40 --steps 20 "
 )
@@ -29,42 +24,14 @@ SMALL += "--num-probes 2 --num-lanczos-steps 3 --resamples 20"
 
 
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory):
-    """What one process compiles the next ones find, and little time is spent on compiling well."""
-    compiling = {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | compiling
-
-    def launch(folder, *options):
-        return subprocess.Popen(
-            [sys.executable, str(SCRIPT), *SMALL.split(), "--folder", str(folder), "--name", "run", *options],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    return launch
-
-
-def finish(process):
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
-def metrics(folder):
-    file = folder / "run" / "metrics.jsonl"
-    return file.read_bytes() if file.exists() else b""
+def start(tmp_path_factory):
+    return starter("generalization_gap.py", SMALL, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(launch, tmp_path_factory):
+def uninterrupted(start, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
-    return folder, finish(launch(folder))
+    return folder, finish(start(folder))
 
 
 def test_every_combination_is_trained_and_none_left_out(uninterrupted):
@@ -83,14 +50,10 @@ def test_every_combination_is_trained_and_none_left_out(uninterrupted):
     assert (folder / "run" / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_killed_run_resumes_to_the_same_bits(launch, uninterrupted, tmp_path):
-    process = launch(tmp_path, "--resume")
-    while metrics(tmp_path).count(b"\n") < 5:  # in the midst of the second group
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    finish(launch(tmp_path, "--resume"))
+def test_a_killed_run_resumes_to_the_same_bits(start, uninterrupted, tmp_path):
+    # In the midst of the second group.
+    kill_when(start(tmp_path, "--resume"), lambda: metrics(tmp_path).count(b"\n") >= 5)
+    finish(start(tmp_path, "--resume"))
     assert metrics(tmp_path) == metrics(uninterrupted[0])
 
 

@@ -2,13 +2,7 @@
 
 import functools
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import interventions
 import jax
@@ -22,6 +16,8 @@ from harness.lanes import Lanes, Rule, Setting, gradient
 from harness.learners import Learner, Samples, image_classification
 from harness.pushes import CONTROLS, QUANTITIES, distance_from_level, measured
 from helpers import Problem, collapsed_problem, dense_flatness, softmax_cross_entropy
+
+from .processes import finish, kill_when, metrics, starter
 
 NUM_CLASSES, LEVEL, STRENGTH = 3, 0.7, 0.3
 BOUNDS = Bounds(feature_norm=1.45, head_norm=9.0, softness=0.02)
@@ -221,7 +217,6 @@ def test_images_held_out_are_none_of_those_trained_on():
 
 # The experiment.
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "interventions.py"
 SMALL = "--modulus 5 --width 4 --max-steps 60 --measure-every 10 --checkpoint-every 20 --hold-since 20 --unplug-at 20 "
 SMALL += (
     "--seeds 2 --quantities kappa --groups pushed held unplugged --kappa-levels 0.1 1 --kappa-strengths -0.00001 0.01"
@@ -231,42 +226,14 @@ ARMS += ["against κ, λ = 1e-05, unplugged at 20"]
 
 
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory):
-    """What one process compiles the next ones find, and little time is spent on compiling well."""
-    compiling = {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | compiling
-
-    def launch(folder, *options):
-        return subprocess.Popen(
-            [sys.executable, str(SCRIPT), *SMALL.split(), "--folder", str(folder), "--name", "run", *options],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    return launch
-
-
-def finish(process):
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
-def metrics(folder):
-    file = folder / "run" / "metrics.jsonl"
-    return file.read_bytes() if file.exists() else b""
+def start(tmp_path_factory):
+    return starter("interventions.py", SMALL, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(launch, tmp_path_factory):
+def uninterrupted(start, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
-    return folder, finish(launch(folder))
+    return folder, finish(start(folder))
 
 
 def test_a_run_leaves_a_record_of_every_arm_and_seed_a_table_figures_and_a_summary(uninterrupted):
@@ -300,16 +267,11 @@ def test_all_arms_start_alike_and_a_held_one_leaves_the_baseline_when_it_is_held
     assert pushed[30] != unplugged[30]
 
 
-def test_a_killed_run_resumes_to_the_same_bits(launch, uninterrupted, tmp_path):
+def test_a_killed_run_resumes_to_the_same_bits(start, uninterrupted, tmp_path):
     # Between two checkpoints of the first arm, and of the third.
     for lines_by_then in (7, 34):
-        process = launch(tmp_path, "--resume")
-        while metrics(tmp_path).count(b"\n") < lines_by_then:
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    finish(launch(tmp_path, "--resume"))
+        kill_when(start(tmp_path, "--resume"), lambda by=lines_by_then: metrics(tmp_path).count(b"\n") >= by)
+    finish(start(tmp_path, "--resume"))
     assert metrics(tmp_path) == metrics(uninterrupted[0])
 
     # Between the last lines of two seeds, the checkpoint after them not written.
@@ -317,7 +279,7 @@ def test_a_killed_run_resumes_to_the_same_bits(launch, uninterrupted, tmp_path):
     (last,) = (run / "checkpoints").glob("*unplugged*/60")
     shutil.rmtree(last)
     (run / "metrics.jsonl").write_bytes(b"".join(metrics(tmp_path).splitlines(keepends=True)[:-1]))
-    finish(launch(tmp_path, "--resume"))
+    finish(start(tmp_path, "--resume"))
     assert metrics(tmp_path) == metrics(uninterrupted[0])
 
 

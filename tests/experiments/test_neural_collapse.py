@@ -1,12 +1,6 @@
 """The experiment, on a network small enough for a test, as its own process: as it is run, and as it is killed."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +12,8 @@ from harness import images
 from harness.classifiers import evaluating
 from harness.profiles import in_forward_order
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "neural_collapse.py"
+from .processes import finish, kill_when, metrics, starter
+
 SMALL = "--models mlp --mlp-width 24 --mlp-depth 2 --mlp-epochs 40 --measurements 3 --checkpoint-every 3 "
 SMALL += "--num-train 60 --batch-size 20 --measure-batch 48 --learning-rate 0.1"
 EPOCHS = [0, 1, 6, 40]
@@ -28,35 +23,7 @@ CASES = [("mlp", loss) for loss in ("cross_entropy", "squared_error")]
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """What one process compiles the next ones find, and little time is spent on compiling well."""
-    compiling = {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | compiling
-
-    def start(folder: Path, *options: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, str(SCRIPT), *SMALL.split(), "--folder", str(folder), "--name", "run", *options],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    return start
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
-def metrics(folder: Path) -> bytes:
-    file = folder / "run" / "metrics.jsonl"
-    return file.read_bytes() if file.exists() else b""
+    return starter("neural_collapse.py", SMALL, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +61,7 @@ def test_the_network_collapses_as_it_learns(uninterrupted):
 
 
 def test_a_killed_run_resumes_to_the_same_bits(start, uninterrupted, tmp_path):
-    process = start(tmp_path, "--resume")
-    while metrics(tmp_path).count(b"\n") < 6:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill_when(start(tmp_path, "--resume"), lambda: metrics(tmp_path).count(b"\n") >= 6)
     finish(start(tmp_path, "--resume"))
     assert metrics(tmp_path) == metrics(uninterrupted[0])
 
