@@ -114,6 +114,8 @@ class Config:
         for name in ("steps", "batch_size", "tuning_seeds", "seeds"):
             if getattr(self, name) < 1:
                 raise SystemExit(f"--{name.replace('_', '-')} is {getattr(self, name)}, wanted at least 1")
+        if self.tuning_seeds > _FINAL - _TUNING:
+            raise SystemExit(f"--tuning-seeds is {self.tuning_seeds}, wanted at most {_FINAL - _TUNING}")
         for name in ("num_rates", "num_strengths"):
             if getattr(self, name) < 0 or getattr(self, name) == 1:
                 raise SystemExit(f"--{name.replace('_', '-')} is {getattr(self, name)}, wanted at least 2, or 0")
@@ -158,9 +160,12 @@ def settings(config: Config, model: Model, method: Method) -> list[Setting]:
 
 
 def seeds_of(config: Config, phase: str) -> range:
-    """Those of tuning are others than the last ones."""
-    first, number = (1000, config.tuning_seeds) if phase == "tuning" else (2000, config.seeds)
+    """Those of tuning are others than the last ones, and these are others than those the networks were tried out on."""
+    first, number = (_TUNING, config.tuning_seeds) if phase == "tuning" else (_FINAL, config.seeds)
     return range(first, first + number)
+
+
+_TUNING, _FINAL = 1000, 2000
 
 
 def compare(config: Config, model: Model, run: RunFolder) -> None:

@@ -92,7 +92,7 @@ def _outputs(program: _Program, layer: Layer) -> LayerOutputs:
         (loss,), feats = site.run([*traced.consts, *arguments], shift)
         return loss, feats
 
-    is_before_attention = any(map(_is_batched, site.products_after))
+    is_before_attention = any(map(_is_of_tokens, site.products_after))
     return LayerOutputs(site.rows or (1,), not site.products_after, is_before_attention, shifted)
 
 
@@ -270,8 +270,14 @@ def _products(equations: Iterable[JaxprEqn]) -> Iterator[JaxprEqn]:
             yield from _products(program.eqns)
 
 
-def _is_batched(product: JaxprEqn) -> bool:
-    return product.primitive.name == "dot_general" and any(product.params["dimension_numbers"][1])
+def _is_of_tokens(product: JaxprEqn) -> bool:
+    """For each entry of a batch, of many rows of one array with many of another."""
+    if product.primitive.name != "dot_general":
+        return False
+    contracted, batched = product.params["dimension_numbers"]
+    used = [len(axes) + len(of_batch) for axes, of_batch in zip(contracted, batched, strict=True)]
+    are_many = [len(_shape(operand)) > number for operand, number in zip(product.invars, used, strict=True)]
+    return any(batched) and all(are_many)
 
 
 def _programs(values: Any) -> Iterator[Jaxpr]:

@@ -42,11 +42,11 @@ def flatness_profile(
     * "joint": one product for all layers at once, v = (W_l A_l)_l and ⟨v_l, (H v)_l⟩, noisier by how the layers
       interact. All get the probes that the noisiest needs.
 
-    "auto" draws `num_probes` of the first batch jointly, then of layer after layer until that is seen to take longer,
-    and takes the route that needs less time for the same relative error of all layers; what the other drew is thrown
-    away. Compilation, of one program for each layer probed by itself, is not in that comparison: of a deep network and
-    little data "joint" may be done earlier. With a `relative_error` the draws decide how many follow them, so that the
-    mean over all has a bias: of the order of `relative_error`² κ, more where draws are skewed, beside
+    "auto" draws `num_probes` of the first batch jointly, then of layer after layer until that is expected to take
+    longer, and takes the route that needs less time for the same relative error of all layers; what the other drew is
+    thrown away. Compilation, of one program for each layer probed by itself, is not in that comparison: of a deep
+    network and little data "joint" may be done earlier. With a `relative_error` the first draws decide how many follow
+    them, so that the mean over all has a bias: of the order of `relative_error`² κ, more where draws are skewed, beside
     a standard error of `relative_error` κ. That the loss keeps its digits is up to `loss_fn`, as for
     `layer_relative_flatness`.
 
@@ -58,10 +58,11 @@ def flatness_profile(
         key: of the probes.
         layers: paths, or `Layer`s; by default all kernels and embeddings.
         num_probes: of a layer and batch, at least 4 and even, as they come in two blocks.
-        relative_error: if given, probes are drawn until the standard error of the mean over all batches is this share
-            of κ, for each batch about as many as its part of it takes; at most `max_probes` a batch, so that it may not
-            be reached: the result says what was. `batches` without a length are taken for one.
-        max_probes: of a layer and batch.
+        relative_error: if given, so many probes are drawn that the standard error of the mean over all batches comes to
+            about this share of κ: of the first batch until it has its part, of each other as many as the batches before
+            it and its own first probes call for. What is reached is in the result. Of `batches` without a length, each
+            is probed as if it were the only one.
+        max_probes: of a layer and batch, in whole blocks of half of `num_probes`.
         route: as above. Which one "auto" takes depends on timings: name one for the same numbers on every run.
         count: `(*batch) -> n_b`, how many samples its loss is the mean of; by default the length of its first array.
         report: called after each batch with what is known by then, to show progress.
@@ -122,31 +123,25 @@ def flatness_profile(
     if not isinstance(first, tuple):
         raise TypeError(f"a batch is a {type(first).__name__}, wanted a tuple of what loss_fn takes: batches=[(x, y)]")
     prober = Prober(loss_fn, params, first, found, num_probes // 2, key)
-    num_batches = len(batches) if isinstance(batches, Sized) else 1
-
-    def share(number: int) -> float:
-        """Of κ, that the error of the mean over the first batches may be: errors of batches are independent."""
-        return (relative_error or _USUAL_ERROR) * math.sqrt(max(num_batches / number, 1))
-
-    is_to_reach = relative_error is not None
+    most = max_probes // prober.block * prober.block
+    # The errors of batches are independent: that of one may be larger than that of their mean.
+    error = (relative_error or _USUAL_ERROR) * math.sqrt(len(batches) if isinstance(batches, Sized) else 1)
 
     def needed_first(samples: np.ndarray) -> float:
-        return _Tally(is_exact=False).needed(1.0, samples, share(1))
+        return _Tally(is_exact=False).needed(1.0, samples, error)
 
-    plan, samples = plan_routes(prober, first, found, needed_first, max_probes, route, to_the_end=is_to_reach)
+    plan, samples = plan_routes(prober, first, found, needed_first, most, route, to_the_end=relative_error is not None)
     tallies = {layer: _Tally(layer in plan.exact) for layer in found}
     profile: dict[str, Estimate] = {}
-    for number, batch in enumerate(itertools.chain([first], rest), 1):
+    for batch in itertools.chain([first], rest):
         size = num_samples(batch, count)
-        wanted: dict[Layer, int | float] = dict.fromkeys(plan.probed, num_probes)
-        are_missing = True
-        while are_missing:
+        if size == 0:
+            continue
+        samples = prober.probes(batch, plan.groups, dict.fromkeys(plan.probed, num_probes), samples)
+        if relative_error is not None:
+            # Once a batch: of draws that were looked at one after another until they are enough, the mean is biased.
+            wanted = {layer: min(tallies[layer].needed(size, samples[layer], error), most) for layer in plan.probed}
             samples = prober.probes(batch, plan.groups, wanted, samples)
-            wanted = {
-                layer: min(tallies[layer].needed(size, drawn, share(number)), 2 * len(drawn), max_probes)
-                for layer, drawn in samples.items()
-            }
-            are_missing = is_to_reach and any(wanted[layer] > len(drawn) for layer, drawn in samples.items())
         samples |= {layer: prober.exactly(batch, layer, by) for layer, by in plan.exact.items()}
         for layer, values in samples.items():
             tallies[layer].add(size, values)
@@ -154,6 +149,8 @@ def flatness_profile(
         profile = {layer.path: tallies[layer].estimate() for layer in found}
         if report is not None:
             report(profile)
+    if not profile:
+        raise ValueError("count is 0 for every batch, wanted one of some samples at least")
     return profile
 
 
@@ -172,15 +169,21 @@ class _Tally:
         """A batch."""
         self.batches.append((size, samples))
 
-    def needed(self, size: float, samples: np.ndarray, share: float) -> float:
-        """How many draws of a further batch make the standard error of the mean this share of it."""
+    def needed(self, size: float, samples: np.ndarray, error: float) -> float:
+        """How many draws of a further batch bring it to a relative error, going by these first ones; 0 if it is NaN.
+
+        The mean is that of the batches before, which these draws cannot have moved.
+        """
         batches = [*self.batches, (size, samples)]
-        mean = sum(size * samples.mean() for size, samples in batches)
-        # Of all batches together: of few draws that are all small the variance is small as well.
-        variance = sum(size**2 * samples.var(ddof=1) for size, samples in batches)
-        variance /= sum(size**2 for size, _ in batches)
-        left = (share * mean) ** 2 - sum(size**2 * variance / len(samples) for size, samples in self.batches)
-        return math.inf if left <= 0 < variance else size**2 * variance / left if variance else 0.0
+        # Draws that happen to lie together have a small variance: what was seen before counts too.
+        pooled = sum(size**2 * samples.var(ddof=1) for size, samples in batches) / sum(size**2 for size, _ in batches)
+        variance = max(samples.var(ddof=1), pooled)
+        known = self.batches or batches
+        mean = sum(size * samples.mean() for size, samples in known) / sum(size for size, _ in known)
+        usual_size = sum(size for size, _ in batches) / len(batches)
+        if np.isnan(variance) or np.isnan(mean) or variance == 0:
+            return 0.0
+        return math.inf if mean == 0 else float((size / usual_size) ** 2 * variance / (error * mean) ** 2)
 
     def estimate(self) -> Estimate:
         """The mean over the batches so far, each probed on its own."""

@@ -52,35 +52,34 @@ def plan_routes(
         return [tuple(layers)] if is_joint and layers else [(layer,) for layer in layers]
 
     def in_blocks(samples: np.ndarray) -> int:
-        number = max(least, min(needed(samples), max_probes))  # in this order the least if it is NaN
-        return prober.block * math.ceil(number / prober.block)
+        return prober.block * math.ceil(min(max(least, needed(samples)), max_probes) / prober.block)
 
     is_joint, samples = route == "joint", dict[Layer, np.ndarray]()
     if route == "auto" and len(probed) > 1:
-        is_joint, samples = _cheaper_route(prober, batch, probed, in_blocks)
-    numbers, are_enough = dict.fromkeys(probed, least), False
+        is_joint, samples = _cheaper_route(prober, batch, probed, lambda drawn: max(least, needed(drawn)))
+    numbers, are_enough = dict.fromkeys(probed, least), not to_the_end
     while not are_enough:
         samples = prober.probes(batch, grouped(probed), numbers, samples)
         numbers = {layer: in_blocks(samples[layer]) for layer in probed}
         exact |= prober.exact_routes(numbers)
         probed = [layer for layer in probed if layer not in exact]
-        are_enough = not to_the_end or all(numbers[layer] <= len(samples[layer]) for layer in probed)
-    return Plan(exact, grouped(probed)), {layer: samples[layer] for layer in probed}
+        are_enough = all(numbers[layer] <= len(samples[layer]) for layer in probed)
+    return Plan(exact, grouped(probed)), {layer: samples[layer] for layer in probed if layer in samples}
 
 
 def _cheaper_route(
-    prober: "Prober", batch: tuple[Any, ...], layers: list[Layer], in_blocks: Callable[[np.ndarray], int]
+    prober: "Prober", batch: tuple[Any, ...], layers: list[Layer], needed: Callable[[np.ndarray], float]
 ) -> tuple[bool, dict[Layer, np.ndarray]]:
     """Whether it is the joint one, and what it drew to show that."""
     joint, seconds = prober.timed(batch, tuple(layers))
-    limit = seconds * max(in_blocks(joint[layer]) for layer in layers)
+    limit = seconds * max(needed(joint[layer]) for layer in layers)
     layerwise, cost = dict[Layer, np.ndarray](), 0.0
     # By the golden ratio: however few come first, they are spread over the network and speak for the others.
     for number, place in enumerate(sorted(range(len(layers)), key=lambda place: place * 0.618034 % 1), 1):
         layer = layers[place]
         drawn, seconds = prober.timed(batch, (layer,))
         layerwise |= drawn
-        cost += seconds * in_blocks(drawn[layer])
+        cost += seconds * needed(drawn[layer])
         if cost > limit or (number >= 3 and cost / number * len(layers) > 2 * limit):
             return True, joint
     return False, layerwise
@@ -112,10 +111,11 @@ class Prober:
         return {layer: by for layer, by in routes.items() if by is not None}
 
     def _exact_route(self, layer: Layer, num_probes: int) -> str | None:
-        costs = self.costs[layer]
-        if costs.rows <= num_probes and _rows_are_apart(self.loss_fn, self.params, self.first_batch, layer):
-            return "rows"
-        return "weights" if costs.weights <= num_probes else None
+        if self.costs[layer].rows <= num_probes:
+            if _rows_are_apart(self.loss_fn, self.params, self.first_batch, layer):
+                return "rows"
+            self.costs[layer] = self.costs[layer]._replace(rows=math.inf)
+        return "weights" if self.costs[layer].weights <= num_probes else None
 
     def exactly(self, batch: tuple[Any, ...], layer: Layer, by: str) -> np.ndarray:
         """κ of one batch."""

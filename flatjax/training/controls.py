@@ -72,9 +72,10 @@ def label_smoothing(
     smoothing = jnp.asarray(smoothing, log_p.dtype)
     one_hot = jax.nn.one_hot(labels, log_p.shape[-1], dtype=log_p.dtype)
     targets = optax.smooth_labels(one_hot, smoothing)
-    losses = -jnp.sum(targets * jnp.where((targets == 0) & (log_p == -jnp.inf), 0, log_p), axis=-1)
-    is_valid = jnp.any(one_hot > 0, axis=-1) & (smoothing >= 0) & (smoothing <= 1)
-    return jnp.where(is_valid, losses, jnp.nan)
+    is_valid = jnp.any(one_hot > 0, axis=-1, keepdims=True) & (smoothing >= 0) & (smoothing <= 1)
+    # Into the logarithms, as a loss that is NaN by choice has the derivative 0.
+    log_p = log_p * jnp.where(is_valid, 1, jnp.nan).astype(log_p.dtype)
+    return -jnp.sum(targets * jnp.where((targets == 0) & (log_p == -jnp.inf), 0, log_p), axis=-1)
 
 
 def _log_probabilities(logits: Float[Array, "*n d"]) -> Float[Array, "*n d"]:

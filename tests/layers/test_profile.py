@@ -1,13 +1,17 @@
 """The profile of all layers against the exact κ of each, batch by batch."""
 
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from flatjax import flatness_profile
+from flatjax.layers import profile
 from flatjax.layers.curvature import LayerCurvature, joint_probes
 from flatjax.layers.kernels import Layer, find_layers
+from flatjax.layers.routes import Prober
 
 from .cases import CASES, dense_kappa, normalised, perceptron
 
@@ -30,6 +34,11 @@ def exact_profile(case, sizes):
 def large_perceptron():
     """With more directions a layer than probes are drawn here."""
     return perceptron(num_samples=9, sizes=(12, 20, 16, 3), seed=4)
+
+
+def wide_perceptron():
+    """Whose hidden layers are probed, as no exact route takes fewer products than some fifty probes."""
+    return perceptron(num_samples=9, sizes=(70, 60, 64, 3), seed=4)
 
 
 @pytest.mark.parametrize("route", ["layerwise", "joint", "auto"])
@@ -67,30 +76,90 @@ def test_probes_are_added_until_the_error_asked_for_is_reached(route):
         layers=["layer0/kernel"], max_probes=11, route=route,
     )  # fmt: skip
     assert profile["layer0/kernel"].num_probes <= 2 * 12
-    case = large_perceptron()
+    case = wide_perceptron()
     profile = flatness_profile(
-        case.loss_fn, case.params, [case.batch, case.batch], key=jax.random.key(1), num_probes=8, relative_error=0.25,
-        layers=["layer0/kernel", "layer1/kernel"], max_probes=10_000, route=route,
+        case.loss_fn, case.params, [case.batch, case.batch], key=jax.random.key(1), num_probes=8, relative_error=0.5,
+        layers=["layer0/kernel", "layer1/kernel"], max_probes=50, route=route,
     )  # fmt: skip
     for path, (value, error, num_probes) in profile.items():
-        assert num_probes == 0 or error <= 0.25 * abs(value)
-        assert abs(value - dense_kappa(case, path)) <= 4 * error + 1e-10
+        assert 2 * 8 <= num_probes <= 2 * 48  # whole blocks of 4
+        assert abs(value - dense_kappa(case, path)) <= 4 * error
 
 
-@pytest.mark.parametrize("sized", [True, False])
+class DrawnAtRandom(Prober):
+    """Draws of known mean and spread in place of probes, different in each batch."""
+
+    def __init__(self, loss_fn, params, batch, layers, block, key):
+        self.block, self.num_drawn = block, Counter()
+        self.random = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+
+    def exact_routes(self, num_probes):
+        return {}
+
+    def _block(self, batch, group):
+        self.num_drawn[batch] += self.block
+        mean, spread = batch
+        return {layer: self.random.normal(mean, spread, self.block) for layer in group}
+
+
+def drawn_profiles(monkeypatch, batches, num_repetitions, **options):
+    """Value and standard error of each repetition, and draws of each batch in the last."""
+    probers, params = [], perceptron().params
+    monkeypatch.setattr(profile, "Prober", lambda *of: probers.append(DrawnAtRandom(*of)) or probers[-1])
+    estimates = [
+        flatness_profile(
+            print, params, batches, key=jax.random.key(seed), layers=["layer0/kernel"], count=lambda *of: 1,
+            route="joint", **options,
+        )["layer0/kernel"]
+        for seed in range(num_repetitions)
+    ]  # fmt: skip
+    return np.asarray([(value, error) for value, error, _ in estimates], float), probers[-1].num_drawn
+
+
+@pytest.mark.parametrize(("spread", "error"), [(2.0, 0.1), (5.0, 0.1), (5.0, 0.3)])
+def test_a_profile_to_a_relative_error_has_about_that_error_and_hardly_a_bias(monkeypatch, spread, error):
+    batches = [(1.0, spread)] * 12
+    values, _ = drawn_profiles(monkeypatch, batches, 200, num_probes=16, relative_error=error, max_probes=4096)
+    assert abs(np.mean(values[:, 0]) - 1) < error**2 + 4 * np.std(values[:, 0]) / 200**0.5
+    assert 0.6 * error < np.median(values[:, 1] / values[:, 0]) < 1.2 * error
+    assert 0.88 < np.mean(np.abs(values[:, 0] - 1) < 2 * values[:, 1]) < 0.99
+
+
+def test_a_batch_that_is_wider_than_those_before_it_gets_more_probes(monkeypatch):
+    batches = [(1.0, 1.0)] * 9 + [(1.0, 20.0)]
+    _, num_drawn = drawn_profiles(monkeypatch, batches, 1, num_probes=16, relative_error=0.2, max_probes=100_000)
+    assert num_drawn[1.0, 1.0] == 9 * 16
+    assert num_drawn[1.0, 20.0] > 10 * 16
+
+
+def test_batches_of_no_samples_are_left_out():
+    case = perceptron()
+    options = {"key": jax.random.key(0), "num_probes": 256, "layers": ["layer0/kernel"]}
+    batches = batches_of(case, 4, 5)
+    with_none, without = (
+        flatness_profile(case.loss_fn, case.params, given, count=lambda x, y: len(x) % 2, **options)
+        for given in (batches, batches[1:])
+    )
+    assert with_none == without
+    with pytest.raises(ValueError, match="count is 0 for every batch"):
+        flatness_profile(case.loss_fn, case.params, batches, count=lambda x, y: 0, **options)
+
+
 @pytest.mark.parametrize("route", ["layerwise", "joint"])
-def test_the_error_asked_for_is_that_of_all_batches_even_if_the_first_is_unlike_the_others(route, sized):
-    case = large_perceptron()
-    x, y = case.batch
-    batches = [(x[:3] / 100, y[:3]), (x[3:6], y[3:6]), (x[6:], y[6:])]
+def test_a_layer_whose_curvature_is_nan_does_not_keep_the_others_from_being_measured(route):
+    case = wide_perceptron()
+    params = {"a": {"kernel": jnp.zeros((70, 60))}, **case.params}
+
+    def loss_fn(params, x, y):
+        others = {name: params[name] for name in case.params}
+        return case.loss_fn(others, x, y) + 1e-3 * jnp.sqrt(jnp.sum(params["a"]["kernel"] ** 2))
+
     profile = flatness_profile(
-        case.loss_fn, case.params, batches if sized else iter(batches), key=jax.random.key(6), num_probes=4,
-        relative_error=0.2, layers=["layer0/kernel", "layer1/kernel"], max_probes=10_000, route=route,
+        loss_fn, params, [case.batch, case.batch], key=jax.random.key(0), num_probes=4, relative_error=0.5,
+        max_probes=16, layers=["a/kernel", "layer0/kernel"], route=route,
     )  # fmt: skip
-    for path, (value, error, _) in profile.items():
-        exact = np.mean([dense_kappa(case._replace(batch=batch), path) for batch in batches])
-        assert error <= 0.2 * abs(value)
-        assert abs(value - exact) <= 4 * error + 1e-10
+    assert np.isnan(profile["a/kernel"].value)
+    assert np.isfinite(profile["layer0/kernel"].value)
 
 
 def test_what_is_chosen_is_one_of_the_routes_to_the_last_digit():

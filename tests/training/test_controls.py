@@ -174,3 +174,9 @@ def test_samples_split_among_devices_stay_there(axis_type):
         got = jax.jit(loss)(*jax.device_put(args[:2], sharding), *args[2:])
         assert got.sharding.is_equivalent_to(sharding, 1)
         np.testing.assert_allclose(got, loss(*args), rtol=1e-14)
+
+
+@pytest.mark.parametrize(("label", "smoothing"), [(9, 0.0), (9, 0.1), (1, 1.5)])
+def test_what_is_no_label_and_no_smoothing_is_nan_in_its_gradient_too(label, smoothing):
+    gradient = jax.grad(lambda z: label_smoothing(z, jnp.asarray(label), smoothing))(jnp.asarray([1.0, 2.0, 0.5]))
+    assert np.all(np.isnan(gradient))
