@@ -11,6 +11,7 @@ from flatjax.collapse.moments import ClassMoments, read_batch
 from flatjax.heads import HeadParams, LinearHead
 from flatjax.metric import compiled_metric
 from flatjax.pairwise import FEW, squared_distances, squared_distances_between
+from flatjax.sharding import varying_like
 
 TILE_SIZE = 512
 
@@ -70,7 +71,7 @@ def nc4(
     Example:
         >>> import jax.numpy as jnp
         >>> from flatjax.collapse import ClassMoments, nc4
-        >>> feats, labels = jnp.array([[1.0], [0.8], [-1.0], [0.1]]), jnp.array([0, 0, 1, 1])
+        >>> feats, labels = jnp.array([[1.0], [0.8], [-1.0], [0.1]], jnp.float32), jnp.array([0, 0, 1, 1])
         >>> moments = ClassMoments.init(2, 1).update(feats, labels)
         >>> params = {"kernel": jnp.array([[1.0, -1.0]]), "bias": jnp.array([0.0, 1.0])}
         >>> print(nc4(moments, params, feats, labels).share, nc4(moments, params, feats, labels, bias=False).share)
@@ -125,6 +126,7 @@ def nearest_means_and_outputs(
         return tuple(_better(x, outputs, one) for x, one in zip((closeness, logits), best, strict=True)), None
 
     nothing = jnp.full(len(feats), -jnp.inf, feats.dtype), jnp.zeros(len(feats), jnp.int32)
+    nothing = varying_like(nothing, (head, feats, residuals, rows))
     (nearest, decided), _ = jax.lax.scan(
         step, (nothing, nothing), jnp.arange(-(-num_classes // tile_size), dtype=jnp.int32)
     )

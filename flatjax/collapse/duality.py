@@ -37,7 +37,7 @@ def nc3(
     Example:
         >>> import jax.numpy as jnp
         >>> from flatjax.collapse import ClassMoments, nc3
-        >>> feats = jnp.array([[1.0, 0.1], [1.0, -0.1], [-1.0, 0.1], [-1.0, -0.1]])
+        >>> feats = jnp.array([[1.0, 0.1], [1.0, -0.1], [-1.0, 0.1], [-1.0, -0.1]], jnp.float32)
         >>> moments = ClassMoments.init(2, 2).update(feats, jnp.array([0, 0, 1, 1]))
         >>> params = {"kernel": jnp.array([[1.0, -1.0], [1.0, -1.0]])}
         >>> print(f"{nc3(moments, params):.4f} {nc3(moments, params, squared=False):.4f}")
@@ -78,7 +78,7 @@ def unc3(
     Example:
         >>> import jax.numpy as jnp
         >>> from flatjax.collapse import ClassMoments, unc3
-        >>> feats = jnp.array([[1.0, 0.1], [1.0, -0.1], [-1.0, 0.1], [-1.0, -0.1]])
+        >>> feats = jnp.array([[1.0, 0.1], [1.0, -0.1], [-1.0, 0.1], [-1.0, -0.1]], jnp.float32)
         >>> moments = ClassMoments.init(2, 2).update(feats, jnp.array([0, 0, 1, 1]))
         >>> print(f"{unc3(moments, {'kernel': jnp.array([[1.0, -1.0], [1.0, 0.0]])}):.4f}")
         0.1716

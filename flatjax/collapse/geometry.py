@@ -44,7 +44,7 @@ def equinorm(
     Example:
         >>> import jax.numpy as jnp
         >>> from flatjax.collapse import ClassMoments, equinorm
-        >>> feats = jnp.array([[1.0], [1.0], [0.0], [0.0], [-1.0], [-1.0]])
+        >>> feats = jnp.array([[1.0], [1.0], [0.0], [0.0], [-1.0], [-1.0]], jnp.float32)
         >>> moments = ClassMoments.init(3, 1).update(feats, jnp.array([0, 0, 1, 1, 2, 2]))
         >>> print(f"{equinorm(moments):.4f} {equinorm(moments, {'kernel': jnp.ones((1, 3))}):.4f}")
         0.8660 0.0000
@@ -73,7 +73,7 @@ def equiangularity(
     Example:
         >>> import jax.numpy as jnp
         >>> from flatjax.collapse import ClassMoments, equiangularity
-        >>> feats = jnp.array([[1.0], [1.0], [0.5], [0.5], [-1.5], [-1.5]])
+        >>> feats = jnp.array([[1.0], [1.0], [0.5], [0.5], [-1.5], [-1.5]], jnp.float32)
         >>> print(f"{equiangularity(ClassMoments.init(3, 1).update(feats, jnp.array([0, 0, 1, 1, 2, 2]))):.4f}")
         0.8333
     """
@@ -100,7 +100,7 @@ def cosine_std(
     Example:
         >>> import jax.numpy as jnp
         >>> from flatjax.collapse import ClassMoments, cosine_std
-        >>> feats = jnp.array([[1.0], [1.0], [0.5], [0.5], [-1.5], [-1.5]])
+        >>> feats = jnp.array([[1.0], [1.0], [0.5], [0.5], [-1.5], [-1.5]], jnp.float32)
         >>> print(f"{cosine_std(ClassMoments.init(3, 1).update(feats, jnp.array([0, 0, 1, 1, 2, 2]))):.4f}")
         0.9428
     """
@@ -122,7 +122,7 @@ def etf_error(
     Example:
         >>> import jax.numpy as jnp
         >>> from flatjax.collapse import ClassMoments, etf_error
-        >>> feats = jnp.array([[1.0], [1.0], [0.5], [0.5], [-1.5], [-1.5]])
+        >>> feats = jnp.array([[1.0], [1.0], [0.5], [0.5], [-1.5], [-1.5]], jnp.float32)
         >>> print(f"{etf_error(ClassMoments.init(3, 1).update(feats, jnp.array([0, 0, 1, 1, 2, 2]))):.4f}")
         0.7654
     """
@@ -140,7 +140,7 @@ def etf_floor(moments: ClassMoments, *, min_count: int = 2, axis_name: AxisName 
     Example:
         >>> import jax.numpy as jnp
         >>> from flatjax.collapse import ClassMoments, etf_floor
-        >>> feats = jnp.array([[1.0], [1.0], [0.5], [0.5], [-1.5], [-1.5]])
+        >>> feats = jnp.array([[1.0], [1.0], [0.5], [0.5], [-1.5], [-1.5]], jnp.float32)
         >>> print(f"{etf_floor(ClassMoments.init(3, 1).update(feats, jnp.array([0, 0, 1, 1, 2, 2]))):.4f}")
         0.7654
     """

@@ -39,7 +39,7 @@ class ClassMoments(NamedTuple):
         >>> update = jax.jit(ClassMoments.update, donate_argnums=0)
         >>> moments = ClassMoments.init(num_classes=3, num_features=2)
         >>> for feats, labels in [([[0.0, 1.0], [2.0, 1.0]], [0, 0]), ([[7.0, 1.0], [5.0, 5.0]], [0, 2])]:
-        ...     moments = update(moments, jnp.array(feats), jnp.array(labels))
+        ...     moments = update(moments, jnp.array(feats, jnp.float32), jnp.array(labels))
         >>> print(moments.counts, moments.means[0], moments.variances)
         [3 0 1] [3. 1.] [8.666667 0.       0.      ]
 

@@ -93,7 +93,7 @@ def collapse_report(
     Example:
         >>> import jax.numpy as jnp
         >>> from flatjax import ClassMoments, collapse_report
-        >>> feats = jnp.array([[1.0, 0.1], [1.0, -0.1], [-1.0, 0.1], [-1.0, -0.1]])
+        >>> feats = jnp.array([[1.0, 0.1], [1.0, -0.1], [-1.0, 0.1], [-1.0, -0.1]], jnp.float32)
         >>> moments = ClassMoments.init(2, 2).update(feats, jnp.array([0, 0, 1, 1]))
         >>> report = collapse_report(moments, {"kernel": jnp.array([[1.0, -1.0], [0.0, 0.0]])})
         >>> print(f"{report.cdnv:.4f} {report.nc3:.4f} {report.nc1}")

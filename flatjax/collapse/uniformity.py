@@ -51,7 +51,7 @@ def gnc2(
     Example:
         >>> import jax.numpy as jnp
         >>> from flatjax.collapse import ClassMoments, gnc2
-        >>> feats = jnp.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [-1.0, 0.0], [-1.0, 0.0]])
+        >>> feats = jnp.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [-1.0, 0.0], [-1.0, 0.0]], jnp.float32)
         >>> moments = ClassMoments.init(3, 2).update(feats, jnp.array([0, 0, 1, 1, 2, 2]))
         >>> print("{:.4f} {:.4f}".format(*gnc2(moments)))
         -0.5361 0.1376

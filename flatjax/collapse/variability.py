@@ -45,7 +45,7 @@ def cdnv(
     Example:
         >>> import jax.numpy as jnp
         >>> from flatjax.collapse import ClassMoments, cdnv
-        >>> feats = jnp.array([[1.0, 0.1], [1.0, -0.1], [-1.0, 0.1], [-1.0, -0.1]])
+        >>> feats = jnp.array([[1.0, 0.1], [1.0, -0.1], [-1.0, 0.1], [-1.0, -0.1]], jnp.float32)
         >>> moments = ClassMoments.init(2, 2).update(feats, jnp.array([0, 0, 1, 1]))
         >>> print(f"{cdnv(moments):.4f} {cdnv(moments, ddof=1):.4f}")
         0.0025 0.0050
@@ -79,7 +79,7 @@ def ncc(
     Example:
         >>> import jax.numpy as jnp
         >>> from flatjax.collapse import ClassMoments, ncc
-        >>> feats = jnp.array([[1.0, 0.1], [1.0, -0.1], [-1.0, 0.1], [-1.0, -0.1]])
+        >>> feats = jnp.array([[1.0, 0.1], [1.0, -0.1], [-1.0, 0.1], [-1.0, -0.1]], jnp.float32)
         >>> print(f"{ncc(ClassMoments.init(2, 2).update(feats, jnp.array([0, 0, 1, 1]))):.4f}")
         0.0050
 
@@ -116,7 +116,7 @@ def nc1(
     Example:
         >>> import jax.numpy as jnp
         >>> from flatjax.collapse import ClassMoments, nc1
-        >>> feats = jnp.array([[1.1, 0.0], [0.9, 0.0], [-1.1, 0.0], [-0.9, 0.0]])
+        >>> feats = jnp.array([[1.1, 0.0], [0.9, 0.0], [-1.1, 0.0], [-0.9, 0.0]], jnp.float32)
         >>> moments = ClassMoments.init(2, 2, covariance=True).update(feats, jnp.array([0, 0, 1, 1]))
         >>> print(f"{nc1(moments):.4f} {nc1(moments, divided=False):.4f}")
         0.0050 0.0100
