@@ -42,13 +42,13 @@ def flatness_profile(
     * "joint": one product for all layers at once, v = (W_l A_l)_l and ⟨v_l, (H v)_l⟩, noisier by how the layers
       interact. All get the probes that the noisiest needs.
 
-    "auto" draws `num_probes` of the first batch jointly, then of layer after layer until that is expected to take
-    longer, and takes the route that needs less time for the same relative error of all layers; what the other drew is
-    thrown away. Compilation, of one program for each layer probed by itself, is not in that comparison: of a deep
-    network and little data "joint" may be done earlier. With a `relative_error` the first draws decide how many follow
-    them, so that the mean over all has a bias: of the order of `relative_error`² κ, more where draws are skewed, beside
-    a standard error of `relative_error` κ. That the loss keeps its digits is up to `loss_fn`, as for
-    `layer_relative_flatness`.
+    "auto" draws some probes of the first batch jointly, then of layer after layer until that is expected to take
+    longer, and takes the route that needs less time for the same relative error of all layers, or for `max_probes`;
+    what the other drew is thrown away. Compilation, of one program for each layer probed by itself, is not in that
+    comparison: of a deep network and little data "joint" may be done earlier. With a `relative_error` the first draws
+    decide how many follow them, so that the mean over all has a bias: of the order of `relative_error`² κ, more where
+    draws are skewed, beside a standard error of `relative_error` κ. That the loss keeps its digits is up to `loss_fn`,
+    as for `layer_relative_flatness`.
 
     Args:
         loss_fn: `(params, *batch) -> scalar`, the mean over a batch; twice differentiable, in forward mode too. One

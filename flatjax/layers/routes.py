@@ -56,7 +56,7 @@ def plan_routes(
 
     is_joint, samples = route == "joint", dict[Layer, np.ndarray]()
     if route == "auto" and len(probed) > 1:
-        is_joint, samples = _cheaper_route(prober, batch, probed, lambda drawn: max(least, needed(drawn)))
+        is_joint, samples = _cheaper_route(prober, batch, probed, in_blocks)
     numbers, are_enough = dict.fromkeys(probed, least), not to_the_end
     while not are_enough:
         samples = prober.probes(batch, grouped(probed), numbers, samples)
@@ -68,18 +68,18 @@ def plan_routes(
 
 
 def _cheaper_route(
-    prober: "Prober", batch: tuple[Any, ...], layers: list[Layer], needed: Callable[[np.ndarray], float]
+    prober: "Prober", batch: tuple[Any, ...], layers: list[Layer], in_blocks: Callable[[np.ndarray], int]
 ) -> tuple[bool, dict[Layer, np.ndarray]]:
     """Whether it is the joint one, and what it drew to show that."""
     joint, seconds = prober.timed(batch, tuple(layers))
-    limit = seconds * max(needed(joint[layer]) for layer in layers)
+    limit = seconds * max(in_blocks(joint[layer]) for layer in layers)
     layerwise, cost = dict[Layer, np.ndarray](), 0.0
     # By the golden ratio: however few come first, they are spread over the network and speak for the others.
     for number, place in enumerate(sorted(range(len(layers)), key=lambda place: place * 0.618034 % 1), 1):
         layer = layers[place]
         drawn, seconds = prober.timed(batch, (layer,))
         layerwise |= drawn
-        cost += seconds * needed(drawn[layer])
+        cost += seconds * in_blocks(drawn[layer])
         if cost > limit or (number >= 3 and cost / number * len(layers) > 2 * limit):
             return True, joint
     return False, layerwise
@@ -138,12 +138,18 @@ class Prober:
         return samples
 
     def timed(self, batch: tuple[Any, ...], group: Group) -> tuple[dict[Layer, np.ndarray], float]:
-        """Two blocks of draws, and the seconds a probe of the second takes: the first is compiled, and warms up."""
-        first = self._block(batch, group)
+        """A block of draws, and the seconds that a probe takes: of a second block if the first was compiled for."""
+        num_programs = _num_programs()
+        samples, seconds = self._timed_block(batch, group)
+        if _num_programs() > num_programs:
+            more, seconds = self._timed_block(batch, group)
+            samples = {layer: np.append(samples[layer], more[layer]) for layer in group}
+        return samples, seconds
+
+    def _timed_block(self, batch: tuple[Any, ...], group: Group) -> tuple[dict[Layer, np.ndarray], float]:
         started = time.perf_counter()
-        second = self._block(batch, group)
-        seconds = (time.perf_counter() - started) / self.block
-        return {layer: np.append(first[layer], second[layer]) for layer in group}, seconds
+        samples = self._block(batch, group)
+        return samples, (time.perf_counter() - started) / self.block
 
     def _block(self, batch: tuple[Any, ...], group: Group) -> dict[Layer, np.ndarray]:
         columns = np.asarray(_probes(self.loss_fn, self.params, batch, group, self._keys(group)), float).T
@@ -175,6 +181,12 @@ def _exact_costs(curvature: LayerCurvature, outputs: LayerOutputs | None) -> _Ex
 @functools.partial(jax.jit, static_argnames=("loss_fn", "group"))
 def _probes(loss_fn, params, batch, group, keys) -> Float[Array, "k l"]:
     return joint_probes([LayerCurvature(loss_fn, params, batch, layer) for layer in group], keys)
+
+
+def _num_programs() -> int:
+    """That blocks of probes have been compiled to."""
+    probes: Any = _probes
+    return probes._cache_size()
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "layer"))
