@@ -226,14 +226,14 @@ ARMS += ["against κ, λ = 1e-05, unplugged at 20"]
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def launch(tmp_path_factory):
     return starter("interventions.py", SMALL, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(start, tmp_path_factory):
+def uninterrupted(launch, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
-    return folder, finish(start(folder))
+    return folder, finish(launch(folder))
 
 
 def test_a_run_leaves_a_record_of_every_arm_and_seed_a_table_figures_and_a_summary(uninterrupted):
@@ -267,11 +267,11 @@ def test_all_arms_start_alike_and_a_held_one_leaves_the_baseline_when_it_is_held
     assert pushed[30] != unplugged[30]
 
 
-def test_a_killed_run_resumes_to_the_same_bits(start, uninterrupted, tmp_path):
+def test_a_killed_run_resumes_to_the_same_bits(launch, uninterrupted, tmp_path):
     # Between two checkpoints of the first arm, and of the third.
     for lines_by_then in (7, 34):
-        kill_when(start(tmp_path, "--resume"), lambda by=lines_by_then: metrics(tmp_path).count(b"\n") >= by)
-    finish(start(tmp_path, "--resume"))
+        kill_when(launch(tmp_path, "--resume"), lambda by=lines_by_then: metrics(tmp_path).count(b"\n") >= by)
+    finish(launch(tmp_path, "--resume"))
     assert metrics(tmp_path) == metrics(uninterrupted[0])
 
     # Between the last lines of two seeds, the checkpoint after them not written.
@@ -279,7 +279,7 @@ def test_a_killed_run_resumes_to_the_same_bits(start, uninterrupted, tmp_path):
     (last,) = (run / "checkpoints").glob("*unplugged*/60")
     shutil.rmtree(last)
     (run / "metrics.jsonl").write_bytes(b"".join(metrics(tmp_path).splitlines(keepends=True)[:-1]))
-    finish(start(tmp_path, "--resume"))
+    finish(launch(tmp_path, "--resume"))
     assert metrics(tmp_path) == metrics(uninterrupted[0])
 
 
