@@ -104,8 +104,8 @@ class Config:
     """κ̂*; by the task."""
     ncc_levels: tuple[float, ...] = ()
     """NCC*; by the task."""
-    hold_strength: float = 0.1
-    """μ."""
+    hold_strength: float = 0.0
+    """μ; by the task."""
     hold_since: int = 0
     """The step from which quantities are held; 0 is by the task."""
     unplug_at: int = 0
@@ -121,7 +121,7 @@ class Config:
     seed: int = 0
     """The first."""
     seeds: int = 0
-    """How many; 0 is 6 of the modular task, 10 of images and of --full."""
+    """How many; 0 is 8 of the modular task, 10 of images and of --full."""
     name: str | None = None
     """Of the run's folder; by default the task."""
     folder: Path = Path("runs/interventions")
@@ -145,12 +145,12 @@ class Config:
 
 
 _MODULAR: Record = {
-    "seeds": 6, "width": 32, "depth": 1, "learning_rate": 5e-3, "weight_decay": 1.0, "feature_norm": 100.0,
+    "seeds": 8, "width": 32, "depth": 1, "learning_rate": 5e-3, "weight_decay": 1.0, "feature_norm": 100.0,
     "head_norm": 10.0, "max_steps": 2000, "unplug_at": 500, "hold_since": 200,
     "kappa_strengths": (-1e-4, -3e-5, 1e-2), "simplified_strengths": (-1e-5, -3e-6, 1e-3),
     "ncc_strengths": (-1e-5, -1e-6, 1e-4),
-    "kappa_levels": (0.01, 0.1, 1.0, 10.0), "simplified_levels": (0.3, 10.0, 300.0),
-    "ncc_levels": (10.0, 50.0, 200.0, 1000.0),
+    "kappa_levels": (0.01, 0.1, 1.0, 10.0, 100.0), "simplified_levels": (0.3, 30.0, 3000.0),
+    "ncc_levels": (10.0, 50.0, 200.0, 1000.0), "hold_strength": 0.01,
 }  # fmt: skip
 _IMAGES: Record = {
     "width": 64, "depth": 2, "learning_rate": 1e-3, "weight_decay": 0.1, "feature_norm": 100.0, "head_norm": 10.0,
@@ -158,7 +158,7 @@ _IMAGES: Record = {
     "kappa_strengths": (-1e-3, -3e-5, 1e-2), "simplified_strengths": (-1e-4, -3e-6, 1e-3),
     "ncc_strengths": (-1e-3, -1e-4, 1e-3),
     "kappa_levels": (0.01, 0.1, 1.0, 10.0), "simplified_levels": (0.1, 3.0, 100.0),
-    "ncc_levels": (3.0, 10.0, 30.0, 100.0),
+    "ncc_levels": (3.0, 10.0, 30.0, 100.0), "hold_strength": 0.1,
 }  # fmt: skip
 
 

@@ -45,6 +45,7 @@ from harness.collapse import Case, draw
 from harness.convolutions import by_products
 from harness.images import Images
 from harness.milestones import first_step_at_least
+from harness.options import check_least
 from harness.profiles import in_forward_order
 from harness.runs import Record, RunFolder
 
@@ -110,10 +111,8 @@ class Config:
     """Continue the run of this name where it was left."""
 
     def __post_init__(self):
-        for name in ("mlp_width", "mlp_depth", "resnet_width", "mlp_epochs", "resnet_epochs", "batch_size",
-                     "measurements", "measure_batch", "checkpoint_every", "seeds"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise SystemExit(f"--{name.replace('_', '-')} is {getattr(self, name)}, wanted at least 1")
+        sizes = ("mlp_width", "mlp_depth", "resnet_width", "mlp_epochs", "resnet_epochs", "batch_size")
+        check_least(self, 1, *sizes, "measurements", "measure_batch", "checkpoint_every", "seeds")
 
     def epochs(self, model: Model) -> int:
         return self.mlp_epochs if model == "mlp" else self.resnet_epochs

@@ -34,6 +34,7 @@ from harness.classifiers import (
     training,
 )
 from harness.images import Images
+from harness.options import check_least
 from harness.profiles import Profile, draw_history, draw_profile, from_record, in_forward_order, over_seeds, table
 from harness.profiles import to_record as profile_record
 from harness.runs import Record, RunFolder
@@ -105,12 +106,8 @@ class Config:
             raise SystemExit(f"--depth is {self.depth}, but --model resnet has 18 layers")
         if self.model == "vit" and self.width % _HEADS:
             raise SystemExit(f"--width is {self.width}, wanted a multiple of the {_HEADS} heads of --model vit")
-        for name in ("steps", "batch_size", "measure_batch", "evaluate_on", "checkpoint_every", "seeds"):
-            if getattr(self, name) < 1:
-                raise SystemExit(f"--{name.replace('_', '-')} is {getattr(self, name)}, wanted at least 1")
-        for name in ("width", "depth", "measurements", "measure_on", "max_probes"):
-            if getattr(self, name) < 0:
-                raise SystemExit(f"--{name.replace('_', '-')} is {getattr(self, name)}, wanted at least 1, or 0")
+        check_least(self, 1, "steps", "batch_size", "measure_batch", "evaluate_on", "checkpoint_every", "seeds")
+        check_least(self, 1, "width", "depth", "measurements", "measure_on", "max_probes", or_zero=True)
 
 
 _HEADS = 4

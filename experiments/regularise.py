@@ -31,6 +31,7 @@ import tyro
 from harness import scarce
 from harness.comparison import Row, draw, interval, is_clear, table, to_record
 from harness.convolutions import by_products
+from harness.options import check_least
 from harness.progress import Progress
 from harness.regularisers import REGULARISERS, Method
 from harness.runs import Record, RunFolder
@@ -111,14 +112,10 @@ class Config:
     def __post_init__(self):
         if "baseline" not in self.methods:
             raise SystemExit(f"--methods is {' '.join(self.methods)}, wanted baseline among them, to compare with")
-        for name in ("steps", "batch_size", "tuning_seeds", "seeds"):
-            if getattr(self, name) < 1:
-                raise SystemExit(f"--{name.replace('_', '-')} is {getattr(self, name)}, wanted at least 1")
+        check_least(self, 1, "steps", "batch_size", "tuning_seeds", "seeds")
         if self.tuning_seeds > _FINAL - _TUNING:
             raise SystemExit(f"--tuning-seeds is {self.tuning_seeds}, wanted at most {_FINAL - _TUNING}")
-        for name in ("num_rates", "num_strengths"):
-            if getattr(self, name) < 0 or getattr(self, name) == 1:
-                raise SystemExit(f"--{name.replace('_', '-')} is {getattr(self, name)}, wanted at least 2, or 0")
+        check_least(self, 2, "num_rates", "num_strengths", or_zero=True)
 
     def grid(self, model: Model) -> Grid:
         wanted = {name: getattr(self, name) for name in Grid._fields if getattr(self, name)}

@@ -123,7 +123,7 @@ def draw_dose(path: Path, judged: Sequence[Verdict], title: str) -> None:
     held = [q for q in QUANTITIES if any(each.arm.rule.is_held and each.arm.rule.quantity == q for each in judged)]
     if not held:
         return
-    rows = ("delay of generalization, steps", "held-out accuracy at the end", "training loss at the end")
+    rows = _LABELS if generalizes(judged) else _LABELS[1:]
     with plt.rc_context(_STYLE):
         figure, all_axes = plt.subplots(
             len(rows), len(held), squeeze=False, sharex="col", sharey="row", figsize=(3.4 * len(held) + 0.6, 6.8),
@@ -132,14 +132,14 @@ def draw_dose(path: Path, judged: Sequence[Verdict], title: str) -> None:
         for column, quantity in zip(all_axes.T, held, strict=True):
             for each in (each for each in judged if each.arm.rule.is_held and each.arm.rule.quantity == quantity):
                 colour = _ANSWERS if each.answers else _DOES_NOT
-                _seeds(column, each, np.full(len(each.seeds), each.arm.level), colour)
-                for axes, values in zip(column, _values(each), strict=True):
+                _seeds(column, each, colour)
+                for axes, values in zip(column, _values(each)[-len(rows) :], strict=True):
                     mean, reach = interval(values)
                     axes.errorbar(
                         each.arm.level, mean, reach, fmt="s", markersize=5, color=colour, capsize=3, linewidth=1.2
                     )
             plain = next(each for each in judged if each.arm == BASELINE)
-            for axes, values in zip(column, _values(plain), strict=True):
+            for axes, values in zip(column, _values(plain)[-len(rows) :], strict=True):
                 axes.axhline(interval(values).mean, color=_BASELINE, linewidth=0.9, linestyle=(0, (4, 3)))
             column[0].set_title(f"{SYMBOLS[quantity]} held")
             column[-1].set(xlabel=f"{SYMBOLS[quantity]}*", xscale="log")
@@ -148,14 +148,22 @@ def draw_dose(path: Path, judged: Sequence[Verdict], title: str) -> None:
             for axes in row:
                 axes.grid(alpha=0.25, linewidth=0.5)
                 axes.spines[["top", "right"]].set_visible(False)
-        all_axes[2, 0].set_yscale("log")
+        all_axes[-1, 0].set_yscale("log")
+        never = "▲: not generalized by then" if len(rows) == len(_LABELS) else "no network generalized to 99 %"
         figure.suptitle(
-            f"{title}; orange: training set not fitted; ▲: not generalized by then;\nsquares: means, 95 % intervals; "
-            "dashed: baseline",
+            f"{title}; orange: training set not fitted; {never};\nsquares: means, 95 % intervals; dashed: baseline",
             fontsize=9,
         )
         figure.savefig(path)
     plt.close(figure)
+
+
+_LABELS = ("delay of generalization, steps", "held-out accuracy at the end", "training loss at the end")
+
+
+def generalizes(judged: Sequence[Verdict]) -> bool:
+    """Any network did: else there is no delay to draw."""
+    return any(not seed.is_censored for each in judged for seed in each.seeds)
 
 
 def _values(each: Verdict) -> tuple[list[float], list[float], list[float]]:
@@ -163,9 +171,10 @@ def _values(each: Verdict) -> tuple[list[float], list[float], list[float]]:
     return delays, at_the_end(each.seeds, "held_out_accuracy"), at_the_end(each.seeds, "train_loss")
 
 
-def _seeds(column: Sequence[Any], each: Verdict, levels: np.ndarray, colour: str) -> None:
-    beside = levels * np.geomspace(0.88, 1.14, len(levels))
-    for axes, values, marks in zip(column, _values(each), (True, False, False), strict=True):
+def _seeds(column: Sequence[Any], each: Verdict, colour: str) -> None:
+    beside = each.arm.level * np.geomspace(0.88, 1.14, len(each.seeds))
+    panels = list(zip(_values(each), (True, False, False), strict=True))[-len(column) :]
+    for axes, (values, marks) in zip(column, panels, strict=True):
         for x, y, seed in zip(beside, values, each.seeds, strict=True):
             shape = "^" if marks and seed.is_censored else "o"
             axes.plot(x, y, shape, markersize=3, color=colour, alpha=0.55, markeredgewidth=0)
@@ -173,16 +182,20 @@ def _seeds(column: Sequence[Any], each: Verdict, levels: np.ndarray, colour: str
 
 def draw_delays(path: Path, judged: Sequence[Verdict], title: str) -> None:
     """A row an arm, a point a seed, to the right of it where it never generalized."""
+    has_delays = generalizes(judged)
     with plt.rc_context(_STYLE):
-        figure, (left, right) = plt.subplots(
-            1, 2, sharey=True, figsize=(9.6, 0.24 * len(judged) + 1.4), layout="constrained", dpi=150
-        )
+        figure, panels = plt.subplots(
+            1, 1 + has_delays, sharey=True, squeeze=False, figsize=(9.6, 0.24 * len(judged) + 1.4),
+            layout="constrained", dpi=150,
+        )  # fmt: skip
+        left, right = panels[0, 0], panels[0, -1]
         for place, each in enumerate(judged):
             is_baseline = each.arm == BASELINE
             colour = _BASELINE if is_baseline else _ANSWERS if each.answers else _DOES_NOT
             delays, accuracies, _ = _values(each)
             for delay, accuracy, seed in zip(delays, accuracies, each.seeds, strict=True):
-                left.plot(delay, place, ">" if seed.is_censored else "o", color=colour, markersize=3.5, alpha=0.7)
+                if has_delays:
+                    left.plot(delay, place, ">" if seed.is_censored else "o", color=colour, markersize=3.5, alpha=0.7)
                 right.plot(100 * accuracy, place, "o", color=colour, markersize=3.5, alpha=0.7)
             mean, reach = interval([100 * value for value in accuracies])
             right.errorbar(mean, place, xerr=reach, fmt="|", color=colour, markersize=8, capsize=2.5, linewidth=1.1)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Shaped
 
 from flatjax.collapse.class_means import ClassMeans, class_means, classifier
-from flatjax.collapse.moments import ClassMoments, read_batch
+from flatjax.collapse.moments import ClassMoments
 from flatjax.heads import HeadParams, LinearHead
 from flatjax.metric import compiled_metric
 from flatjax.pairwise import FEW, squared_distances, squared_distances_between
@@ -81,7 +81,7 @@ def nc4(
         Papyan, Han, Donoho: *Prevalence of Neural Collapse during the Terminal Phase of Deep Learning Training*, 2020.
     """
     classes, head = class_means(moments, min_count=min_count), classifier(params, moments)
-    batch = read_batch(moments, feats, labels, weights)
+    batch = moments.read(feats, labels, weights)
     residuals = moments.residuals(batch) / classes.unit
     shown = head if bias else LinearHead(head.matrix, jnp.zeros_like(head.bias), head.rows_axis)
     nearest, decided = nearest_means_and_outputs(shown, batch.feats, residuals, batch.classes, classes, tile_size)

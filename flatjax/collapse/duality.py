@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flatjax.collapse.class_means import AxisName, ClassMeans
-from flatjax.collapse.geometry import rows_to_measure, safe_sqrt, unit_rows
+from flatjax.collapse.geometry import rows_to_measure, safe_sqrt, unit_rows, variation
 from flatjax.collapse.moments import ClassMoments
 from flatjax.heads import HeadParams
 from flatjax.metric import compiled_metric
@@ -102,6 +102,4 @@ def self_duality(rows: Float[Array, "C m"], classes: ClassMeans) -> Float[Array,
 def duality_variation(rows: Float[Array, "C m"], classes: ClassMeans, ddof: int = 0) -> Float[Array, ""]:
     """Standard deviation over |mean| of the cosines of the kept rows with their means."""
     cosines = jnp.sum(unit_rows(rows, classes) * unit_rows(classes.centred, classes), axis=1)
-    mean = classes.total(cosines) / classes.count
-    squares = classes.total(jnp.where(classes.kept, (cosines - mean) ** 2, 0))
-    return safe_sqrt(squares / (classes.count - ddof)) / jnp.abs(mean)
+    return variation(cosines, classes, ddof)

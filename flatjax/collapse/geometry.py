@@ -161,10 +161,14 @@ def rows_to_measure(
 
 def norm_variation(rows: Float[Array, "C m"], classes: ClassMeans, ddof: int = 1) -> Float[Array, ""]:
     """Standard deviation over mean of the norms of the kept rows."""
-    norms = row_norms(rows)
-    mean = classes.total(jnp.where(classes.kept, norms, 0)) / classes.count
-    squares = classes.total(jnp.where(classes.kept, (norms - mean) ** 2, 0))
-    return safe_sqrt(squares / (classes.count - ddof)) / mean
+    return variation(row_norms(rows), classes, ddof)
+
+
+def variation(values: Float[Array, " C"], classes: ClassMeans, ddof: int) -> Float[Array, ""]:
+    """Standard deviation over |mean| of the values of the kept classes."""
+    mean = classes.total(jnp.where(classes.kept, values, 0)) / classes.count
+    squares = classes.total(jnp.where(classes.kept, (values - mean) ** 2, 0))
+    return safe_sqrt(squares / (classes.count - ddof)) / jnp.abs(mean)
 
 
 def cosine_statistics(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Integer, Key, Shaped
 
+from flatjax.collapse.geometry import row_norms
 from flatjax.heads import HeadParams, linear_head
 from flatjax.metric import metric
 from flatjax.samples import check_one_class_a_sample, flatten_samples, mark_class_labels
@@ -106,7 +107,7 @@ def mixup_geometry(
     first, second = rows[groups.first], rows[groups.second]
     # What the second adds to the span, of length 1 if it does: twice, as rounding leaves some of the first.
     added = _without(first, _without(first, second))
-    in_line = (_norms(added) < _PARALLEL * jnp.finfo(rows.dtype).eps) | ~jnp.any(first != 0, axis=1)
+    in_line = (row_norms(added) < _PARALLEL * jnp.finfo(rows.dtype).eps) | ~jnp.any(first != 0, axis=1)
     in_line |= ~jnp.any(second != 0, axis=1)
     # If the first row is 0, the second alone is what was added.
     added = jnp.where((in_line & jnp.any(first != 0, axis=1))[:, None], 0, _units(added))
@@ -119,7 +120,7 @@ def mixup_geometry(
     in_pairs = has_direction & ~is_class
     diverged = ~head.is_finite | jnp.isnan(samples.total_weight) | jnp.any(jnp.isnan(samples.weights))
     cosine = _mean(jnp.sum(directions * first, axis=1), in_classes)
-    residual = _mean(_norms(outside), in_pairs)
+    residual = _mean(row_norms(outside), in_pairs)
     return MixupGeometry(
         same_class_cosine=jnp.where(diverged, jnp.nan, cosine),
         cross_class_residual=jnp.where(diverged, jnp.nan, residual),
@@ -213,11 +214,5 @@ def _units(rows: Float[Array, "n m"]) -> Float[Array, "n m"]:
     """0 for 0, and no square of a large or small number overflows or underflows."""
     size = jax.lax.stop_gradient(jnp.max(jnp.abs(rows), axis=1, keepdims=True))
     rows = rows / jnp.where(size == 0, 1, size)
-    norms = _norms(rows)
+    norms = row_norms(rows)
     return rows / jnp.where(norms == 0, 1, norms)[:, None]
-
-
-def _norms(rows: Float[Array, "n m"]) -> Float[Array, " n"]:
-    """With the derivative 0 at 0."""
-    squares = jnp.sum(rows**2, axis=1)
-    return jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, Integer, Shaped
 
 from flatjax.collapse.class_means import class_means
 from flatjax.collapse.decisions import nearest_means_and_outputs
-from flatjax.collapse.moments import ClassMoments, read_batch
+from flatjax.collapse.moments import ClassMoments
 from flatjax.collapse.report import class_counts, of_classifier, of_means
 from flatjax.collapse.variability import mean_square_in_means
 from flatjax.heads import HeadParams, LinearHead, linear_head
@@ -112,7 +112,7 @@ def neural_collapse(
     """
     head, samples = _classified_samples(params, feats, labels, num_classes, weights)
     empty = ClassMoments.init(num_classes, head.num_features, dtype=samples.feats.dtype)
-    batch = read_batch(empty, samples.feats, samples.labels, samples.weights)
+    batch = empty.read(samples.feats, samples.labels, samples.weights)
     moments = empty.with_batch(batch)
     classes = class_means(moments)
     weights = jnp.where(classes.kept[batch.classes], batch.weights, 0)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from flatjax.collapse.class_means import class_means
-from flatjax.collapse.moments import read_batch
 
 from .cases import (
     COUNTS,
@@ -32,7 +31,7 @@ def means_of(feats, labels, weights, num_classes):
     """The kept classes, the centred means and the variances, and the residuals of the samples."""
     moments = moments_of(feats, labels, weights, num_classes)
     classes = class_means(moments)
-    residuals = moments.residuals(read_batch(moments, feats, labels, weights))
+    residuals = moments.residuals(moments.read(feats, labels, weights))
     return classes.kept, classes.centred, classes.variances, residuals
 
 

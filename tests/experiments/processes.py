@@ -11,18 +11,16 @@ from pathlib import Path
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
-def starter(script: str, options: str, cache: Path | None = None) -> Callable[..., subprocess.Popen]:
+def starter(script: str, options: str, cache: Path) -> Callable[..., subprocess.Popen]:
     """`start(folder, *more_options)`, of a run of the name "run".
 
-    With a cache, what one process compiles the next ones find, and little time is spent on compiling well.
+    What one process compiles the next ones find in the cache, and little time is spent on compiling well.
     """
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    if cache is not None:
-        environment |= {
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
 
     def start(folder: Path, *more_options: str) -> subprocess.Popen:
         command = [sys.executable, str(EXPERIMENTS / script), *options.split()]

@@ -8,11 +8,15 @@ from .processes import fail, finish, kill_when, metrics, starter
 
 SMALL = "--modulus 7 --width 16 --heads 2 --train-share 0.8 --learning-rate 1e-2 --weight-decay 0.1 --max-steps 80 "
 SMALL += "--measure-every 5 --checkpoint-every 10"
-start = starter("grokking.py", SMALL)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def start(tmp_path_factory):
+    return starter("grokking.py", SMALL, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, start):
     folder = tmp_path_factory.mktemp("uninterrupted")
     return folder, finish(start(folder, "--seeds", "2"))
 
@@ -37,7 +41,7 @@ def test_the_network_learns_what_it_is_trained_on(uninterrupted):
     assert records[16]["train_loss"] < 0.5 * records[0]["train_loss"]
 
 
-def test_a_killed_run_resumes_to_the_same_bits(uninterrupted, tmp_path):
+def test_a_killed_run_resumes_to_the_same_bits(uninterrupted, start, tmp_path):
     # Between two checkpoints of the first seed, and of the second.
     for lines_by_then in (4, 22):
         kill_when(
@@ -48,7 +52,7 @@ def test_a_killed_run_resumes_to_the_same_bits(uninterrupted, tmp_path):
     assert metrics(tmp_path) == metrics(uninterrupted[0])
 
 
-def test_a_finished_run_is_neither_overwritten_nor_trained_again(uninterrupted):
+def test_a_finished_run_is_neither_overwritten_nor_trained_again(uninterrupted, start):
     folder, _ = uninterrupted
     before = metrics(folder)
     assert "--resume" in fail(start(folder, "--seeds", "2"))
@@ -56,5 +60,5 @@ def test_a_finished_run_is_neither_overwritten_nor_trained_again(uninterrupted):
     assert metrics(folder) == before
 
 
-def test_an_interval_that_a_run_could_not_resume_at_is_an_error(tmp_path):
+def test_an_interval_that_a_run_could_not_resume_at_is_an_error(start, tmp_path):
     assert "multiple of --measure-every" in fail(start(tmp_path, "--checkpoint-every", "12"))
