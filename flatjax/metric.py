@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import jax
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from flatjax.sharding import explicit_mesh
@@ -22,8 +23,8 @@ def metric(function: F) -> F:
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        arrays = {name: value for name, value in kwargs.items() if name in _ARRAYS}
-        options = {name: value for name, value in kwargs.items() if name not in _ARRAYS}
+        arrays = {name: value for name, value in kwargs.items() if _holds_arrays_alone(value)}
+        options = {name: value for name, value in kwargs.items() if name not in arrays}
 
         def compute(args: tuple[Any, ...], arrays: dict[str, Any]) -> Any:
             return function(*args, **arrays, **options)
@@ -52,4 +53,6 @@ def compiled_metric(function: F) -> F:
     return cast(F, wrapped)
 
 
-_ARRAYS = ("moments", "params", "feats", "labels", "weights")
+def _holds_arrays_alone(value: Any) -> bool:
+    leaves = jax.tree.leaves(value)
+    return bool(leaves) and all(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in leaves)

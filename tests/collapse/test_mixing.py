@@ -184,8 +184,10 @@ def test_mixes_split_among_devices_give_the_same(kind):
     kernel, feats, labels, partners, _ = case()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     split = jax.device_put((feats, labels, partners), NamedSharding(mesh, PartitionSpec("data")))
-    got = measure({"kernel": kernel}, *split)
-    np.testing.assert_allclose(got, measure({"kernel": kernel}, feats, labels, partners), rtol=1e-13)
+    wanted = measure({"kernel": kernel}, feats, labels, partners)
+    np.testing.assert_allclose(measure({"kernel": kernel}, *split), wanted, rtol=1e-13)
+    by_name = dict(zip(("feats", "labels", "partners"), split, strict=True))
+    np.testing.assert_allclose(measure({"kernel": kernel}, **by_name), wanted, rtol=1e-13)
 
 
 def test_a_mix_is_of_two_inputs_of_the_classes_it_says():
