@@ -64,7 +64,7 @@ def squared_error_decomposition(
 
     Returns:
         The parts, in float64 if any input is, else in float32; memory of a few (C, C), (m, m) and (C, m) arrays. NaN
-        where a moment or the head is not finite, a mass or λ negative, or Σ_W is no covariance.
+        where a moment or the head is not finite, a mass or λ negative, or Σ_W + λI no covariance.
 
     Raises:
         TypeError: `params` is no mapping, or an array not of a floating dtype.
@@ -219,6 +219,7 @@ def _moments(
     arrays = (means, within, masses, *of_head)
     dtype = jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32
     within, masses, decay = (x.astype(dtype) for x in (within, masses, decay))
+    decay = jnp.where(decay < 0, jnp.nan, decay)
     means = jnp.where(masses[:, None] == 0, 0, means.astype(dtype))
     shares = jnp.where(masses < 0, jnp.nan, masses) / jnp.sum(masses)
     mean = shares @ means

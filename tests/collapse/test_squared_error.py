@@ -277,6 +277,9 @@ def test_it_is_the_same_under_vmap_and_on_sharded_classes():
         sharded = jax.device_put(means, NamedSharding(mesh, PartitionSpec("class")))
         got = jax.jit(squared_error_decomposition)(params, sharded, within, counts, weight_decay=0.1)
         np.testing.assert_allclose(got, wanted, rtol=1e-12)
+        by_name = {"means": sharded, "within_covariance": within, "masses": counts}
+        got = jax.jit(squared_error_decomposition)(params, **by_name, weight_decay=0.1)
+        np.testing.assert_allclose(got, wanted, rtol=1e-12)
 
 
 def test_a_head_in_bfloat16_is_measured_as_it_is():
@@ -304,9 +307,18 @@ def test_moments_that_are_none_leave_no_part_that_looks_like_one(change):
     assert np.all(np.isnan(decompose(*change(*CASES["unbalanced"].cast(float)))))
 
 
-def test_a_negative_decay_or_a_diverged_head_leaves_nothing_that_looks_like_a_loss():
+@pytest.mark.parametrize("weight_decay", [-1e-3, -2.0])
+def test_a_negative_decay_leaves_no_part_that_looks_like_one(weight_decay):
+    params, means, within, counts = CASES["unbalanced"].cast(float)
+    # Wide enough for Σ_W + λI to be a covariance.
+    moments = means, within + 5 * np.eye(7), counts
+    assert np.all(np.isnan(decompose(params, *moments, weight_decay=weight_decay)))
+    head = least_squares_head(*moments, weight_decay=weight_decay)
+    assert all(np.all(np.isnan(x)) for x in head.values())
+
+
+def test_a_diverged_head_leaves_nothing_that_looks_like_a_loss():
     params, *moments = CASES["unbalanced"].cast(float)
-    assert np.isnan(decompose(params, *moments, weight_decay=-1e-3).total)
     diverged = decompose({**params, "bias": params["bias"] * np.nan}, *moments)
     assert np.isnan(diverged.perpendicular)
     assert np.isnan(diverged.total)
