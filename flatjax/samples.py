@@ -93,7 +93,7 @@ def flatten_samples(
     dtype = _computing_dtype(head.matrix, head.bias, feats, labels, weights)
     n = feats.size // num_features
     feats, weights = feats.astype(dtype).reshape(n, num_features), weights.astype(dtype).reshape(n)
-    labels = _widened(labels).reshape(n, *labels.shape[len(leading) :])
+    labels = widened(labels).reshape(n, *labels.shape[len(leading) :])
     counts = weights != 0
     if ignored_label is not None and labels.ndim == 1 and jnp.issubdtype(labels.dtype, jnp.integer):
         counts &= labels != ignored_label
@@ -120,7 +120,7 @@ def _computing_dtype(*arrays: Shaped[Array, "..."]) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if any(array.dtype == jnp.float64 for array in arrays) else jnp.float32)
 
 
-def _widened(labels: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+def widened(labels: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """Classes in a signed dtype, which holds the number of outputs too."""
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         return labels

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
-from flatjax.samples import IGNORED_LABEL
+from flatjax.samples import IGNORED_LABEL, widened
 
 
 class Batch(NamedTuple):
@@ -49,7 +49,8 @@ def read_batch(
         raise ValueError(f"weights has shape {weights.shape}, wanted {leading}, as feats has {feats.shape}")
 
     feats, labels, weights = feats.astype(dtype).reshape(-1, num_features), labels.reshape(-1), weights.reshape(-1)
-    counts = (weights != 0) & (labels.astype(jnp.int32) != IGNORED_LABEL)
+    labels = widened(labels)
+    counts = (weights != 0) & (labels != IGNORED_LABEL)
     sound = (labels >= 0) & (labels < num_classes) & (weights > 0) & jnp.isfinite(weights)
     sound &= jnp.isfinite(jnp.sum(feats**2, axis=1))
     taken = counts & sound

@@ -30,7 +30,8 @@ class ClassMoments(NamedTuple):
     Each batch is of features (..., m), labels (...,) in 0 … C − 1, and weights (...,), 1 by default, as JAX or NumPy
     arrays or anything else that speaks DLPack. A sample of weight 0, or of label −100, is padding. A label out of
     range, a feature that is not finite or a negative weight makes all means and variances NaN, and so every metric.
-    Weights are summed to 48 bits in float32, and samples counted to 2³¹ − 1 a class, where the count stays.
+    Weights are summed to 48 bits in float32, and samples counted to 2³¹ − 1 a class, where the count stays. A distance
+    to a mean below 1e-19 has no square in float32, and counts as none: scale such features.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -243,6 +243,20 @@ def test_leading_shapes_are_flattened_and_weights_may_be_integers():
     assert_moments(moments, dense(feats, labels, weights), 2e-6)
 
 
+@pytest.mark.parametrize(("dtype", "num_classes"), [("int8", 128), ("uint8", 256), ("uint8", 300), ("uint64", 5)])
+def test_any_integer_dtype_holds_labels_also_where_it_does_not_hold_their_number(dtype, num_classes):
+    feats, labels, weights = stream(40)
+    labels = labels * (num_classes // 4) - 1 + (labels == 0)
+    moments = ClassMoments.init(num_classes, M).update(feats, labels.astype(dtype), weights)
+    assert_moments(moments, dense(feats, labels, weights, num_classes), 2e-6)
+
+
+def test_a_label_that_would_be_padding_in_32_bits_is_out_of_range():
+    feats, labels, weights = stream(40)
+    labels[3] = 2**32 - 100
+    assert int(update(ClassMoments.init(C, M), feats, labels, weights).num_bad) == 1
+
+
 def test_bfloat16_counts_as_the_float32_values_it_is():
     feats, labels, weights = stream(40)
     feats = feats.astype(jnp.bfloat16)
