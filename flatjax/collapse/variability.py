@@ -132,7 +132,7 @@ def nc1(
         raise ValueError(f"min_count is {min_count}, but the covariance is of all samples: wanted 1 or 2")
     classes = class_means(moments, min_count=min_count, axis_name=axis_name)
     mass = classes.total(jnp.where(classes.kept, moments.masses, 0))
-    within = moments.product_sums.value / (mass * classes.unit**2)
+    within = moments.product_sums.value / mass / classes.unit / classes.unit
     extended = _extended(classes)
     if len(extended) > 2 * extended.shape[1] or axis_name:
         inverse = _inverse_of_gram(classes.axis_names, extended)[:-1, :-1]

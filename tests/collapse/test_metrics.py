@@ -140,6 +140,15 @@ def test_a_within_class_variance_of_1e_12_of_the_squared_distances_is_right_in_f
         np.testing.assert_allclose(getattr(actual, name), wanted[name], rtol=2e-5, err_msg=name)
 
 
+@pytest.mark.parametrize(("scale", "weight"), [(1e-10, 1), (1e17, 1), (1e13, 1e12), (1e-10, 1e12)], ids=str)
+def test_metrics_of_variability_know_no_unit_of_features_or_weights_in_float32(scale, weight):
+    case = random_case(*MANY_CLASSES, spread=1e-3)
+    case = case._replace(feats=scale * case.feats, weights=weight * case.weights).astype("float32")
+    actual, wanted = report_of(moments_of_case(case)), formulas(case)
+    for name in ("cdnv", "ncc", "nc1"):
+        np.testing.assert_allclose(getattr(actual, name), wanted[name], rtol=2e-5, err_msg=name)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_nc4_of_a_stream_is_that_of_all_samples_with_and_without_bias(shape, bias):
