@@ -63,7 +63,8 @@ def nc4(
         tile_size: t, of classes.
 
     Returns:
-        `Decisions`, whose `share` is NC4. NaN as `cdnv`, or where a sample or the head is bad.
+        `Decisions`, whose `share` is NC4. NaN if fewer than two classes are left or all means are one, and where a
+        sample or the head is bad, or a logit infinite. Of equally near means the first counts.
 
     Raises:
         TypeError, ValueError: as `equinorm` and `ClassMoments.update`.
@@ -84,21 +85,24 @@ def nc4(
     batch = moments.read(feats, labels, weights)
     residuals = moments.residuals(batch) / classes.unit
     shown = head if bias else LinearHead(head.matrix, jnp.zeros_like(head.bias), head.rows_axis)
-    nearest, decided = nearest_means_and_outputs(shown, batch.feats, residuals, batch.classes, classes, tile_size)
+    disagrees = disagreements(shown, batch.feats, residuals, batch.classes, classes, tile_size)
     weights = jnp.where(classes.kept[batch.classes], batch.weights, 0)
-    sums = Decisions(jnp.sum(jnp.where(nearest == decided, 0, weights)), jnp.sum(weights))
+    sums = Decisions(jnp.sum(jnp.where(weights == 0, 0, weights * disagrees)), jnp.sum(weights))
     return Decisions(*(jnp.where(batch.num_bad > 0, jnp.nan, classes.defined(x, head)) for x in sums))
 
 
-def nearest_means_and_outputs(
+def disagreements(
     head: LinearHead,
     feats: Float[Array, "n m"],
     residuals: Float[Array, "n m"],
     labels: Integer[Array, " n"],
     classes: ClassMeans,
     tile_size: int | None = None,
-) -> tuple[Integer[Array, " n"], Integer[Array, " n"]]:
-    """The class of the nearest kept mean, and of the largest logit, of samples so far from their own class's."""
+) -> Float[Array, " n"]:
+    """1 where the nearest kept mean and the largest logit are of two classes, of samples so far from their own's mean.
+
+    NaN where no logit is known to be the largest, as one is infinite or NaN, or where all means are one.
+    """
     head, feats, residuals = jax.lax.stop_gradient((head, feats, residuals))
     rows, num_classes = jax.lax.stop_gradient(classes.centred), len(classes.centred)
     tile_size = min(tile_size or TILE_SIZE, num_classes)
@@ -130,7 +134,8 @@ def nearest_means_and_outputs(
     (nearest, decided), _ = jax.lax.scan(
         step, (nothing, nothing), jnp.arange(-(-num_classes // tile_size), dtype=jnp.int32)
     )
-    return nearest[1], decided[1]
+    known = jnp.isfinite(decided[0]) & jnp.any(rows != 0)
+    return jnp.where(known, (nearest[1] != decided[1]).astype(feats.dtype), jnp.nan)
 
 
 def _better(values: Float[Array, "n t"], outputs: Integer[Array, " t"], best: tuple[Array, Array]) -> Any:

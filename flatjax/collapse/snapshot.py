@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Integer, Shaped
 
 from flatjax.collapse.class_means import class_means
-from flatjax.collapse.decisions import nearest_means_and_outputs
+from flatjax.collapse.decisions import disagreements
 from flatjax.collapse.moments import ClassMoments
 from flatjax.collapse.report import class_counts, of_classifier, of_means
 from flatjax.collapse.variability import mean_square_in_means
@@ -88,8 +88,9 @@ def neural_collapse(
     Returns:
         The metrics, scalars without a unit, at a memory of O((n + C)·(m + 512)). Classes without two samples are left
         out of all of them, and counted. Where a metric has no value it is NaN or infinite: with fewer than two classes
-        left, where two class means are one (CDNV, NCC), or all of them (all metrics of means); and NaN where a feature
-        or the head is not finite, a label out of range, or a weight negative; `flatjax.check_inputs` says where.
+        left, where two class means are one (CDNV, NCC), or all of them (every metric of means but the floor); and NaN
+        where a feature, a logit or the head is not finite, a label out of range, or a weight negative:
+        `flatjax.check_inputs` says where.
 
     Raises:
         TypeError: `params` is no mapping, or `labels` are not integers.
@@ -117,11 +118,11 @@ def neural_collapse(
     classes = class_means(moments)
     weights = jnp.where(classes.kept[batch.classes], batch.weights, 0)
     residuals = jnp.where((weights != 0)[:, None], moments.residuals(batch) / classes.unit, 0)
-    nearest, decided = nearest_means_and_outputs(head, batch.feats, residuals, batch.classes, classes)
+    disagrees = disagreements(head, batch.feats, residuals, batch.classes, classes)
     shares = weights / jnp.sum(weights)
     metrics = {
         "nc1": mean_square_in_means(residuals, shares, classes),
-        "nc4": jnp.sum(jnp.where(nearest == decided, 0, shares)),
+        "nc4": jnp.sum(jnp.where(weights == 0, 0, shares * disagrees)),
         **of_means(classes),
         **of_classifier(head, classes),
     }

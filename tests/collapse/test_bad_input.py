@@ -83,3 +83,17 @@ def test_weights_that_are_not_finite_leave_no_metric_that_looks_like_one(value):
 def test_a_diverged_head_leaves_no_metric_that_looks_like_one(name, value):
     actual = measure(with_value(name, 0, value))
     assert [name for name in METRICS if not np.isnan(getattr(actual, name))] == []
+
+
+def test_a_dead_layer_has_the_metrics_of_its_classifier_alone():
+    actual = measure(CASE._replace(feats=0 * FEATS))
+    # The floor is of the number of classes.
+    has_value = {name for name in METRICS if name.endswith("classifier")} | {"nc2_etf_floor"}
+    assert {name for name in METRICS if not np.isnan(getattr(actual, name))} == has_value
+
+
+@pytest.mark.parametrize("signs", [9 * [1], 9 * [-1], [1, -1, *7 * [1]]], ids=["infinity", "-infinity", "NaN"])
+def test_logits_that_overflow_decide_nothing(signs):
+    case = CASE._replace(feats=1e120 * (1 + FEATS**2), kernel=1e200 * np.outer(signs, np.ones(4)))
+    assert np.isnan(measure(case).nc4)
+    assert not np.isnan(measure(case).cdnv)
