@@ -1,6 +1,7 @@
 """Every test runs on 8 virtual CPU devices, with float64 at hand and nothing promoted in silence."""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = (
@@ -8,6 +9,8 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_force_host_platform_device_count=8"
     + " --xla_backend_optimization_level=0"  # a third less time: most tests compile much and compute little
 )
+if version("jaxlib").startswith("0.10."):  # newer ones refuse to start with what they do not know
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # half of what is left
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # the oracles' matrices are small, and idle BLAS threads spin
 

@@ -16,7 +16,9 @@ def starter(script: str, options: str, cache: Path) -> Callable[..., subprocess.
 
     What one process compiles the next ones find in the cache, and little time is spent on compiling well.
     """
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {
+    flags = (flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
+    environment = os.environ | {
+        "XLA_FLAGS": " ".join(flags),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
