@@ -27,5 +27,5 @@ def _forget_compiled_programs():
     """Each maps memory in several pieces, of which a process may have 65,530: beyond them compilation crashes."""
     yield
     maps = Path("/proc/self/maps")
-    if not maps.exists() or maps.read_bytes().count(b"\n") > 20_000:
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 10_000:
         jax.clear_caches()
