@@ -1,5 +1,6 @@
 """Figures of interventions: every arm over training, what a level does, and the delay of generalization by arm."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,13 +135,13 @@ def draw_dose(path: Path, judged: Sequence[Verdict], title: str) -> None:
                 colour = _ANSWERS if each.answers else _DOES_NOT
                 _seeds(column, each, colour)
                 for axes, values in zip(column, _values(each)[-len(rows) :], strict=True):
-                    mean, reach = interval(values)
-                    axes.errorbar(
-                        each.arm.level, mean, reach, fmt="s", markersize=5, color=colour, capsize=3, linewidth=1.2
-                    )
+                    mean, *reach = _mean(values, is_log=axes is column[-1])
+                    style = {"fmt": "s", "markersize": 5, "color": colour, "capsize": 3, "linewidth": 1.2}
+                    axes.errorbar(each.arm.level, mean, np.array(reach)[:, None], **style)
             plain = next(each for each in judged if each.arm == BASELINE)
             for axes, values in zip(column, _values(plain)[-len(rows) :], strict=True):
-                axes.axhline(interval(values).mean, color=_BASELINE, linewidth=0.9, linestyle=(0, (4, 3)))
+                mean, *_ = _mean(values, is_log=axes is column[-1])
+                axes.axhline(mean, color=_BASELINE, linewidth=0.9, linestyle=(0, (4, 3)))
             column[0].set_title(f"{SYMBOLS[quantity]} held")
             column[-1].set(xlabel=f"{SYMBOLS[quantity]}*", xscale="log")
         for row, label in zip(all_axes, rows, strict=True):
@@ -151,7 +152,8 @@ def draw_dose(path: Path, judged: Sequence[Verdict], title: str) -> None:
         all_axes[-1, 0].set_yscale("log")
         never = "▲: not generalized by then" if len(rows) == len(_LABELS) else "no network generalized to 99 %"
         figure.suptitle(
-            f"{title}; orange: training set not fitted; {never};\nsquares: means, 95 % intervals; dashed: baseline",
+            f"{title}; orange: training set not fitted; {never};\n"
+            "squares: means, of losses geometric, 95 % intervals; dashed: baseline",
             fontsize=9,
         )
         figure.savefig(path)
@@ -164,6 +166,15 @@ _LABELS = ("delay of generalization, steps", "held-out accuracy at the end", "tr
 def generalizes(judged: Sequence[Verdict]) -> bool:
     """Any network did: else there is no delay to draw."""
     return any(not seed.is_censored for each in judged for seed in each.seeds)
+
+
+def _mean(values: Sequence[float], *, is_log: bool) -> tuple[float, float, float]:
+    """And how far its interval reaches below and above."""
+    if not is_log:
+        mean, reach = interval(values)
+        return mean, reach, reach
+    mean, reach = interval(np.log(values).tolist())
+    return math.exp(mean), math.exp(mean) - math.exp(mean - reach), math.exp(mean + reach) - math.exp(mean)
 
 
 def _values(each: Verdict) -> tuple[list[float], list[float], list[float]]:
