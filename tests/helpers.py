@@ -6,6 +6,7 @@ sums of non-negative terms in NumPy, which the definition confirms where it does
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,6 +17,13 @@ import numpy as np
 import pytest
 
 import flatjax
+
+
+def jit_as_usual(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled as users compile: with fusion emitters, without which a few roundings are others."""
+    flag = "xla_cpu_use_fusion_emitters"
+    return jax.jit(function, compiler_options={flag: True} if flag in os.environ["XLA_FLAGS"] else None)
+
 
 # Losses of one sample, (logits (d,), label) -> scalar.
 

@@ -27,7 +27,7 @@ def exact(logits, past, temperature=5.0):
         return float(loss), np.array([float(tau * (b - a)) for a, b in zip(p, q, strict=True)])
 
 
-@jax.jit
+@helpers.jit_as_usual
 def values_and_gradients(logits, past, temperature=5.0):
     """Of each sample."""
     loss_of = functools.partial(trajectory_loss, temperature=temperature)
