@@ -36,7 +36,7 @@ _RANKS = {
     name: rank
     for rank, names in enumerate(
         [["input"], ["stem", "patch_embedding"], ["layers", "blocks"], ["attention", "first"],
-         ["query", "second", "up"], ["key", "shortcut", "down"], ["value"], ["out"], ["head"]]
+         ["query", "second", "gate", "up"], ["key", "shortcut", "down"], ["value"], ["out", "output"], ["head"]]
     )
     for name in names
 }  # fmt: skip
