@@ -1,0 +1,166 @@
+"""Local text as tokens: what is trained on, files held out, and whole modules held out.
+
+A file is held out by chance, and its neighbours are trained on; of a module, a top-level folder or file, all files are,
+so that its topic is new: the loss there is transfer. Both follow from a hash of the name and a seed.
+"""
+
+import hashlib
+import sysconfig
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+Part = Literal["train", "held_out", "transfer"]
+"""`held_out` is of modules that are trained on, `transfer` is not."""
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Document(NamedTuple):
+    """A file of text; its module is the topmost folder below the one given, or the file where there is none."""
+
+    name: str
+    module: str
+    text: str
+
+
+class Shares(NamedTuple):
+    """Of what is trained on, and how it is drawn."""
+
+    held_out: float = 0.05
+    """Of files."""
+    transfer: float = 0.1
+    """Of modules."""
+    seed: int = 0
+
+
+def standard_library() -> list[Document]:
+    """Python's own, without its tests, and without tables and help texts, which no one wrote as a program."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    documents = read([folder], "*.py")
+    return [
+        each
+        for each in documents
+        if not _LEFT_OUT & set(Path(each.name).parts) and not each.module.startswith("_sysconfigdata")
+    ]
+
+
+_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
+
+
+def read(paths: Sequence[Path], pattern: str = "*") -> list[Document]:
+    """The files given, and those of the pattern in the folders given; what is not UTF-8 is left out.
+
+    Of several folders each is the topmost of its files.
+    """
+    documents = []
+    for path in paths:
+        if not path.exists():
+            raise SystemExit(f"--text has {path}, which is not there")
+        files = sorted(path.rglob(pattern)) if path.is_dir() else [path]
+        for file in files:
+            if _LEFT_OUT_OF_ALL & set(file.parts[len(path.parts) :]) or not file.is_file():
+                continue
+            try:
+                text = file.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue
+            name = file.relative_to(path if path.is_dir() and len(paths) == 1 else path.parent)
+            documents.append(Document(name.as_posix(), Path(name.parts[0]).stem, text))
+    return [each for each in documents if each.text.strip()]
+
+
+_LEFT_OUT_OF_ALL = {"site-packages", "dist-packages", "__pycache__", ".git"}
+"""Of the standard library's folder the first may hold other people's packages: read, they would be thrown away."""
+
+
+def part_of(document: Document, shares: Shares, modules: Sequence[str] = ()) -> Part:
+    """By its name alone, so that it stays where it is whatever else there is; `modules` are held out by name."""
+    is_new = document.module in modules if modules else _chance("module", document.module, shares) < shares.transfer
+    if is_new:
+        return "transfer"
+    return "held_out" if _chance("file", document.name, shares) < shares.held_out else "train"
+
+
+def _chance(kind: str, name: str, shares: Shares) -> float:
+    """Uniform in [0, 1)."""
+    digest = hashlib.sha256(f"{shares.seed}/{kind}/{name}".encode()).digest()
+    return int.from_bytes(digest[:7], "big") / 2**56
+
+
+def split(documents: Iterable[Document], shares: Shares, modules: Sequence[str] = ()) -> dict[Part, list[Document]]:
+    """Every part of the documents, none of them empty.
+
+    Raises:
+        SystemExit: a part is empty, or there is no module of a name given.
+    """
+    documents = list(documents)
+    if unknown := set(modules) - {each.module for each in documents}:
+        raise SystemExit(f"--modules has {', '.join(sorted(unknown))}, of which the text has no file")
+    parts = {part: [each for each in documents if part_of(each, shares, modules) == part] for part in get_args(Part)}
+    if empty := [part for part in parts if not parts[part]]:
+        raise SystemExit(
+            f"of {len(documents)} files of text {' and '.join(empty)} got none: give more files, in several folders, or "
+            "larger shares, or --modules by name, or another --split-seed; cut a file that is large"
+        )
+    return parts
+
+
+def train_tokenizer(documents: Iterable[Document], vocab_size: int) -> Tokenizer:
+    """Byte pairs, so that no text has an unknown token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((each.text for each in documents), trainer)
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise SystemExit(
+            f"the text has byte pairs for {tokenizer.get_vocab_size()} tokens, --vocab-size is {vocab_size}: wanted at "
+            f"least {_BYTES_AND_END}, and no more than the text has"
+        )
+    return tokenizer
+
+
+_BYTES_AND_END = 257
+
+
+def cached_tokenizer(file: Path, documents: Iterable[Document], vocab_size: int) -> Tokenizer:
+    """That of the file, or one trained and left there."""
+    if not file.exists():
+        draft = file.with_suffix(".draft")
+        train_tokenizer(documents, vocab_size).save(str(draft))
+        draft.replace(file)
+    return Tokenizer.from_file(str(file))
+
+
+def encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> np.ndarray:
+    """All documents one after another, each with the token of an end behind it."""
+    end = [tokenizer.token_to_id(END_OF_TEXT)]
+    encoded = tokenizer.encode_batch([each.text for each in documents], add_special_tokens=False)
+    return np.concatenate([np.array(each.ids + end, np.int32) for each in encoded])
+
+
+def windows(tokens: np.ndarray, context: int) -> np.ndarray:
+    """(n, context + 1): inputs but for the last column, labels but for the first; each label is in one window alone."""
+    number = (len(tokens) - 1) // context
+    if number < 1:
+        raise SystemExit(f"{len(tokens)} tokens of text are no window of --context {context} and a label")
+    return np.lib.stride_tricks.sliding_window_view(tokens, context + 1)[: number * context : context]
+
+
+def evenly(rows: np.ndarray, number: int) -> np.ndarray:
+    """So many of the rows, or all, from first to last."""
+    return rows[np.linspace(0, len(rows) - 1, min(number, len(rows))).round().astype(int)]
+
+
+def corpus(documents: Mapping[Part, Sequence[Document]], tokenizer: Tokenizer, context: int) -> dict[Part, np.ndarray]:
+    """The windows of each part."""
+    return {part: windows(encode(tokenizer, documents[part]), context) for part in documents}
