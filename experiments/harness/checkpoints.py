@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the last two, by their steps, each written wholly or not at all."""
+"""Checkpoints of a run, by their steps, each written wholly or not at all."""
 
 from pathlib import Path
 from typing import Any
@@ -6,12 +6,13 @@ from typing import Any
 from orbax.checkpoint import v1 as ocp
 
 
-def checkpointer(folder: Path) -> ocp.training.Checkpointer:
-    """To be used in a `with` statement."""
+def checkpointer(folder: Path, *, keep: int | None = 2) -> ocp.training.Checkpointer:
+    """To be used in a `with` statement; it keeps the last so many, or all if that is None."""
+    policies = ocp.training.preservation_policies
     return ocp.training.Checkpointer(
         folder.resolve(),
         save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-        preservation_policy=ocp.training.preservation_policies.LatestN(2),
+        preservation_policy=policies.PreserveAll() if keep is None else policies.LatestN(keep),
         cleanup_tmp_directories=True,
     )
 
@@ -21,3 +22,11 @@ def load_latest(checkpoints: ocp.training.Checkpointer, state: Any) -> tuple[int
     if not checkpoints.latest:
         return -1, state
     return checkpoints.latest.step, checkpoints.load(checkpoints.latest, abstract_state=state)
+
+
+def load_part(folder: Path, step: int, part: Any) -> Any:
+    """Of the checkpoint of a step that much: `part` is a tree of arrays or shapes, with their shardings, of the state's
+    structure where it goes, and other branches are not read."""
+    with ocp.Context() as context:
+        context.pytree.loading.partial_load = True
+        return ocp.load(folder.resolve() / str(step), abstract_state=part)
