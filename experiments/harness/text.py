@@ -103,8 +103,8 @@ def split(documents: Iterable[Document], shares: Shares, modules: Sequence[str] 
     parts = {part: [each for each in documents if part_of(each, shares, modules) == part] for part in get_args(Part)}
     if empty := [part for part in parts if not parts[part]]:
         raise SystemExit(
-            f"of {len(documents)} files of text {' and '.join(empty)} got none: give more files, in several folders, or "
-            "larger shares, or --modules by name, or another --split-seed; cut a file that is large"
+            f"of {len(documents)} files of text {' and '.join(empty)} got none: give more files, in several folders, "
+            "or larger shares, or --modules by name, or another --split-seed; cut a file that is large"
         )
     return parts
 

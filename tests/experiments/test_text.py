@@ -20,7 +20,7 @@ def tokenizer():
 
 def test_every_file_is_in_one_part_and_a_module_is_new_as_a_whole():
     parts = text.split(DOCUMENTS, SHARES)
-    assert sorted(sum(parts.values(), [])) == sorted(DOCUMENTS)
+    assert sorted(each for part in parts.values() for each in part) == sorted(DOCUMENTS)
     modules = {part: {each.module for each in parts[part]} for part in parts}
     assert not modules["transfer"] & modules["train"]
     assert modules["held_out"] <= modules["train"]
