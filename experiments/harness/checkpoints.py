@@ -27,6 +27,7 @@ def load_latest(checkpoints: ocp.training.Checkpointer, state: Any) -> tuple[int
 def load_part(folder: Path, step: int, part: Any) -> Any:
     """Of the checkpoint of a step that much: `part` is a tree of arrays or shapes, with their shardings, of the state's
     structure where it goes, and other branches are not read."""
-    with ocp.Context() as context:
-        context.pytree.loading.partial_load = True
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True  # before it is entered, after which it is fixed
+    with context:
         return ocp.load(folder.resolve() / str(step), abstract_state=part)
