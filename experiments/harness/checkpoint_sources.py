@@ -1,0 +1,97 @@
+"""Where a language model is read from: a Hugging Face folder or hub name, or a run of train_lm with its checkpoints."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from tokenizers import Tokenizer
+
+from flatjax import loading
+from flatjax.models import Decoder
+from harness.language_model import load_checkpoint
+from harness.text import Document, read, standard_library
+
+
+class Source(NamedTuple):
+    """A checkpoint, not yet read."""
+
+    name: str
+    """By which its records are known."""
+    step: int | None
+    """Of its training, where that is known."""
+    load: Callable[[DTypeLike, Mesh], Decoder]
+    tokenizer: Callable[[], Tokenizer]
+
+
+def find(places: Sequence[str], steps: Sequence[int] = ()) -> list[Source]:
+    """All checkpoints of the places given, those of a run by their steps.
+
+    Raises:
+        SystemExit: there is none, or none of a step.
+    """
+    sources = [source for place in places for source in _at(place, steps)]
+    if not sources:
+        raise SystemExit("wanted a checkpoint: a folder as it is published, a hub name, or a run of train_lm.py")
+    if len({source.name for source in sources}) < len(sources):
+        raise SystemExit("a checkpoint is named twice")
+    return sources
+
+
+def _at(place: str, steps: Sequence[int]) -> list[Source]:
+    path = Path(place)
+    if path.parent.name == "checkpoints" and path.name.isdigit():
+        return [_of_run(path.parent.parent, int(path.name))]
+    if (path / "checkpoints").is_dir():
+        found = sorted(int(each.name) for each in (path / "checkpoints").iterdir() if each.name.isdigit())
+        if missing := sorted({*steps} - {*found}):
+            raise SystemExit(f"--steps has {missing}, but {path} has checkpoints of {found}")
+        return [_of_run(path, step) for step in found if not steps or step in steps]
+    return [_published(place)]
+
+
+def _published(place: str) -> Source:
+    """In a folder, or on a hub by its name; there name@revision too, as many are of the steps of one training."""
+    name, _, revision = (place, "", "") if Path(place).exists() else place.partition("@")
+    found = re.search(r"step[-_]?(\d+)", revision)
+
+    def load(dtype: DTypeLike, mesh: Mesh) -> Decoder:
+        return loading.load_decoder(name, dtype=dtype, mesh=mesh, revision=revision or None)
+
+    def tokenizer() -> Tokenizer:
+        return loading.load_tokenizer(name, revision=revision or None)
+
+    return Source(place, int(found[1]) if found else None, load, tokenizer)
+
+
+def _of_run(run: Path, step: int) -> Source:
+    def load(dtype: DTypeLike, mesh: Mesh) -> Decoder:
+        return load_checkpoint(run, step, dtype=dtype, mesh=mesh)
+
+    return Source(f"{run}/checkpoints/{step}", step, load, lambda: Tokenizer.from_file(str(run / "tokenizer.json")))
+
+
+def documents_of_run(place: str, part: str) -> list[Document]:
+    """A part of the text that a run was given, as it is now: what was held out by file or module, or trained on.
+
+    Raises:
+        SystemExit: there is no run, or its text is gone.
+    """
+    path = Path(place)
+    run = path.parent.parent if path.parent.name == "checkpoints" else path
+    if not (run / "tokenizer.json").exists() or not (run / "checkpoints").is_dir():
+        raise SystemExit(f"{place} is no run of train_lm.py, whose text would be known: wanted --text")
+    config = json.loads((run / "config.json").read_text())
+    documents = (
+        read([Path(each) for each in config["text"]], config["pattern"]) if config["text"] else standard_library()
+    )
+    held_out = config["files"]
+    if part == "train":
+        return [each for each in documents if all(each.name not in names for names in held_out.values())]
+    chosen = [each for each in documents if each.name in held_out[part]]
+    if len(chosen) < len(held_out[part]):
+        raise SystemExit(f"of the text of {run} are {len(held_out[part]) - len(chosen)} files gone: wanted --text")
+    return chosen
