@@ -230,13 +230,13 @@ def windows_of(config: Config, text: Text) -> Text:
 
 
 def planned(config: Config, texts: list[Text]) -> dict[str, int]:
-    """How many units of each kind there are to do."""
-    left = {"batch": 0, "NC4": 0, "layers": 0, "blocks": 0}
+    """How many sequences each stage has to read."""
+    left = {"sequence": 0, "nearest mean": 0, "layers": 0, "blocks": 0}
     for text in texts:
-        left["batch"] += text.num_batches
-        left["NC4"] += text.num_batches * ("collapse" in config.parts)
-        left["layers"] += part_of(config, text).num_batches * ("profile" in config.parts)
-        left["blocks"] += windows_of(config, text).num_batches * ("jacobians" in config.parts)
+        left["sequence"] += len(text.sequences)
+        left["nearest mean"] += len(text.sequences) * ("collapse" in config.parts)
+        left["layers"] += len(part_of(config, text).sequences) * ("profile" in config.parts)
+        left["blocks"] += len(windows_of(config, text).sequences) * ("jacobians" in config.parts)
     return left
 
 
@@ -277,11 +277,11 @@ def diagnose(config: Config, source: Source, text: Text, mesh: Mesh, run: RunFol
         parts["geometry"] = geometry_part(network, text, config.fit_range)
     if "trajectory" in settings:
         parts["trajectory"] = trajectory_part(network, text)
-    done = run_and_record(Stage("tokens", "batch", text.num_batches, reader(network, text), parts))
+    done = run_and_record(Stage("tokens", "sequence", text, reader(network, text), parts))
     if classes is not None:
         decisions = decisions_part(network, text, classes, done.states["collapse"], config.min_count)
         nearest = {"decisions": decisions}
-        run_and_record(Stage("nearest mean", "NC4", text.num_batches, reader(network, text), nearest))
+        run_and_record(Stage("nearest mean", "nearest mean", text, reader(network, text), nearest))
     if "profile" in settings:
         part = part_of(config, text)
         profile = profile_part(
@@ -289,11 +289,11 @@ def diagnose(config: Config, source: Source, text: Text, mesh: Mesh, run: RunFol
             num_probes=config.num_probes, max_probes=config.max_probes, relative_error=config.relative_error,
         )  # fmt: skip
         layers = {"profile": profile}
-        run_and_record(Stage("layers", "layers", part.num_batches, batch_reader(network, part), layers))
+        run_and_record(Stage("layers", "layers", part, batch_reader(network, part), layers))
     if "jacobians" in settings:
         chosen = windows_of(config, text)
         blocks = {"jacobians": jacobians_part(network, chosen, config.directions, config.seed)}
-        run_and_record(Stage("blocks", "blocks", chosen.num_batches, reader(network, chosen), blocks))
+        run_and_record(Stage("blocks", "blocks", chosen, reader(network, chosen), blocks))
     run.append({"checkpoint": source.name, "part": "cost", "numbers": cost(network, text, costs, run, source.name)})
     shutil.rmtree(states, ignore_errors=True)
 
@@ -352,7 +352,9 @@ def write(config: Config, run: RunFolder, sources: list[Source], texts: Texts) -
     checkpoints = []
     for name in finished:
         parts = {record["part"]: record["numbers"] for record in run.records if record["checkpoint"] == name}
-        checkpoints.append({"name": name, **parts.pop("model"), "cost": parts.pop("cost"), "parts": parts})
+        about = {"name": name, **parts.pop("model"), "cost": parts.pop("cost")}
+        parts = {part: page.with_conventions(part, numbers) for part, numbers in parts.items()}
+        checkpoints.append(about | {"parts": parts})
     checkpoints.sort(key=lambda each: -1 if each["step"] is None else each["step"])
     device = jax.devices()[0]
     page.write(

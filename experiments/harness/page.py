@@ -12,6 +12,7 @@ from harness import page_figures as figures
 from harness import page_words as words
 from harness.page_style import STYLE
 from harness.page_words import Word
+from harness.page_words import with_conventions as with_conventions
 from harness.runs import Record
 from harness.tables import aligned
 
@@ -287,6 +288,8 @@ def _with_error(value: Any, error: Any) -> str:
         return "–"
     if not error:
         return _number(value, 4)
+    if error < _BELOW_ROUNDING * abs(value):
+        return f"{_number(value, 6)} ± {_number(error, 1)}"
     size = math.floor(math.log10(max(abs(value), error))) if value or error else 0
     digits = max(0, 1 - math.floor(math.log10(error)))
     if -4 < size < 5 and digits <= 6:
@@ -294,6 +297,9 @@ def _with_error(value: Any, error: Any) -> str:
     scaled = [each / 10.0**size for each in (value, error)]
     digits = min(6, max(0, 1 - math.floor(math.log10(scaled[1]))))
     return _minus(f"({scaled[0]:.{digits}f} ± {scaled[1]:.{digits}f})·10{_superscript(size)}")
+
+
+_BELOW_ROUNDING = 1e-6
 
 
 def _number(value: float, digits: int) -> str:

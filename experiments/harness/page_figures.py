@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from harness.page_words import COLLAPSE, FLATNESS, GEOMETRY, JACOBIANS, LOSS, TRAJECTORY, Word
 from harness.runs import Record
@@ -55,14 +55,15 @@ def of_profile(checkpoints: Sequence[Record]) -> str | None:
             _line(axes, at, values, errors, colour, _label(checkpoint))
             everything.append(values)
         values = np.concatenate(everything)
-        if np.nanmin(values) > 0 and np.nanmax(values) > _MANY_TIMES * np.nanmin(values):
-            _make_log(axes, "y")
+        sizes = np.abs(values[np.isfinite(values) & (values != 0)])
+        if len(sizes) and sizes.max() > _MANY_TIMES * np.median(sizes):
+            axes.set_yscale("symlog", linthresh=10.0 ** np.ceil(np.log10(np.median(sizes))))
         axes.set_title(kind)
         if kind in layers:  # it has no block
             axes.set_xticks([])
             axes.set_xlabel("checkpoint" if len(shown) > 1 else "")
         else:
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.set_xlabel("block")
 
     return _panels(kinds, draw, shown, columns=4, size=(2.15, 1.9))
@@ -139,10 +140,12 @@ def of_jacobians(checkpoints: Sequence[Record]) -> str | None:
                 _line(axes, range(len(values)), values, errors, colour, _label(checkpoint))
             axes.set(title="largest singular value σ₁", xlabel="block")
             _make_log(axes, "y")
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         else:
             _draw_matrix(axes, _floats(last[panel]["value"]))
-            axes.set_title({"coupling_matrix": "coupling m_K(J_i, J_j)", "alignment_matrix": "alignment RA2"}[panel])
+            axes.set_title(
+                {"coupling_matrix": "block coupling m(Jᵢ, Jⱼ)", "alignment_matrix": "alignment RA2 of i and j"}[panel]
+            )
 
     return _panels(panels, draw, shown, columns=3, size=(2.85, 2.5))
 

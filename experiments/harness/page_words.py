@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from harness.runs import Record
+
 
 class Word(NamedTuple):
     """Of one number."""
@@ -68,14 +70,18 @@ COLLAPSE = [
          "average. At right angles it is −0.347.", "mean over pairs of log 1/‖û_c − û_c′‖"),
     Word("collapse", "gnc2_variation_means", "GNC2 of the means, variation", "How unevenly they are spread over the "
          "sphere. 0 is even.", "CoV over pairs of log 1/‖û_c − û_c′‖"),
-    Word("collapse", "gnc2_mean_classifier", "GNC2 of the head, mean", "The same of the head's rows.", ""),
-    Word("collapse", "gnc2_variation_classifier", "GNC2 of the head, variation", "The same of the head's rows.", ""),
+    Word("collapse", "gnc2_mean_classifier", "GNC2 of the head, mean", "The same of the head's rows.",
+         "mean over pairs of log 1/‖ŵ_c − ŵ_c′‖"),
+    Word("collapse", "gnc2_variation_classifier", "GNC2 of the head, variation", "The same of the head's rows.",
+         "CoV over pairs of log 1/‖ŵ_c − ŵ_c′‖"),
     Word("collapse", "nc2_equinorm_means", "NC2 equal norms, means", "Variation of the distances of the class means "
          "from their centre.", "std/mean of ‖μ_c − μ_G‖"),
-    Word("collapse", "nc2_equinorm_classifier", "NC2 equal norms, head", "The same of the head's rows.", ""),
+    Word("collapse", "nc2_equinorm_classifier", "NC2 equal norms, head", "The same of the head's rows.",
+         "std/mean of ‖w_c‖"),
     Word("collapse", "nc2_equiangularity_means", "NC2 equal angles, means", "How far the angles between class "
          "means are from those of a simplex.", "mean of |cos + 1/(C − 1)|"),
-    Word("collapse", "nc2_equiangularity_classifier", "NC2 equal angles, head", "The same of the head's rows.", ""),
+    Word("collapse", "nc2_equiangularity_classifier", "NC2 equal angles, head", "The same of the head's rows.",
+         "mean of |cos + 1/(C − 1)|"),
 ]  # fmt: skip
 GEOMETRY = [
     Word("geometry", "rankme", "RankMe of σ", "How many directions the features fill, counted by singular values: "
@@ -98,7 +104,7 @@ TRAJECTORY = [
          "depth.", "CoV over l of log(‖x_{l+1}‖/‖x_l‖)"),
 ]  # fmt: skip
 JACOBIANS = [
-    Word("jacobians", "coupling", "block coupling m_K", "Whether a block acts along the singular vectors of another as "
+    Word("jacobians", "coupling", "block coupling", "Whether a block acts along the singular vectors of another as "
          "strongly as it can. 0 is full coupling, about 1 none; the mean over pairs of blocks.",
          "m_K(J₁, J₂) = ‖ |U₂ᵀJ₁V₂| − S₁ ‖/‖s₁‖, the top K singular vectors"),
     Word("jacobians", "alignment", "residual alignment (RA2)", "Whether the blocks stretch the stream along the same "
@@ -110,5 +116,26 @@ JACOBIANS = [
          "share of the block's largest.", "max ‖Jv − su‖/s₁"),
 ]  # fmt: skip
 
+ALL = [*LOSS, *FLATNESS, *SHARPNESS, *PROFILE, *COLLAPSE, *GEOMETRY, *TRAJECTORY, *JACOBIANS]
 HEADLINES = [LOSS[0], LOSS[1], FLATNESS[0], FLATNESS[1], COLLAPSE[0], COLLAPSE[1], COLLAPSE[2], TRAJECTORY[0],
              JACOBIANS[0], JACOBIANS[1]]  # fmt: skip
+
+
+def with_conventions(part: str, numbers: Record) -> Record:
+    """Each number with what it is, as a formula, in front of what is said already of how it was taken."""
+    formulas = {word.name: word.formula for word in ALL if word.part == part} | _NOT_ON_THE_PAGE.get(part, {})
+    return {
+        name: each | {"convention": "; ".join(filter(None, [formulas.get(name), each.get("convention")]))}
+        for name, each in numbers.items()
+    }
+
+
+_NOT_ON_THE_PAGE = {
+    "geometry": {"variances": "eigenvalues λ of the covariance of the features, at some ranks from 1, the largest, on"},
+    "trajectory": {"norms": "‖x_l‖"},
+    "jacobians": {
+        "alignment_matrix": "of blocks i and j at [i, j], mean |off-diagonal|/mean |diagonal| of |U_jᵀJ_iV_j|",
+        "coupling_matrix": "m_K(J_i, J_j) at [i, j]",
+        "singular_values": "the largest of each J_l = ∂x_{l+1}/∂x_l − I",
+    },
+}

@@ -344,12 +344,13 @@ def test_the_page_is_redrawn_from_the_record_alone(diagnosed, tmp_path):
     assert (tmp_path / "d" / page.NAME).read_text() == (diagnosed.folder / "d" / page.NAME).read_text()
 
 
-def test_every_number_has_its_error_its_tokens_and_what_the_error_is_over(diagnosed):
+def test_every_number_has_its_error_its_tokens_and_its_convention(diagnosed):
     for part in diagnosed.parts.values():
         for quantity in part.values():
             assert np.shape(quantity["value"]) == np.shape(quantity["standard_error"])
             assert quantity["standard_error_over"]
             assert "num_tokens" in quantity
+            assert quantity["convention"]
 
 
 def test_the_text_of_a_run_is_known_by_what_it_held_out(trained):

@@ -2,6 +2,8 @@
 
 import functools
 import operator
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +76,7 @@ def geometry_part(network: Network, text: Text, fit_range: tuple[int, int]) -> P
 _RANKS_SHOWN = 32
 
 
-def _error(reduced: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+def _error(reduced: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
     return jackknife_error(reduced) if reduced else np.full(shape, np.nan)
 
 

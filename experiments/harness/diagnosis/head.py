@@ -30,12 +30,13 @@ def head_part(network: Network, text: Text) -> Part:
         tokens, blocks = text.num_tokens, text.blocks
         loss, loss_error = mean(state["loss"], blocks)
         squared_norm = float(linear_head(network.head).squared_norm(jnp.float32))
-        simplified = tuple(squared_norm * each for each in mean(state["trace"], blocks))
+        trace, trace_error = mean(state["trace"], blocks)
+        simplified, simplified_error = squared_norm * trace, squared_norm * trace_error
         return {
             "loss": quantity(loss, loss_error, BLOCKS, tokens, unit="nats a token"),
             "perplexity": quantity(np.exp(loss), np.exp(loss) * loss_error, BLOCKS, tokens),
             "kappa": quantity(*mean(state["kappa"], blocks), BLOCKS, tokens, convention=_EXACT),
-            "kappa_hat": quantity(*simplified, BLOCKS, tokens, convention=_EXACT),
+            "kappa_hat": quantity(simplified, simplified_error, BLOCKS, tokens, convention=_EXACT),
             "squared_feature_norm": quantity(*mean(state["squared_feature_norm"], blocks), BLOCKS, tokens),
             "squared_head_norm": quantity(squared_norm, 0.0, "none", 0),
         }

@@ -50,8 +50,14 @@ def jacobians_part(network: Network, text: Text, num_directions: int, seed: int)
     def update(state: Any, read: Read) -> Any:
         blocks = list(network.model.blocks)
         of_window = jax.random.fold_in(key, read.index)
-        how = {} if is_exact else {"top": top, "key": of_window, "num_iterations": _ITERATIONS}
-        triplets = residual_jacobians(blocks, read.stream, length - 1, **how)
+        triplets = residual_jacobians(
+            blocks,
+            read.stream,
+            length - 1,
+            top=None if is_exact else top,
+            key=None if is_exact else of_window,
+            num_iterations=_ITERATIONS,
+        )
         largest = triplets.top(top)
         if is_exact:
             between = projections(triplets.matrices(), largest)

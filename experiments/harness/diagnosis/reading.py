@@ -67,6 +67,11 @@ class Text(NamedTuple):
         labels = np.concatenate([chosen[:, 1:], np.full_like(chosen[:1, 1:], IGNORED_LABEL).repeat(missing, axis=0)])
         return tokens, labels
 
+    def size(self, index: int) -> int:
+        """Sequences of a batch that count."""
+        places = self.places(index)
+        return places.stop - places.start
+
     def places(self, index: int) -> slice:
         """Of the sequences of a batch among all."""
         return slice(index * self.batch_size, min((index + 1) * self.batch_size, len(self.sequences)))

@@ -1,7 +1,7 @@
-"""How a diagnosis goes on: in stages, each reading units one by one, with several parts that take up what was read.
+"""How a diagnosis goes on: in stages, each reading batch after batch, with parts that take up what was read.
 
-A part is a state, how a unit changes it, and what is made of it in the end, so that streaming, saving and resuming are
-written here once. The state is on disk after every few units: what is killed goes on from there, to the same numbers.
+A part is a state, how a batch changes it, and what is made of it in the end, so that streaming, saving and resuming are
+written here once. The state is on disk after every few batches: what is killed goes on from there, to the same numbers.
 """
 
 import time
@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from harness.checkpoints import checkpointer, load_latest
+from harness.diagnosis.reading import Text
 from harness.progress import Progress
 from harness.runs import Record
 
@@ -25,17 +26,17 @@ class Part(NamedTuple):
 
     init: Callable[[], State]
     update: Callable[[State, Any], State]
-    """With a unit; the old state may be gone."""
+    """With what was read of a batch; the old state may be gone."""
     finish: Callable[[State], Record]
 
 
 class Stage(NamedTuple):
-    """Parts that read the same units."""
+    """Parts that read the same batches."""
 
     name: str
-    unit: str
-    """Of which progress counts `num_units`."""
-    num_units: int
+    kind: str
+    """Of progress, which counts sequences."""
+    text: Text
     read: Callable[[int], Any]
     parts: Mapping[str, Part]
 
@@ -45,41 +46,41 @@ class Done(NamedTuple):
 
     states: dict[str, State]
     seconds: dict[str, np.ndarray]
-    """Of each part and unit, "reading" among the parts; the first unit after a start has compilation in it."""
+    """Of each part and batch, "reading" among the parts; the first after a start has compilation in it."""
 
 
 def run_stage(folder: Path, stage: Stage, save_every: int, progress: Progress) -> Done:
     """From where it was left to its end."""
-    names = ["reading", *stage.parts]
+    names, text = ["reading", *stage.parts], stage.text
     start = {
         "states": {name: part.init() for name, part in stage.parts.items()},
-        "seconds": {name: np.full(stage.num_units, np.nan) for name in names},
+        "seconds": {name: np.full(text.num_batches, np.nan) for name in names},
     }
     with checkpointer(folder / stage.name) as checkpoints:
         done, state = load_latest(checkpoints, start)
-        progress.spared(stage.unit, max(done, 0))
+        progress.spared(stage.kind, sum(map(text.size, range(max(done, 0)))))
         states, seconds = state["states"], {name: np.array(each) for name, each in state["seconds"].items()}
-        for index in range(max(done, 0), stage.num_units):
-            unit, seconds["reading"][index] = _timed(stage.read, index)
+        for index in range(max(done, 0), text.num_batches):
+            read, seconds["reading"][index] = _timed(stage.read, index)
             for name, part in stage.parts.items():
-                states[name], seconds[name][index] = _timed(part.update, states[name], unit)
+                states[name], seconds[name][index] = _timed(part.update, states[name], read)
             number = index + 1
-            if number % save_every == 0 or number == stage.num_units:
+            if number % save_every == 0 or number == text.num_batches:
                 checkpoints.save(number, {"states": states, "seconds": seconds})
-            progress.done(stage.unit, note=f"{stage.name} {number}/{stage.num_units}")
+            progress.done(stage.kind, text.size(index), f"{stage.name} {number}/{text.num_batches}")
     return Done(states, seconds)
 
 
 def usual_seconds(seconds: np.ndarray) -> float:
-    """Of a unit that nothing is compiled for."""
+    """Of a batch that nothing is compiled for."""
     return float(np.median(seconds[1:] if len(seconds) > 1 else seconds))
 
 
 def seconds_of(done: Done, stage: Stage) -> dict[str, tuple[float, float]]:
-    """Of reading and of each part, on all units, without compilation; and how much longer it took with it."""
+    """Of reading and of each part, on all batches, without compilation; and how much longer it took with it."""
     seconds = {}
     for name, each in done.seconds.items():
-        computing = usual_seconds(each) * stage.num_units
+        computing = usual_seconds(each) * stage.text.num_batches
         seconds[name] = computing, max(0.0, float(each.sum()) - computing)
     return seconds
 
