@@ -1,0 +1,150 @@
+"""Geometry of a layer's features: how many directions they fill, and how fast the variance along them falls."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Integer, Shaped
+
+from flatjax.curvature.vectors import sum_dtype
+from flatjax.heads import LinearHead
+from flatjax.metric import compiled_metric
+from flatjax.representations.spectrum import FIT_RANGE, RepresentationGeometry, geometry_of_spectrum
+from flatjax.samples import Samples, flatten_samples
+
+
+@compiled_metric
+def representation_geometry(
+    feats: Float[ArrayLike, "*n m"],
+    weights: Shaped[ArrayLike, "*n"] | None = None,
+    *,
+    fit_range: tuple[int, int] = FIT_RANGE,
+) -> RepresentationGeometry:
+    r"""RankMe, participation ratio and α-ReQ of features, from the singular values of what is left of them centred.
+
+        RankMe = exp(−Σ p_i log p_i), p = σ/Σσ or λ/Σλ,    (Σλ)²/Σλ²,    α = −d log λ_i / d log i,    λ_i = σ_i²
+
+    The features are centred, and never multiplied with themselves: a σ_i is known to about ε σ_1, where through a
+    covariance it would be to √ε σ_1. In float32 that is 1e-7 against 3e-4, and in language models, where a few
+    directions are a thousand times as large as most, it decides.
+
+    Args:
+        feats: features (..., m). The leading shape is that of N samples; tokens, say.
+        weights: sample weights (...,), 1 by default. A sample of weight 0 is padding, whatever it holds.
+        fit_range: the first and the last of the eigenvalues to fit α to, both included and counted from 1. Static.
+
+    Returns:
+        A `RepresentationGeometry`, in float64 if any input is, else in float32. All is NaN where a feature is not
+        finite, a weight negative, or the samples are all the same; α alone where the fit range goes beyond the
+        eigenvalues above rounding, of which there are at most min(N − 1, m): give another range then, and say so, as α
+        depends on it.
+
+    Raises:
+        TypeError: the features are not floating, or the weights not real.
+        ValueError: shapes that do not fit, no sample, or a fit range of fewer than 3 eigenvalues.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flatjax import representation_geometry
+        >>> feats = jnp.array([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]], jnp.float32)
+        >>> geometry = representation_geometry(feats)
+        >>> print(f"{geometry.rankme:.4f} {geometry.rankme_of_variances:.4f} {geometry.participation_ratio:.4f}")
+        1.7548 1.3841 1.2195
+        >>> print(geometry.variances.round(3), geometry.is_rank_limited)
+        [4.5 0.5] True
+
+    References:
+        Garrido, Balestriero, Najman, LeCun: *RankMe: Assessing the Downstream Performance of Pretrained
+        Self-Supervised Representations by Their Rank*, ICML 2023.
+        Agrawal, Mondal, Ghosh, Richards: *α-ReQ: Assessing Representation Quality in Self-Supervised Learning by
+        Measuring Eigenspectrum Decay*, NeurIPS 2022.
+    """
+    samples = read_features(feats, weights)
+    shares, sound = _sound_shares(samples)
+    rows = jnp.sqrt(shares)[:, None] * _centred(samples.feats, shares)
+    (n, m), epsilon = rows.shape, float(jnp.finfo(rows.dtype).eps)
+    sizes = jnp.linalg.svd(rows, compute_uv=False)
+    sizes = jnp.where(sound, jnp.concatenate([sizes, jnp.zeros(max(0, m - n), rows.dtype)]), jnp.nan)
+    return geometry_of_spectrum(sizes, m**0.5 * epsilon, jnp.sum(samples.counts), fit_range)
+
+
+@compiled_metric
+def geometry_of_covariance(
+    covariance: Float[ArrayLike, "m m"],
+    num_samples: Integer[ArrayLike, ""] | int,
+    *,
+    fit_range: tuple[int, int] = FIT_RANGE,
+) -> RepresentationGeometry:
+    """The geometry of features of which only the covariance was kept, that of `ClassMoments` of one class, say.
+
+    Of what rounding leaves of a covariance, √m ε λ_1 and less is not told from 0 and counts as that: σ below 2e-3 of
+    the largest in float32 at m = 768. If `num_resolved` is far below m, so is RankMe below its value: keep a
+    `FeatureSpectrum` instead, which knows σ to about ε σ_1.
+
+    Args:
+        covariance: (m, m), symmetric.
+        num_samples: N, of how many samples it is.
+        fit_range: as for `representation_geometry`.
+
+    Returns:
+        A `RepresentationGeometry`; NaN where an entry is not finite, all are 0, or an eigenvalue is negative beyond
+        rounding.
+
+    Raises:
+        TypeError: the covariance is not floating.
+        ValueError: it is not square, or the fit range one of fewer than 3 eigenvalues.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flatjax import ClassMoments
+        >>> from flatjax.representations import geometry_of_covariance
+        >>> moments = ClassMoments.init(num_classes=1, num_features=2, covariance=True)
+        >>> for feats in ([[3.0, 0.0], [-3.0, 0.0]], [[0.0, 1.0], [0.0, -1.0]]):
+        ...     moments = moments.update(jnp.array(feats, jnp.float32), jnp.zeros(2, int))
+        >>> geometry = geometry_of_covariance(moments.covariance, moments.counts[0])
+        >>> print(f"{geometry.rankme:.4f}")
+        1.7548
+    """
+    covariance = jnp.asarray(covariance)
+    if not jnp.issubdtype(covariance.dtype, jnp.floating):
+        raise TypeError(f"covariance has dtype {covariance.dtype}, wanted a floating dtype")
+    if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1] or 0 in covariance.shape:
+        raise ValueError(f"covariance has shape {covariance.shape}, wanted (m, m)")
+    covariance = covariance.astype(sum_dtype(covariance))
+    m, epsilon = len(covariance), float(jnp.finfo(covariance.dtype).eps)
+    size = jax.lax.stop_gradient(jnp.max(jnp.abs(covariance)))
+    sound = jnp.isfinite(size) & (size > 0)
+    eigenvalues = jnp.linalg.eigvalsh(jnp.where(sound, covariance / jnp.where(sound, size, 1), 0))[::-1]
+    resolution = m**0.5 * epsilon
+    sound &= eigenvalues[-1] >= -resolution * eigenvalues[0]
+    is_positive = eigenvalues > 0
+    sizes = jnp.where(is_positive, jnp.sqrt(size) * jnp.sqrt(jnp.where(is_positive, eigenvalues, 1)), 0)
+    return geometry_of_spectrum(jnp.where(sound, sizes, jnp.nan), resolution**0.5, num_samples, fit_range)
+
+
+def read_features(feats: ArrayLike, weights: ArrayLike | None) -> Samples:
+    """Flattened and checked, with labels that mean nothing.
+
+    Raises:
+        TypeError: the features are not floating, or the weights not real.
+        ValueError: the shapes do not fit, or there is no sample or no feature.
+    """
+    feats = jnp.asarray(feats)
+    if feats.ndim < 1 or feats.shape[-1] < 1:
+        raise ValueError(f"feats has shape {feats.shape}, wanted (..., m), m at least 1")
+    if not jnp.issubdtype(feats.dtype, jnp.floating):
+        raise TypeError(f"feats has dtype {feats.dtype}, wanted a floating dtype")
+    of_features = LinearHead(jnp.zeros((1, feats.shape[-1]), feats.dtype), jnp.zeros(1, feats.dtype))
+    return flatten_samples(of_features, feats, jnp.zeros(feats.shape[:-1], jnp.int32), weights)
+
+
+def _sound_shares(samples: Samples) -> tuple[Float[Array, " n"], Array]:
+    """Numbers in any case, as no decomposition is to be given NaN; and whether all were."""
+    sound = jnp.isfinite(jnp.sum(samples.shares))
+    return jnp.where(sound, samples.shares, 1 / len(samples.feats)), sound
+
+
+def _centred(feats: Float[Array, "n m"], shares: Float[Array, " n"]) -> Float[Array, "n m"]:
+    """Less their weighted mean, twice: what the first mean was rounded by is of the size of the mean."""
+    for _ in range(2):
+        feats = feats - (shares @ feats)[None, :]
+    return feats

@@ -1,0 +1,169 @@
+"""The spectrum of features that come in batches, without the loss of digits of a covariance.
+
+The scatter matrix of N centred features is Rᵀ R, with R (m, m) the triangular factor of their QR decomposition. That of
+two sets, of masses a and b and with means δ apart, is the factor of R_a, R_b and the row √(ab/(a + b)) δᵀ below each
+other: a sum of squares that is never squared.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float, Int, Shaped
+
+from flatjax.double import Double
+from flatjax.metric import compiled_metric, metric
+from flatjax.representations.geometry import read_features
+from flatjax.representations.spectrum import FIT_RANGE, RepresentationGeometry, geometry_of_spectrum
+from flatjax.sharding import automatic, num_devices
+
+
+class FeatureSpectrum(NamedTuple):
+    """All that the geometry of a stream of features needs: `init`, then `update` with each batch, or `merge`.
+
+    A pytree of m² + 2m + 3 numbers, to be donated: `jax.jit(FeatureSpectrum.update, donate_argnums=0)`; of several
+    layers at once by `jax.vmap`. An update with N samples costs about 2 m² (N + m) operations, those of two QR
+    decompositions: take batches of N ≥ m. Samples split among devices are decomposed where they lie. It has no
+    derivative.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flatjax.representations import FeatureSpectrum
+        >>> spectrum = FeatureSpectrum.init(num_features=2)
+        >>> for feats in ([[3.0, 0.0], [-3.0, 0.0]], [[0.0, 1.0], [0.0, -1.0]]):
+        ...     spectrum = spectrum.update(jnp.array(feats, jnp.float32))
+        >>> print(f"{spectrum.geometry().rankme:.4f}")
+        1.7548
+    """
+
+    count: Int[Array, ""]
+    """Samples of weight above 0."""
+    mass: Float[Array, ""]
+    """Σω."""
+    mean: Double
+    """μ (m,)."""
+    triangle: Float[Array, "m m"]
+    """R, with Rᵀ R = Σ ω (h − μ)(h − μ)ᵀ."""
+    num_bad: Int[Array, ""]
+    """Batches with a feature that is not finite or a negative weight: then the geometry is NaN."""
+
+    @classmethod
+    def init(cls, num_features: int, *, dtype: DTypeLike = jnp.float32) -> "FeatureSpectrum":
+        """Of no samples.
+
+        Raises:
+            TypeError: another dtype than float32 or float64, or one that JAX has not enabled.
+            ValueError: fewer than 1 feature.
+        """
+        if num_features < 1:
+            raise ValueError(f"num_features is {num_features}, wanted at least 1")
+        if jnp.dtype(dtype) not in (jnp.float32, jnp.float64) or jnp.zeros(0, dtype).dtype != dtype:
+            raise TypeError(f"dtype is {jnp.dtype(dtype)}, wanted float32, or float64 with jax_enable_x64")
+        return cls(
+            count=jnp.zeros((), jnp.int32),
+            mass=jnp.zeros((), dtype),
+            mean=Double.zeros((num_features,), dtype),
+            triangle=jnp.zeros((num_features, num_features), dtype),
+            num_bad=jnp.zeros((), jnp.int32),
+        )
+
+    def update(
+        self, feats: Float[ArrayLike, "*n m"], weights: Shaped[ArrayLike, "*n"] | None = None
+    ) -> "FeatureSpectrum":
+        """With one more batch of features (..., m), and weights (...,), 1 by default; 0 is padding.
+
+        Raises:
+            TypeError: `feats` are not floating, or wider than the spectrum.
+            ValueError: the shapes do not fit.
+        """
+        feats, dtype = jnp.asarray(feats), self.triangle.dtype
+        if feats.shape[-1:] != self.mean.high.shape:
+            raise ValueError(f"feats has shape {feats.shape}, but the spectrum is of {len(self.triangle)} features")
+        if feats.dtype.itemsize > dtype.itemsize:
+            raise TypeError(f"feats has dtype {feats.dtype}, but the spectrum is {dtype}: cast one of them")
+        weights = None if weights is None else jnp.asarray(weights).astype(dtype)
+        return automatic(_updated, like=self)(self, feats.astype(dtype), weights)
+
+    def merge(self, other: "FeatureSpectrum") -> "FeatureSpectrum":
+        """Of the samples of both; the order changes nothing beyond rounding.
+
+        Raises:
+            ValueError: they are of other features.
+        """
+        if self.triangle.shape != other.triangle.shape:
+            raise ValueError(f"spectra of {len(self.triangle)} and {len(other.triangle)} features cannot be merged")
+        return automatic(_merged, like=self)(self, other)
+
+    def geometry(self, *, fit_range: tuple[int, int] = FIT_RANGE) -> RepresentationGeometry:
+        """As `representation_geometry` of all samples; NaN of fewer than 2."""
+        return _geometry(self, fit_range=fit_range)
+
+
+@compiled_metric
+def _geometry(spectrum: FeatureSpectrum, *, fit_range: tuple[int, int]) -> RepresentationGeometry:
+    triangle = spectrum.triangle / jnp.sqrt(jnp.where(spectrum.mass > 0, spectrum.mass, 1))
+    sound = (spectrum.num_bad == 0) & jnp.all(jnp.isfinite(triangle))
+    sizes = jnp.linalg.svd(jnp.where(sound, triangle, 0), compute_uv=False)
+    resolution = len(triangle) ** 0.5 * float(jnp.finfo(triangle.dtype).eps)
+    return geometry_of_spectrum(jnp.where(sound, sizes, jnp.nan), resolution, spectrum.count, fit_range)
+
+
+@jax.jit
+@metric
+def _updated(
+    spectrum: FeatureSpectrum, feats: Float[Array, "*n m"], weights: Float[Array, "*n"] | None
+) -> FeatureSpectrum:
+    samples = read_features(feats, weights)
+    sound = jnp.isfinite(jnp.sum(samples.weights))
+    weights = jnp.where(samples.counts & sound, samples.weights, 0)
+    rows = jnp.where((weights > 0)[:, None], samples.feats, 0)
+    mass = jnp.sum(weights)
+    shares = weights / jnp.where(mass > 0, mass, 1)
+    origin = shares @ rows
+    # What the mean was rounded by is of its size, which the spread may be far below.
+    offsets = rows - origin[None, :]
+    lacking = shares @ offsets
+    rows = jnp.sqrt(weights)[:, None] * (offsets - lacking[None, :])
+    n, m = rows.shape
+    num_parts = math.gcd(n, num_devices(feats))
+    parts = jnp.linalg.qr(rows.reshape(num_parts, n // num_parts, m), mode="r")
+    return _joined(
+        spectrum,
+        parts.reshape(-1, m),
+        count=jnp.sum(weights > 0, dtype=jnp.int32),
+        mass=mass,
+        mean=Double(origin, jnp.zeros_like(origin)).plus(lacking),
+        num_bad=(~sound).astype(jnp.int32),
+    )
+
+
+@jax.jit
+@metric
+def _merged(one: FeatureSpectrum, other: FeatureSpectrum) -> FeatureSpectrum:
+    return _joined(one, other.triangle, count=other.count, mass=other.mass, mean=other.mean, num_bad=other.num_bad)
+
+
+def _joined(
+    spectrum: FeatureSpectrum,
+    rows: Float[Array, "k m"],
+    *,
+    count: Int[Array, ""],
+    mass: Float[Array, ""],
+    mean: Double,
+    num_bad: Int[Array, ""],
+) -> FeatureSpectrum:
+    total = spectrum.mass + mass
+    share = mass / jnp.where(total > 0, total, 1)
+    is_one_empty = (spectrum.mass == 0) | (mass == 0)
+    shift = jnp.where(is_one_empty, 0, mean.minus(spectrum.mean))
+    between = jnp.sqrt(spectrum.mass * share) * shift
+    triangle = jnp.linalg.qr(jnp.concatenate([spectrum.triangle, rows, between[None, :]]), mode="r")
+    return FeatureSpectrum(
+        count=spectrum.count + count,
+        mass=total,
+        mean=mean.where(spectrum.mass == 0, spectrum.mean.plus(share * shift)),
+        triangle=triangle,
+        num_bad=spectrum.num_bad + num_bad,
+    )
