@@ -150,12 +150,14 @@ def main(config: Config) -> None:
     )
     if not documents:
         raise SystemExit(f"--text has no text: {', '.join(map(str, config.text))}")
+    texts = Texts(config, documents)
+    for source in sources:
+        texts.of(source)  # of a checkpoint that cannot be read there is nothing to record
     recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_THE_RUN}
     run = RunFolder(folder, _jsonable(recorded) | {"text": digest(documents)}, resume=config.resume)
     mesh = mesh_of(config)
     started = time.monotonic()
     left = [source for source in sources if not of_checkpoint(run, source.name, "cost")]
-    texts = Texts(config, documents)
     with Progress("diagnosis", planned(config, [texts.of(source) for source in left])) as progress:
         for source in left:
             diagnose(config, source, texts.of(source), mesh, run, progress)

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -14,6 +14,8 @@ from flatjax import loading
 from flatjax.models import Decoder
 from harness.language_model import load_checkpoint
 from harness.text import Document, read, standard_library
+
+T = TypeVar("T")
 
 
 class Source(NamedTuple):
@@ -59,12 +61,20 @@ def _published(place: str) -> Source:
     found = re.search(r"step[-_]?(\d+)", revision)
 
     def load(dtype: DTypeLike, mesh: Mesh) -> Decoder:
-        return loading.load_decoder(name, dtype=dtype, mesh=mesh, revision=revision or None)
+        return _or_exit(lambda: loading.load_decoder(name, dtype=dtype, mesh=mesh, revision=revision or None))
 
     def tokenizer() -> Tokenizer:
-        return loading.load_tokenizer(name, revision=revision or None)
+        return _or_exit(lambda: loading.load_tokenizer(name, revision=revision or None))
 
     return Source(place, int(found[1]) if found else None, load, tokenizer)
+
+
+def _or_exit(load: Callable[[], T]) -> T:
+    """The errors of loading say all there is to say."""
+    try:
+        return load()
+    except (FileNotFoundError, ImportError, ValueError) as error:
+        raise SystemExit(str(error)) from error
 
 
 def _of_run(run: Path, step: int) -> Source:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import diagnose_llm
@@ -357,6 +358,16 @@ def test_the_text_of_a_run_is_known_by_what_it_held_out(trained):
     (document,) = diagnose_llm.checkpoint_sources.documents_of_run(f"{trained.run}/checkpoints/7", "held_out")
     assert document.text == trained.text.read_text()
     assert diagnose_llm.checkpoint_sources.documents_of_run(str(trained.run), "train") == []
+
+
+def test_a_published_folder_is_a_checkpoint_and_a_revision_of_a_hub_has_its_step():
+    golden = str(Path(__file__).parents[1] / "loading" / "golden" / "qwen3")
+    folder, revision = diagnose_llm.checkpoint_sources.find([golden, "someone/model@step3000"])
+    assert (folder.step, revision.step, revision.name) == (None, 3000, "someone/model@step3000")
+    mesh = on_one_device(None)
+    assert folder.load(jnp.float32, mesh).config.query_key_norm
+    with pytest.raises(SystemExit, match="has no tokenizer"):
+        folder.tokenizer()
 
 
 @pytest.mark.parametrize(
