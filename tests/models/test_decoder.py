@@ -149,7 +149,7 @@ def test_bfloat16_computes_what_float64_does_to_its_few_digits(config):
     exact = nnx.merge(*drawn(config))(TOKENS)
     rounded = nnx.merge(*drawn(config, jnp.bfloat16))(TOKENS)
     assert rounded.dtype == jnp.bfloat16
-    assert np.max(np.abs(rounded.astype(jnp.float64) - exact)) < 0.05 * np.max(np.abs(exact))
+    assert np.linalg.norm(rounded.astype(jnp.float64) - exact) < 0.05 * np.linalg.norm(exact)
 
 
 def loss_of(graphdef):

@@ -1,0 +1,1 @@
+collect_ignore = ["make_golden.py"]  # which needs torch
