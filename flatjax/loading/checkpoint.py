@@ -49,6 +49,7 @@ def load_decoder(
         ValueError: a checkpoint of another kind, or one that is not whole, with all that is wrong.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from flatjax.loading import load_decoder
         >>> model = load_decoder("tests/loading/golden/llama")
         >>> model.config.num_key_value_heads, model(jnp.array([[3, 1, 4, 1, 5]])).shape

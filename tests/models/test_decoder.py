@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import flatjax
 from flatjax.curvature.leaves import leaf_path, leaves_by_path, with_leaves
+from flatjax.layers.kernels import find_layers
 from flatjax.models import Decoder, DecoderConfig, RotaryScaling, decoder_shardings
 from flatjax.models.decoder_parts import Norm, attend
 from flatjax.models.rotary import frequencies, rotate
@@ -146,8 +147,9 @@ def test_scaled_rotary_positions_keep_fast_turns_and_slow_down_slow_ones():
 
 @EVERY_KIND
 def test_bfloat16_computes_what_float64_does_to_its_few_digits(config):
-    exact = nnx.merge(*drawn(config))(TOKENS)
-    rounded = nnx.merge(*drawn(config, jnp.bfloat16))(TOKENS)
+    exact, rounded = (
+        jax.jit(lambda model: model(TOKENS))(nnx.merge(*drawn(config, dtype))) for dtype in (jnp.float64, jnp.bfloat16)
+    )
     assert rounded.dtype == jnp.bfloat16
     assert np.linalg.norm(rounded.astype(jnp.float64) - exact) < 0.05 * np.linalg.norm(exact)
 
@@ -159,38 +161,43 @@ def loss_of(graphdef):
     return loss
 
 
-@pytest.mark.parametrize("config", [QWEN, GPT], ids=["qwen", "gpt"])
-def test_kappa_of_a_layer_is_that_of_the_dense_hessian(config):
-    graphdef, params = drawn(config)
+@pytest.mark.parametrize(
+    ("config", "path"),
+    [(QWEN, "blocks/0/attention/value/kernel"), (GPT, "blocks/0/perceptron/down/kernel")],
+    ids=["qwen", "gpt"],
+)
+def test_kappa_of_a_layer_is_that_of_the_dense_hessian(config, path):
+    graphdef, params = drawn(dataclasses.replace(config, depth=1))
     loss, tokens = loss_of(graphdef), TOKENS[:2, :4]
-    for path in ("blocks/1/attention/value/kernel", "blocks/0/perceptron/down/kernel"):
-        kernel = leaves_by_path(params)[path]
-        hessian = jax.jit(jax.hessian(lambda k, p=path: loss(with_leaves(params, {p: k}, (p,)), tokens)))(kernel)
-        want = jnp.einsum("is,it,ksku,ut->", kernel, kernel, hessian, jnp.eye(kernel.shape[1]))
-        got = flatjax.layer_relative_flatness(loss, params, tokens, layer=path, method="weights")
-        np.testing.assert_allclose(got.value, want, rtol=1e-10, err_msg=path)
+    kernel = leaves_by_path(params)[path]
+    hessian = jax.jit(jax.hessian(lambda kernel: loss(with_leaves(params, {path: kernel}, (path,)), tokens)))(kernel)
+    want = jnp.einsum("is,it,ksku,ut->", kernel, kernel, hessian, jnp.eye(kernel.shape[1]))
+    got = flatjax.layer_relative_flatness(loss, params, tokens, layer=path, method="weights")
+    np.testing.assert_allclose(got.value, want, rtol=1e-10)
 
 
-def test_the_profile_finds_every_layer_and_the_head_by_its_name():
-    graphdef, params = drawn(NEOX)
+def test_the_profile_finds_every_layer_by_its_name_and_kappa_of_the_head_exactly():
+    graphdef, params = drawn(dataclasses.replace(NEOX, depth=1))
+    names = {f"attention/{name}" for name in ("query", "key", "value", "output")} | {"perceptron/up", "perceptron/down"}
+    wanted = {f"blocks/0/{name}/kernel" for name in names} | {"head/kernel", "token_embedding/embedding"}
+    assert set(find_layers(params)) == wanted
+    batches, layers = [(TOKENS[:2],), (TOKENS[2:],)], ["head/kernel", "blocks/0/perceptron/down/kernel"]
     profile = flatjax.flatness_profile(
-        loss_of(graphdef), params, [(TOKENS,)], key=jax.random.key(0), num_probes=4, route="joint"
+        loss_of(graphdef), params, batches, key=jax.random.key(0), layers=layers, num_probes=4, route="joint"
     )
-    names = [f"{part}/kernel" for part in ("attention/query", "attention/key", "attention/value", "attention/output")]
-    names += ["perceptron/up/kernel", "perceptron/down/kernel"]
-    wanted = {f"blocks/{i}/{name}" for i in range(2) for name in names} | {"head/kernel", "token_embedding/embedding"}
-    assert set(profile) == wanted
     model = nnx.merge(graphdef, params)
     feats = model.features(TOKENS)[:, :-1]
     kappa = flatjax.relative_flatness(model.head_params(), feats, TOKENS[:, 1:])
     np.testing.assert_allclose(profile["head/kernel"].value, kappa, rtol=1e-10)
     assert profile["head/kernel"].num_probes == 0
+    assert np.isfinite(profile[layers[1]].value)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("config", [QWEN, NEOX], ids=["qwen", "neox"])
+@pytest.mark.parametrize(
+    ("config", "axis_type"), [(QWEN, AxisType.Explicit), (NEOX, AxisType.Auto)], ids=["qwen, Explicit", "neox, Auto"]
+)
 def test_logits_and_second_derivatives_of_sharded_parameters_are_those_of_one_device(config, axis_type):
-    config = dataclasses.replace(config, vocab_size=12, inner_width=12)
+    config = dataclasses.replace(config, vocab_size=12, inner_width=12, depth=1)
     graphdef, params = drawn(config)
 
     @jax.jit
