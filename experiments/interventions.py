@@ -14,7 +14,8 @@ sits at it is called so. All arms are of the same seeds (a split or a choice of 
 * controls: a confidence penalty, label smoothing (as a term: cross-entropy with uniform labels, less that with the
   right ones) and weight decay, the gradient of each scaled at every step to the norm that the pushed arm's term has at
   the same parameters.
-* held: μ(log q − log q*)², q being κ, κ̂ or NCC of the training batch, from a step at which the training set is fitted.
+* held: μ(log q − log q*)², q being κ, κ̂ or NCC of the training batch, from a step at which the training set is fitted,
+  and some of what is held out is right already.
 * unplugged: pushed until a step, and then nothing else changes: neither the rate, nor the decay, nor the optimizer's
   state. The arm unplugged from the start is the baseline.
 
@@ -41,7 +42,8 @@ from harness.arm_figures import draw_delays, draw_dose, draw_training
 from harness.arms import BASELINE, Arm, controls, held, pushed
 from harness.bounds import Bounds
 from harness.checkpoints import checkpointer, load_latest
-from harness.effects import diverged_at, generalized_at
+from harness.doses import dose_table, doses
+from harness.effects import diverged_at, generalized_at, to_record
 from harness.lanes import Lanes, Rule, Setting, State
 from harness.learners import Learner, image_classification, modular_addition
 from harness.progress import Progress
@@ -362,10 +364,11 @@ def report(config: Config, run: RunFolder, arms: list[Arm], num_classes: int) ->
         bounds=bounds_of(config),
         resolution=config.measure_every,
     )
-    text = table(judged)
+    found = doses(judged, of_arms[BASELINE.name], config.measure_every)
+    text = "\n\n".join(part for part in (table(judged), dose_table(found)) if part)
     print(text)
     (run.path / "table.txt").write_text(text + "\n")
-    run.summarise(to_summary(judged))
+    run.summarise(to_summary(judged) | {"doses": to_record(found)})
     title = f"{config.task}, {config.seeds} seeds"
     draw_training(run.path, arms, of_arms, title)
     draw_dose(run.path / "dose.png", judged, title)

@@ -158,8 +158,8 @@ def table(judged: Sequence[Verdict]) -> str:
 _EXPLAINED = """
 train: the lowest of {} seeds at the end. ±: 95 % intervals over seeds, of differences paired by seed; d: the mean of
 these over their standard deviation. delay: median of the steps from 99 % of what is trained on to 99 % of what is held
-out, ≥ if not all seeds got there (n did); × baseline's: the geometric mean of the ratios, with its 95 % interval, ≥ or
-≤ if it is but a bound. κ, κ̂, NCC, loss: medians, of what is trained on, at the end. of ceiling: the highest of the
+out, ≥ if not all seeds got there (n did); × baseline's: the geometric mean of the ratios, with its 95 % interval, or ≥
+or ≤ a bound. κ, κ̂, NCC, loss: medians, of what is trained on, at the end. of ceiling: the highest of the
 seeds, as a share of what the bounds allow."""
 
 
@@ -186,7 +186,9 @@ def _plus_minus(values: Interval, sign: str = "") -> str:
 def _ratio(ratio: Ratio | None) -> str:
     if ratio is None or ratio.bound == "?":
         return ""
-    return f"{ratio.bound}{' ' if ratio.bound else ''}{ratio.ratio:.2g} [{ratio.low:.2g}, {ratio.high:.2g}]"
+    if ratio.bound:
+        return f"{ratio.bound} {ratio.ratio:.2g}"  # how far beyond it may be, nobody knows
+    return f"{ratio.ratio:.2g} [{ratio.low:.2g}, {ratio.high:.2g}]"
 
 
 def to_summary(judged: Sequence[Verdict]) -> Record:

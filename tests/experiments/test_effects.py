@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from harness.arms import BASELINE, Arm, controls, held, pushed
 from harness.bounds import Bounds
+from harness.doses import dose_table, doses
 from harness.effects import answers, delay_ratio, effect, outcome
 from harness.lanes import Rule
 from harness.verdicts import off_level_of, table, verdicts
@@ -104,6 +105,22 @@ def test_a_held_arm_that_is_not_held_is_marked():
     np.testing.assert_allclose(off_level_of(arm, [off]), 2.0)
     assert judged(arm, [on, on], [on, on])[1].remarks == []
     assert judged(arm, [off, off], [on, on])[1].remarks == ["not held: off by ×2"]
+
+
+def test_a_dose_is_the_slope_over_the_levels_of_arms_that_answer():
+    arms = [BASELINE, *held("kappa", [0.1, 1.0, 10.0, 100.0], 0.1, since=0)]
+    last = {0.1: 0.99, 1.0: 0.995, 10.0: 1.0, 100.0: 0.0}
+    of_arms = {BASELINE.name: [records([0.0, 0.0, 1.0], train_relative_flatness=[9.0, 8.0, 7.0])] * 2}
+    for arm, late in zip(arms[1:], (1, 2, 4, 8), strict=True):
+        train = [1.0] * 8 if arm.level < 100 else [0.5] * 8  # the last does not answer
+        of_arms[arm.name] = [records([0.0] * late + [0.99] + [last[arm.level]] * (7 - late + 8), [*train, *train])] * 2
+    found = verdicts(arms, of_arms, num_classes=4, bounds=Bounds(1.0, 1.0, 0.1), resolution=10)
+    (dose,) = doses(found, of_arms[BASELINE.name], 10)
+    assert dose.levels == [0.1, 1.0, 10.0]
+    np.testing.assert_allclose(dose.held_out.mean, 0.005, rtol=1e-9)
+    np.testing.assert_allclose(np.exp(dose.log_delay.mean), 2, rtol=1e-9)
+    assert dose.at_generalization == [7.0, 7.0]
+    assert "2.00 [2.00, 2.00]" in dose_table([dose])
 
 
 def test_controls_are_compared_with_the_arm_whose_size_they_have():

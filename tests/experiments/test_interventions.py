@@ -245,7 +245,7 @@ def test_a_run_leaves_a_record_of_every_arm_and_seed_a_table_figures_and_a_summa
         assert sorted(steps) == [(seed, step) for seed in (0, 1) for step in range(0, 70, 10)]
     run = folder / "run"
     assert (run / "table.txt").read_text() in output
-    assert list(json.loads((run / "summary.json").read_text())) == ARMS
+    assert list(json.loads((run / "summary.json").read_text())) == [*ARMS, "doses"]
     for name in ("training-held", "training-pushed", "dose", "delay"):
         assert (run / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
