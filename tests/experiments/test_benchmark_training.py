@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from benchmark_training import STEPS, Training
+from benchmark_training import KNOWN, STEPS, Training
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def task():
 
 def gradient(task, name):
     """That Adam is given in the first step."""
-    _, state = Training(*STEPS[name](task), task.params)()
+    _, state = Training(*(STEPS | KNOWN)[name](task), task.params)()
     return jax.tree.map(lambda leaf: np.asarray(leaf) / 0.1, optax.tree.get(state, "mu"))
 
 
@@ -41,6 +41,14 @@ def test_every_step_is_another_one(task):
         for b in gradients:
             if a < b and (b, a) not in same and (a, b) not in same:
                 assert np.max(np.abs(gradients[a] - gradients[b])) > 1e-6, (a, b)
+
+
+def test_to_know_kappa_changes_no_step(task):
+    plain, *others = (gradient(task, name) for name in KNOWN)
+    for other in others:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), other, plain)
+    (_, state), kappa = Training(*KNOWN["the same, and κ"](task), task.params)(), task.loss_and_flatness(task.params)[1]
+    np.testing.assert_allclose(state["kappa"], kappa, rtol=1e-6)
 
 
 def test_a_network_trains_on(task):
