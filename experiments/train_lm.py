@@ -154,21 +154,21 @@ _NOT_OF_THE_RUN = {"resume", "name", "folder", "model_devices"}
 """Options that may differ when a run is resumed."""
 
 
-def recorded(config: Config, parts: dict[str, list[text.Document]]) -> Record:
+def recorded(config: Config, parts: dict[text.Part, list[text.Document]]) -> Record:
     """The options, the model, and what of the text was held out."""
     options: Record = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_THE_RUN}
     options |= {"text": list(map(str, config.text)), "modules": list(config.modules), "layers": list(config.layers)}
-    files = {part: [each.name for each in parts[part]] for part in ("held_out", "transfer")}
+    files = {part: [each.name for each in parts[part]] for part in parts if part != "train"}
     return options | {"files": files, "model": dataclasses.asdict(config.model)}
 
 
-def describe(parts: dict[str, list[text.Document]], windows: dict[str, np.ndarray]) -> str:
+def describe(parts: dict[text.Part, list[text.Document]], windows: dict[text.Part, np.ndarray]) -> str:
     counts = {part: f"{len(parts[part])} files, {windows[part][:, 1:].size:,} tokens" for part in parts}
     modules = ", ".join(sorted({each.module for each in parts["transfer"]}))
     return f"trained on {counts['train']}; held out {counts['held_out']}; transfer to {counts['transfer']} ({modules})"
 
 
-def train(config: Config, run: RunFolder, windows: dict[str, np.ndarray]) -> None:
+def train(config: Config, run: RunFolder, windows: dict[text.Part, np.ndarray]) -> None:
     """From where it was left to its end, with a record of every step, of the network before it."""
     placed = placement(config.model_devices, config.batch_size)
     decoder, params = network(config.model, config.seed, config.dtype)
@@ -183,7 +183,9 @@ def train(config: Config, run: RunFolder, windows: dict[str, np.ndarray]) -> Non
     number = len(windows["train"])
     if number < config.batch_size:
         raise SystemExit(f"--batch-size is {config.batch_size}, but the text has {number} sequences to train on")
-    held_out = {part: text.evenly(windows[part], config.measure_on) for part in ("held_out", "transfer")}
+    held_out: dict[text.Part, np.ndarray] = {
+        part: text.evenly(windows[part], config.measure_on) for part in windows if part != "train"
+    }
 
     with (
         jax.set_mesh(placed.mesh),
@@ -206,7 +208,7 @@ def train(config: Config, run: RunFolder, windows: dict[str, np.ndarray]) -> Non
                     key = jax.random.fold_in(probe_key, step)
                     state, logged = step_of(state, placed.batch(rows), key, config.strength)
                     logged = {name: value.item() for name, value in jax.device_get(logged).items()}
-                    record |= logged | {"learning_rate": float(rate(step))}
+                    record |= logged | {"learning_rate": np.asarray(rate(step)).item()}
                     progress.done("step", note=f"loss {logged['loss']:.3f}, κ {logged['kappa']:.3g}")
                 run.append(record)
 

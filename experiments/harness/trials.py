@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flatjax import cross_entropy, relative_flatness
 from harness.regularisers import Regulariser
 from harness.runs import Record
+from harness.several import mesh_of_trials, of_several, stacked
 
 State = dict[str, Any]
 
@@ -114,9 +114,9 @@ class Programs:
     def __init__(self, network: Network, images: np.ndarray, num_steps: int):
         self.network, self.num_steps, self.size = network, num_steps, jax.device_count()
         self.images = jnp.asarray(images)
-        self._mesh = jax.make_mesh((self.size,), ("trial",), axis_types=(AxisType.Auto,))
+        self._mesh = mesh_of_trials()
         self._train: dict[str, Callable[..., State]] = {}
-        self._measure = self._of_several(functools.partial(measure, network), 2)
+        self._measure = of_several(functools.partial(measure, network), self._mesh, 2)
 
     def run(self, method: Regulariser, trials: list[Trial]) -> list[Record]:
         """What is measured of each after its training, of at most `size`."""
@@ -126,33 +126,11 @@ class Programs:
 
     def stacked(self, trials: list[Trial]) -> Trial:
         """One a device, the first again where there is none."""
-        all_of_them = trials + trials[:1] * (self.size - len(trials))
-        several = jax.tree.map(lambda *leaves: np.stack(leaves), *all_of_them)
-        return jax.device_put(several, NamedSharding(self._mesh, PartitionSpec("trial")))
+        return stacked(self._mesh, trials)
 
     def train(self, method: Regulariser, several: Trial, end: int | None = None) -> State:
         """Up to the step `end`."""
         if method.name not in self._train:
             function = functools.partial(train, self.network, method, self.num_steps)
-            self._train[method.name] = self._of_several(function, 1)
+            self._train[method.name] = of_several(function, self._mesh, 1)
         return self._train[method.name](several, self.images, self.num_steps if end is None else end)
-
-    def _of_several(self, function: Callable[..., Any], num_split: int) -> Callable[..., Any]:
-        """The first arguments have an axis of trials, which is split among the devices; all have the others."""
-
-        @jax.jit
-        def of_several(*arguments: Any) -> Any:
-            split, common = arguments[:num_split], arguments[num_split:]
-
-            def on_a_device(split: Any, common: Any) -> Any:
-                # One network alone: many together, by vmap, were no faster.
-                results = function(*jax.tree.map(lambda leaf: leaf[0], split), *common)
-                return jax.tree.map(lambda leaf: leaf[None], results)
-
-            specs = PartitionSpec("trial"), PartitionSpec()
-            on_devices = jax.shard_map(
-                on_a_device, mesh=self._mesh, in_specs=specs, out_specs=specs[0], check_vma=False
-            )
-            return on_devices(split, common)
-
-        return of_several

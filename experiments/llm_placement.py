@@ -1,0 +1,320 @@
+"""Where should a language model be flat? λκ at the head, at one block or at all of them, beside SAM and nothing.
+
+    python experiments/llm_placement.py                                         # about 25 minutes on 2 cores
+    python experiments/llm_placement.py --width 256 --depth 6 --steps 5000 --seeds 3 --name larger
+
+All arms have the same number of steps; what a step costs is told. Each is tuned on the same number of strengths by the
+loss on held-out files, with a seed that is then left alone, and trained anew with others in the best. A seed decides
+what of the text is held out, files and whole modules, the tokens, the initial weights, the batches and the probes; arms
+share all of that, and are compared with the plain one seed by seed.
+
+Measured after training: the loss on held-out files and on held-out modules (transfer), and by how much the loss on
+held-out files rises when all kernels, the embedding's too, get Gaussian noise of a share of their norm, or are rounded
+to int8 or int4 with one scale an output.
+
+Writes to `runs/llm_placement/<name>/`: `config.json`, `metrics.jsonl` (a line a network), `table.txt`, `figure.png` and
+`summary.json`. Killed at any moment, the same command with --resume goes on, and ends with the same metrics; networks
+in training at that moment are trained anew.
+"""
+
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import optax
+import tyro
+from harness import text
+from harness.effects import number, to_record
+from harness.language_model import HEAD, Descent, Penalty, State, network, penalty
+from harness.language_trials import Trial, in_order, measure, train
+from harness.placement_tables import draw, quantities, row_of, table
+from harness.progress import Progress
+from harness.runs import Record, RunFolder
+from harness.several import mesh_of_trials, of_several, stacked
+from harness.timing import side_by_side
+
+from flatjax.models import DecoderConfig
+from flatjax.training import sharpness_aware
+
+Arm = Literal["plain", "head", "block", "blocks", "sam"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Compare where relative flatness is best regularised in a small language model."""
+
+    text: tuple[Path, ...] = ()
+    """Files or folders; by default the standard library of Python."""
+    pattern: str = "*"
+    """Which files of the folders, by name."""
+    arms: tuple[Arm, ...] = ("plain", "head", "block", "blocks", "sam")
+    """What to compare; plain is one of them."""
+    head_strengths: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2)
+    """λ of κ of the head."""
+    block_strengths: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2)
+    """λ of the sum of κ of the kernels of the middle block."""
+    blocks_strengths: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3)
+    """λ of the sum of κ of the kernels of all blocks."""
+    sam_strengths: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1)
+    """ρ of SAM."""
+    probe_share: float = 0.25
+    """Of a batch's sequences, on which κ of kernels is estimated, by one direction a step."""
+    vocab_size: int = 1024
+    """Byte pairs."""
+    width: int = 64
+    """Of the residual stream."""
+    depth: int = 3
+    """Blocks."""
+    heads: int = 4
+    """Of attention."""
+    context: int = 64
+    """Tokens of a sequence."""
+    batch_size: int = 8
+    """Sequences a step."""
+    steps: int = 600
+    """Of training."""
+    learning_rate: float = 5e-3
+    """Of AdamW, between warm-up and decay."""
+    warm_up: int = 50
+    """Steps."""
+    decay_share: float = 0.2
+    """Of the steps, in which the learning rate falls to 0."""
+    weight_decay: float = 0.1
+    """Of AdamW, decoupled, on all matrices."""
+    clip: float = 1.0
+    """The largest norm of a gradient."""
+    noises: tuple[float, ...] = (0.1, 0.3)
+    """Of each kernel, as a share of its norm."""
+    draws: int = 4
+    """Of the noise."""
+    measure_on: int = 256
+    """Sequences of each part of the text that is held out, at most."""
+    seed: int = 0
+    """The first; tuning takes one that is 1000 more."""
+    seeds: int = 6
+    """How many."""
+    timing_seconds: float = 20.0
+    """For the time of a step, at least so long."""
+    name: str = "standard-library"
+    """Of the run's folder."""
+    folder: Path = Path("runs/llm_placement")
+    """Where the runs' folders are."""
+    resume: bool = False
+    """Continue the run of this name where it was left."""
+
+    def __post_init__(self):
+        if "plain" not in self.arms:
+            raise SystemExit(f"--arms is {' '.join(self.arms)}, wanted plain among them, to compare with")
+        for name in ("steps", "batch_size", "seeds", "draws", "depth"):
+            if getattr(self, name) < 1:
+                raise SystemExit(f"--{name.replace('_', '-')} is {getattr(self, name)}, wanted at least 1")
+
+    @property
+    def model(self) -> DecoderConfig:
+        return DecoderConfig(self.vocab_size, self.width, self.depth, self.heads)
+
+    @property
+    def descent(self) -> Descent:
+        return Descent(self.steps, self.learning_rate, self.warm_up, self.decay_share, self.weight_decay, self.clip)
+
+    def strengths(self, arm: Arm) -> tuple[float, ...]:
+        return () if arm == "plain" else getattr(self, f"{arm}_strengths")
+
+    @property
+    def block(self) -> str:
+        """The one in the middle."""
+        return f"blocks/{self.depth // 2}"
+
+    def layers(self, arm: Arm) -> tuple[str, ...]:
+        return {"head": (HEAD,), "block": (self.block,), "blocks": ("blocks",)}.get(arm, ())
+
+    def optimizer_of(self, arm: Arm) -> Callable[[Any], optax.GradientTransformation]:
+        """Of a strength."""
+        descent = self.descent.optimizer()
+        return (lambda radius: sharpness_aware(descent, radius)) if arm == "sam" else lambda _: descent
+
+    def title(self, arm: Arm) -> str:
+        return {
+            "plain": "plain", "head": "κ of the head", "block": f"κ of {self.block}", "blocks": "κ of all blocks",
+            "sam": "SAM",
+        }[arm]  # fmt: skip
+
+
+def main(config: Config) -> None:
+    """Tunes and trains whatever is not in the records yet, and reports."""
+    recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_THE_RUN}
+    as_json = {key: list(map(_plain, value)) if isinstance(value, tuple) else value for key, value in recorded.items()}
+    run = RunFolder(config.folder / config.name, as_json, resume=config.resume)
+    started = time.monotonic()
+    compare(config, run)
+    report(config, run)
+    print(f"{time.monotonic() - started:.0f} s. The table and the figure are in {run.path}")
+
+
+_NOT_OF_THE_RUN = {"resume", "name", "folder", "arms"}
+"""Options that may differ when a run is resumed: more arms add to the records."""
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+class Programs:
+    """Training and measuring as many networks at a time as there are devices, each arm compiled once."""
+
+    def __init__(self, config: Config, run: RunFolder):
+        self.config, self.run = config, run
+        self.network, params = network(config.model, 0)
+        self.penalties: dict[Arm, Penalty] = {
+            arm: penalty(params, config.layers(arm), config.probe_share) for arm in config.arms
+        }
+        self.probed = penalty(params, ("blocks",), share=1.0)
+        self.mesh = mesh_of_trials()
+        self._train: dict[Arm, Callable[..., State]] = {}
+        measuring = functools.partial(measure, self.network, self.probed, config.noises, config.draws)
+        self._measure = of_several(measuring, self.mesh, 2)
+        self._windows: dict[int, dict[text.Part, np.ndarray]] = {}
+
+    @functools.cached_property
+    def documents(self) -> list[text.Document]:
+        return text.read(self.config.text, self.config.pattern) if self.config.text else text.standard_library()
+
+    def windows(self, seed: int) -> dict[text.Part, np.ndarray]:
+        """Of the parts of the text, as a seed cuts it."""
+        if seed not in self._windows:
+            self._windows[seed] = self._cut(seed)
+        return self._windows[seed]
+
+    def _cut(self, seed: int) -> dict[text.Part, np.ndarray]:
+        parts = text.split(self.documents, text.Shares(seed=seed))
+        file = self.run.path / "tokenizers" / f"{seed}.json"
+        file.parent.mkdir(exist_ok=True)
+        tokenizer = text.cached_tokenizer(file, parts["train"], self.config.vocab_size)
+        found = text.corpus(parts, tokenizer, self.config.context)
+        return {part: np.array(windows) for part, windows in found.items()}
+
+    def trial(self, strength: float, seed: int) -> Trial:
+        config, windows = self.config, self.windows(seed)
+        chosen = in_order(len(windows["train"]), config.steps * config.batch_size, seed)
+        batches = windows["train"][chosen].reshape(config.steps, config.batch_size, -1)
+        if (fewest := min(len(windows["held_out"]), len(windows["transfer"]))) < config.measure_on:
+            raise SystemExit(
+                f"--measure-on is {config.measure_on}, but with seed {seed} a part of the text has {fewest} sequences"
+            )
+        parts = [text.evenly(each, config.measure_on) for each in (windows["held_out"], windows["transfer"])]
+        _, params = network(config.model, seed)
+        return Trial(np.float32(strength), np.uint32(seed), jax.tree.map(np.asarray, params), batches, *parts)
+
+    def train(self, arm: Arm, several: Trial, end: int | None = None) -> State:
+        """Parameters after the step `end`."""
+        if arm not in self._train:
+            function = functools.partial(train, self.network, self.penalties[arm], self.config.optimizer_of(arm))
+            self._train[arm] = of_several(function, self.mesh, 1)
+        return self._train[arm](several, self.config.steps if end is None else end)
+
+    def measured(self, arm: Arm, trials: list[Trial]) -> list[Record]:
+        """Of each after its training, of at most as many as there are devices."""
+        several = stacked(self.mesh, trials)
+        values = jax.device_get(self._measure(several, self.train(arm, several)))
+        return [{name: value[i].item() for name, value in values.items()} for i in range(len(trials))]
+
+
+def compare(config: Config, run: RunFolder) -> None:
+    """Tunes each arm, trains it at its best, and times a step of each."""
+    programs = Programs(config, run)
+    left = sum(max(len(config.strengths(arm)), 1) + config.seeds for arm in config.arms)
+    left -= len([record for record in run.records if record["phase"] in _PHASES and record["arm"] in config.arms])
+    with Progress(config.name, {"network": left}) as progress:
+        for arm in config.arms:
+            for phase in _PHASES:
+                todo = trials_of(config, run, phase, arm)
+                for start in range(0, len(todo), programs.mesh.size):
+                    some = todo[start : start + programs.mesh.size]
+                    results = programs.measured(arm, [programs.trial(*each) for each in some])
+                    for (strength, seed), result in zip(some, results, strict=True):
+                        run.append({"phase": phase, "arm": arm, "strength": strength, "seed": seed} | result)
+                    progress.done("network", len(some), f"{config.title(arm)}, {phase}")
+    if {record["arm"] for record in run.records if record["phase"] == "timing"} < set(config.arms):
+        run.keep(lambda record: record["phase"] != "timing")
+        for record in timed(config, programs):
+            run.append({"phase": "timing"} | record)
+
+
+_PHASES = ("tuning", "final")
+
+
+def trials_of(config: Config, run: RunFolder, phase: str, arm: Arm) -> list[tuple[float, int]]:
+    """Strengths and seeds that have no record yet."""
+    if phase == "tuning":
+        wanted = [(strength, config.seed + _TUNING) for strength in config.strengths(arm) or (0.0,)]
+    else:
+        wanted = [(best_of(run, arm)["strength"], config.seed + i) for i in range(config.seeds)]
+    done = {(record["strength"], record["seed"]) for record in records_of(run, phase, arm)}
+    return [each for each in wanted if each not in done]
+
+
+_TUNING = 1000
+
+
+def records_of(run: RunFolder, phase: str, arm: Arm) -> list[Record]:
+    """In the order of the strengths and seeds."""
+    found = [record for record in run.records if (record["phase"], record["arm"]) == (phase, arm)]
+    return sorted(found, key=lambda record: (record["strength"], record["seed"]))
+
+
+def best_of(run: RunFolder, arm: Arm) -> Record:
+    """By the loss on held-out files; a network that diverged comes last."""
+
+    def loss(record: Record) -> float:
+        value = number(record["held_out"])
+        return value if np.isfinite(value) else np.inf
+
+    return min(records_of(run, "tuning", arm), key=loss)
+
+
+def timed(config: Config, programs: Programs) -> list[Record]:
+    """Seconds a step of one network on one device, all of them at work; by every arm in turn."""
+    steps = min(_STEPS_TIMED, config.steps)
+    trials = [programs.trial(0.01, config.seed)] * programs.mesh.size
+    several = stacked(programs.mesh, trials)
+    calls: dict[str, Callable[[], Any]] = {
+        arm: functools.partial(programs.train, arm, several, steps) for arm in config.arms
+    }
+    return [
+        {"arm": arm, "seconds": each.seconds / steps, "ratio": each.ratio, "quartiles": list(each.ratio_quartiles)}
+        for arm, each in side_by_side(calls, reference="plain", min_seconds=config.timing_seconds).items()
+    ]
+
+
+_STEPS_TIMED = 10
+
+
+def report(config: Config, run: RunFolder) -> None:
+    """The tables, the figure and the summary."""
+    rows = {}
+    for arm in config.arms:
+        (timing,) = [record for record in run.records if record["phase"] == "timing" and record["arm"] == arm]
+        rows[config.title(arm)] = row_of(
+            quantities(config.noises),
+            records_of(run, "final", arm),
+            None if arm == "plain" else records_of(run, "final", "plain"),
+            records_of(run, "tuning", arm),
+            timing,
+        )
+    lines = table(quantities(config.noises), rows, config.seeds, config.steps)
+    print(lines)
+    (run.path / "table.txt").write_text(lines + "\n")
+    run.summarise({arm: to_record(row) for arm, row in zip(config.arms, rows.values(), strict=True)})
+    draw(run.path / "figure.png", quantities(config.noises), rows, config.seeds)
+
+
+if __name__ == "__main__":
+    # A device a core: small networks on two cores are trained in half the time two at a time.
+    jax.config.update("jax_num_cpu_devices", min(os.cpu_count() or 1, 8))
+    main(tyro.cli(Config))
