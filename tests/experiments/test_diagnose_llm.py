@@ -16,8 +16,9 @@ from flax import nnx
 from harness import page
 from harness.checkpoints import checkpointer
 from harness.diagnosis import stages
+from harness.diagnosis.head import of_sequences
 from harness.diagnosis.quantities import jackknife_error, mean
-from harness.diagnosis.reading import tokens_of
+from harness.diagnosis.reading import forward, tokens_of
 from harness.language_model import load_checkpoint
 from harness.text import evenly, read, train_tokenizer, windows
 from jax.sharding import AxisType
@@ -312,7 +313,7 @@ def test_what_is_killed_at_any_moment_goes_on_to_the_same_numbers(trained, diagn
 
 
 def test_on_a_mesh_of_all_devices_it_is_the_same(trained, diagnosed, tmp_path):
-    parts = ("head", "collapse", "geometry", "jacobians")
+    parts = ("head", "sharpness", "collapse", "geometry", "jacobians")
     record = diagnose(trained, tmp_path, steps=STEPS[-1:], save_every=100, parts=parts)
     assert record["machine"]["devices"] == 8
     for part, quantities in record["checkpoints"][0]["parts"].items():
@@ -321,6 +322,22 @@ def test_on_a_mesh_of_all_devices_it_is_the_same(trained, diagnosed, tmp_path):
                 for key in ("value", "standard_error"):
                     got, wanted = (np.array(each[key], float) for each in (quantity, diagnosed.parts[part][name]))
                     np.testing.assert_allclose(got, wanted, rtol=5e-3, atol=2e-5, err_msg=f"{part} {name} {key}")
+
+
+def test_what_reads_a_batch_is_exported_for_accelerators():
+    graphdef, params = nnx.split(Decoder(DECODER, rngs=nnx.Rngs(0)), nnx.Param)
+    sequences = jnp.arange(3 * CONTEXT).reshape(3, CONTEXT) % VOCAB
+
+    def measure(params, tokens, labels):
+        stream, feats = forward(graphdef, params, tokens)
+        head = nnx.merge(graphdef, params).head_params()
+        return of_sequences(head, feats, labels), stream
+
+    args = params, sequences[:, :-1], sequences[:, 1:]
+    exported = jax.export.export(jax.jit(measure), platforms=("cpu", "cuda", "tpu"))(*args)
+    (got, _), (wanted, _) = exported.call(*args), measure(*args)
+    for name, value in wanted.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-5, err_msg=name)
 
 
 def test_the_page_needs_nothing_else_and_has_all_sections(diagnosed):

@@ -143,6 +143,21 @@ def test_a_training_step_on_8_devices_with_split_head_and_blocks_is_that_on_one(
     assert moved > 1e-3
 
 
+def test_a_training_step_with_split_head_and_blocks_is_exported_for_accelerators():
+    network, params = start()
+    chosen, optimizer = penalty(params, ["head", KERNEL], share=0.25), DESCENT.optimizer()
+    placed = placement(2, len(WINDOWS))
+    state, shardings = placed.put(params, optimizer)
+    step = jax.jit(functools.partial(one_step, network, chosen, optimizer), out_shardings=(shardings, None))
+    with jax.set_mesh(placed.mesh), jax.numpy_dtype_promotion("standard"):
+        args = state, placed.batch(np.asarray(WINDOWS)), KEY, 0.01
+        exported = jax.export.export(step, platforms=("cpu", "cuda", "tpu"))(*args)
+        _, here = step(*args)
+        _, there = exported.call(*args)
+    assert exported.nr_devices == 8
+    np.testing.assert_allclose(there["kappa"], here["kappa"], rtol=1e-9)
+
+
 def test_devices_that_do_not_divide_are_an_error():
     with pytest.raises(SystemExit, match="--model-devices is 3, wanted a divisor of the 8"):
         placement(3, 8)

@@ -95,14 +95,15 @@ def reader(network: Network, text: Text) -> Any:
 
     def read(index: int) -> Read:
         tokens, labels = text.batch(index)
-        stream, feats = _forward(network.graphdef, network.params, network.placed(tokens))
+        stream, feats = forward(network.graphdef, network.params, network.placed(tokens))
         return Read(index, labels, network.placed(labels), stream, feats)
 
     return read
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(graphdef: nnx.GraphDef, params: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+def forward(graphdef: nnx.GraphDef, params: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The residual stream, and what enters the head."""
     model = nnx.merge(graphdef, params)
     stream = model.stream(tokens)
     return stream, model.norm(stream[-1])
