@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
-from flatjax.samples import IGNORED_LABEL, widened
+from flatjax.samples import IGNORED_LABEL, in_range_of_jax, widened
 
 
 class Batch(NamedTuple):
@@ -28,7 +28,7 @@ def read_batch(
     feats: Any, labels: Any, weights: Any, *, num_classes: int, num_features: int, dtype: jnp.dtype
 ) -> Batch:
     """Checks a batch against the moments that it is for; raises as `ClassMoments.update`."""
-    feats, labels = _array(feats), _array(labels)
+    feats, labels = _array(feats), _array(in_range_of_jax(labels))
     if not jnp.issubdtype(feats.dtype, jnp.floating):
         raise TypeError(f"feats has dtype {feats.dtype}, wanted a floating dtype")
     if feats.dtype.itemsize > dtype.itemsize:

@@ -257,6 +257,17 @@ def test_a_label_that_would_be_padding_in_32_bits_is_out_of_range():
     assert int(update(ClassMoments.init(C, M), feats, labels, weights).num_bad) == 1
 
 
+@pytest.mark.parametrize("label", [-(2**63), -(2**32), 2**32 + 1, 2**32 - 100, 2**64 - 1])
+def test_a_label_that_would_be_a_class_or_padding_in_32_bits_is_out_of_range_without_x64(label):
+    feats, labels, weights = stream(40)
+    labels = labels.astype("int64" if label < 2**63 else "uint64")
+    labels[3] = label
+    with jax.enable_x64(False):
+        moments = ClassMoments.init(C, M)
+        assert int(moments.update(feats, labels, weights).num_bad) == 1
+        assert int(moments.update(feats[3], labels[3]).num_bad) == 1
+
+
 def test_bfloat16_counts_as_the_float32_values_it_is():
     feats, labels, weights = stream(40)
     feats = feats.astype(jnp.bfloat16)
