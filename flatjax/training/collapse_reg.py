@@ -35,8 +35,8 @@ def collapse_reg(
 
     over the C classes that have two samples or more in the batch, with μ_c the mean and V_c the mean squared distance
     to it: `tx.update(grads, state, params, batch=batch)`. The gradient reaches what makes the features; a head has no
-    part in it. Where two means meet NCC is infinite and its gradient is not finite, which λ < 0 drives to: bound the
-    features then, and put `optax.apply_if_finite` around what follows in the chain.
+    part in it. Where two means meet NCC is NaN, as its sum is infinite, and its gradient is not finite, which λ < 0
+    drives to: bound the features then, and put `optax.apply_if_finite` around what follows in the chain.
 
     Where it stands in a chain, and what it works in, is as for `flat_reg`. As a term of the loss, which shares the
     backward pass, it is `loss + strength * neural_collapse(head, feats, labels, num_classes=C).ncc`.
@@ -80,7 +80,10 @@ def collapse_reg(
         Han, Kamp: *Flattening the Path to Generalization in LLMs*, a talk (NCC, the sum, as a penalty).
     """
     if (penalty is None) == (features is None):
-        raise ValueError("collapse_reg has neither or both of penalty and features, wanted one of them")
+        raise ValueError(
+            "collapse_reg has neither or both of penalty and features, wanted one of them: features with "
+            "num_classes, or a penalty of your own"
+        )
     if penalty is not None and (metric is not None or num_classes is not None):
         raise ValueError("collapse_reg has a metric or num_classes besides a penalty, wanted them with features alone")
     if metric not in (None, "ncc", "cdnv"):
