@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from flatjax.collapse.moments import ClassMoments
+from flatjax.collapse.moments import ClassMoments, check_moments
 from flatjax.heads import HeadParams, LinearHead, linear_head
 from flatjax.sharding import axis_names, sum_over_devices
 
@@ -55,8 +55,10 @@ def class_means(moments: ClassMoments, *, min_count: int = 2, ddof: int = 0, axi
     """Of the classes that have at least `min_count` samples.
 
     Raises:
+        TypeError: no `ClassMoments`.
         ValueError: fewer than 2 classes, or a `min_count` that `ddof` leaves no freedom.
     """
+    check_moments(moments)
     names = axis_names(axis_name)
     num_classes = moments.num_classes * (jax.lax.axis_size(names) if names else 1)
     if num_classes < 2:

@@ -39,7 +39,8 @@ def equinorm(
         A scalar without a unit, 0 at a simplex; NaN as `cdnv`, or where the head is not finite.
 
     Raises:
-        TypeError, ValueError: `params` is no head of the classes, or there are fewer than 2.
+        TypeError, ValueError: `moments` are no `ClassMoments`, `params` is no head of the classes, or there
+            are fewer than 2.
 
     Example:
         >>> import jax.numpy as jnp
@@ -65,7 +66,7 @@ def equiangularity(
     tile_size: int | None = None,
     axis_name: AxisName = None,
 ) -> Float[Array, ""]:
-    """Mean over pairs c ≠ c' of |cos(μ_c − μ_G, μ_c' − μ_G) + 1/(C − 1)|, or, with `params`, of cos(w_c, w_c').
+    """Mean over pairs c ≠ c' of |cos(x_c, x_c') + 1/(C − 1)|, with x_c = μ_c − μ_G, or, with `params`, x_c = w_c.
 
     Args, Returns, Raises and References:
         As for `equinorm` and `cdnv`.

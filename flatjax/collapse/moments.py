@@ -28,10 +28,15 @@ class ClassMoments(NamedTuple):
     touched: at vocabulary scale donate the old moments, and the new ones take their place.
 
     Each batch is of features (..., m), labels (...,) in 0 … C − 1, and weights (...,), 1 by default, as JAX or NumPy
-    arrays or anything else that speaks DLPack. A sample of weight 0, or of label −100, is padding. A label out of
-    range, a feature that is not finite or a negative weight makes all means and variances NaN, and so every metric.
-    Weights are summed to 48 bits in float32, and samples counted to 2³¹ − 1 a class, where the count stays. A distance
-    to a mean below 1e-19 has no square in float32, and counts as none: scale such features.
+    arrays or, outside of `jit`, anything else that speaks DLPack: into `jit` by `jnp.from_dlpack`. Without x64 JAX cuts
+    what enters `jit`, and what comes by DLPack, to 32 bits: a label 2³² then is class 0; elsewhere it is bad. A sample
+    of weight 0, or of label −100, is padding. A label out of range, a feature that is not finite or a negative weight
+    makes all means and variances NaN, and so every metric. Weights are summed to 48 bits in float32, and samples
+    counted to 2³¹ − 1 a class, where the count stays. A distance to a mean below 1e-19 has no square in float32, and
+    counts as none: scale such features.
+
+    Orbax saves moments as any tree, and restores them as such to a target alone: `ClassMoments.init` of the same
+    arguments.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -58,7 +63,8 @@ class ClassMoments(NamedTuple):
     product_sums: Double | None
     """Σ_c Σ ω (h − μ_c)(h − μ_c)ᵀ (m, m), if asked for."""
     num_bad: Int[Array, ""]
-    """Samples that make the moments NaN."""
+    """Samples of a bad label, weight or feature. One of them makes every metric NaN: where a report of a stream is all
+    NaN, look here first, and find the sample with `flatjax.check_inputs` of each batch."""
 
     @classmethod
     def init(
@@ -141,7 +147,8 @@ class ClassMoments(NamedTuple):
         """With one more batch.
 
         Raises:
-            TypeError: `feats` are not floating, wider than the moments, or `labels` are no integers.
+            TypeError: `feats` are not floating, wider than the moments, or `labels` are no integers. Without x64 JAX
+                rounds float64 features of NumPy to float32 before their dtype is seen, and they are taken.
             ValueError: the shapes do not fit each other or the moments.
         """
         return self.with_batch(self.read(feats, labels, weights))
@@ -181,7 +188,25 @@ class ClassMoments(NamedTuple):
     def across(self, axis_name: str | tuple[str, ...]) -> "ClassMoments":
         """Of the samples of all devices along axes of a `jax.shard_map` or `jax.pmap`, the same on each.
 
-        By two `psum` of the size of the means.
+        By two `psum` of the size of the means. Of moments that already are the same on each device, whatever is in them
+        would count once a device: either each device keeps its own, and `across` comes once at the end, or only what is
+        new goes across, `moments.merge(ClassMoments.init(C, m).update(feats, labels).across("data"))`. For `lax.scan`
+        to carry a device's own, begin with `jax.lax.pcast(ClassMoments.init(C, m), "data", to="varying")`.
+
+        Example:
+            >>> import jax, jax.numpy as jnp
+            >>> from jax.sharding import PartitionSpec as P
+            >>> from flatjax.collapse import ClassMoments
+            >>> def step(moments, feats, labels):
+            ...     new = ClassMoments.init(2, 3).update(feats, labels)
+            ...     return moments.merge(new.across("data"))
+            >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+            >>> sharded = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P()))
+            >>> moments, feats, labels = ClassMoments.init(2, 3), jnp.ones((4, 3), jnp.float32), jnp.array([0, 1, 0, 0])
+            >>> for _ in range(2):
+            ...     moments = sharded(moments, feats, labels)
+            >>> print(moments.counts)
+            [6 2]
         """
         names = axis_names(axis_name)
         masses = self.mass_sums.value[:, None]
@@ -290,6 +315,14 @@ def _sum_of_counts(a: Int[Array, "..."], b: Int[Array, "..."]) -> Int[Array, "..
 def _sum_of_counts_over_devices(counts: Int[Array, "..."], names: tuple[str, ...]) -> Int[Array, "..."]:
     total, rounded = (jax.lax.psum(counts.astype(dtype), names) for dtype in (counts.dtype, jnp.float32))
     return jnp.where(rounded >= 2.0**31, jnp.iinfo(total.dtype).max, total)
+
+
+def check_moments(moments: Any) -> None:
+    """Raises a TypeError for what is no `ClassMoments`."""
+    if not isinstance(moments, ClassMoments):
+        is_array = isinstance(moments, jax.Array)
+        got = f"an array of shape {moments.shape}" if is_array else f"a {type(moments).__name__}"
+        raise TypeError(f"moments is {got}, wanted ClassMoments: ClassMoments.init(C, m).update(feats, labels)")
 
 
 def _positive(masses: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Real
 
-from flatjax.collapse.moments import ClassMoments
+from flatjax.collapse.moments import ClassMoments, check_moments
 from flatjax.heads import HeadParams, linear_head
 from flatjax.metric import metric
 
@@ -119,7 +119,7 @@ def central_path(
         weight_decay: λ, as there.
 
     Raises:
-        TypeError, ValueError: as there, or the moments have no covariance.
+        TypeError, ValueError: as there, or the moments are no `ClassMoments`, or have no covariance.
 
     Example:
         >>> import jax.numpy as jnp
@@ -133,6 +133,7 @@ def central_path(
         >>> print(f"{parts.nc1:.4f} + {parts.nc2_and_nc3:.4f} + {parts.perpendicular:.4f} = {parts.total:.4f}")
         0.0400 + 0.0100 + 0.0125 = 0.0625
     """
+    check_moments(moments)
     return squared_error_decomposition(
         params, moments.means, moments.covariance, moments.masses, weight_decay=weight_decay
     )

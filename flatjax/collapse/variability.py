@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flatjax.collapse.class_means import AxisName, ClassMeans, class_means
-from flatjax.collapse.moments import ClassMoments
+from flatjax.collapse.moments import ClassMoments, check_moments
 from flatjax.collapse.pairs import sum_over_distances
 from flatjax.metric import compiled_metric
 from flatjax.sharding import sum_over_devices
@@ -40,6 +40,7 @@ def cdnv(
         means are one.
 
     Raises:
+        TypeError: `moments` are no `ClassMoments`.
         ValueError: fewer than 2 classes, or a `min_count` that is not more than `ddof`.
 
     Example:
@@ -104,13 +105,14 @@ def nc1(
         moments: of C classes and m features, with the covariance.
         min_count: classes with fewer samples are left out; 1 or 2, as the covariance is of all samples, to which one
             sample that is its own mean adds nothing.
-        divided: False for tr(Σ_W Σ_B⁺), as the first notebook plots it.
+        divided: False for tr(Σ_W Σ_B⁺), as the notebook of Papyan, Han and Donoho plots it.
         axis_name: as for `cdnv`; the covariance is then the whole on every device.
 
     Returns:
         A scalar without a unit; NaN as `cdnv`, and where all means are one.
 
     Raises:
+        TypeError: `moments` are no `ClassMoments`.
         ValueError: the moments have no covariance, or `min_count` is neither 1 nor 2.
 
     Example:
@@ -124,6 +126,7 @@ def nc1(
     References:
         Papyan, Han, Donoho: *Prevalence of Neural Collapse during the Terminal Phase of Deep Learning Training*, 2020.
     """
+    check_moments(moments)
     if moments.product_sums is None:
         raise ValueError(
             "NC1 needs the covariance within the classes: ClassMoments.init(..., covariance=True) keeps it"

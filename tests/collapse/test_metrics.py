@@ -272,3 +272,12 @@ def test_what_does_not_fit_the_moments_is_refused():
         fc.cdnv(moments, min_count=1, ddof=1)
     with raises(ValueError, "the moments are of 1 class"):
         fc.cdnv(ClassMoments.init(1, 4))
+
+
+def test_what_is_no_class_moments_is_refused_by_name():
+    head = {"kernel": jnp.ones((4, 6))}
+    for metric in (collapse_report, fc.cdnv, fc.nc1, lambda moments: fc.central_path(moments, head)):
+        with raises(TypeError, "moments is a dict, wanted ClassMoments"):
+            metric(head)
+        with raises(TypeError, r"moments is an array of shape \(9, 4\), wanted ClassMoments"):
+            metric(jnp.ones((9, 4)))
