@@ -104,7 +104,8 @@ class Config:
     directions: int = 10
     """Singular vectors of each Jacobian that are compared."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """That the network computes in; what is measured of it is summed in float32."""
+    """That the network computes in; what is measured of it is summed in float32. In bfloat16 κ of kernels is biased, by
+    2 % to a third in trials."""
     tensor_parallel: int = 0
     """Devices that share the head and the blocks; the others share the sequences. 0 is 2 if it divides them, or 1."""
     save_every: int = 16

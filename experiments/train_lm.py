@@ -72,7 +72,8 @@ class Config:
     context: int = 128
     """Tokens of a sequence."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """That the network computes in; parameters are in float32."""
+    """That the network computes in; parameters are in float32. In bfloat16 κ of kernels, the head's apart, is
+    biased, by 2 % to a third in trials."""
     batch_size: int = 16
     """Sequences a step."""
     steps: int = 1000

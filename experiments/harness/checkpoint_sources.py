@@ -46,6 +46,8 @@ def find(places: Sequence[str], steps: Sequence[int] = ()) -> list[Source]:
 def _at(place: str, steps: Sequence[int]) -> list[Source]:
     path = Path(place)
     if path.parent.name == "checkpoints" and path.name.isdigit():
+        if not path.is_dir():
+            raise SystemExit(f"there is no checkpoint {path}")
         return [_of_run(path.parent.parent, int(path.name))]
     if (path / "checkpoints").is_dir():
         found = sorted(int(each.name) for each in (path / "checkpoints").iterdir() if each.name.isdigit())

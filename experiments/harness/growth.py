@@ -1,5 +1,6 @@
 """How a cost grows with a size: the exponent of the power law that fits best, in a table and a figure."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +23,14 @@ class Growth(NamedTuple):
 
 
 def exponent(sizes: Sequence[int], costs: Sequence[float]) -> tuple[float, float]:
-    """The slope of log cost on log size by least squares, and its standard error."""
+    """The slope of log cost on log size by least squares, and its standard error, NaN of two sizes."""
     x, y = np.log(sizes), np.log(costs)
     x = x - x.mean()
     slope = x @ y / (x @ x)
     residuals = y - y.mean() - slope * x
-    return float(slope), float(np.sqrt(residuals @ residuals / max(len(x) - 2, 1) / (x @ x)))
+    if len(x) < 3:
+        return float(slope), math.nan
+    return float(slope), float(np.sqrt(residuals @ residuals / (len(x) - 2) / (x @ x)))
 
 
 def report_growth(path: Path, growths: Sequence[Growth], title: str) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from flatjax.curvature.vectors import random_signs
 from flatjax.layers.kernels import find_layers
 from flatjax.models import Decoder, DecoderConfig
 from flatjax.models.decoder_sharding import decoder_shardings
+from flatjax.models.precision import at_least_float32
 from harness.checkpoints import load_part
 from harness.text import Part
 
@@ -47,7 +48,8 @@ class Network(NamedTuple):
         return cross_entropy_and_flatness(model.head_params(), model.features(windows[:, :-1]), windows[:, 1:])
 
     def loss(self, params: State, windows: jax.Array) -> jax.Array:
-        return cross_entropy(self.model(params)(windows[:, :-1]), windows[:, 1:]).mean()
+        logits = self.model(params)(windows[:, :-1])
+        return cross_entropy(logits.astype(at_least_float32(logits.dtype)), windows[:, 1:]).mean()
 
 
 def network(config: DecoderConfig, seed: int, dtype: Any = jnp.float32) -> tuple[Network, State]:

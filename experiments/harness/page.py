@@ -131,18 +131,27 @@ def _labelled(record: Record) -> list[Record]:
     return labelled
 
 
+def _model(checkpoint: Record) -> str:
+    config = checkpoint["config"]
+    return (
+        f"{config['depth']} blocks of width {config['width']}, {config['vocab_size']:,} tokens of vocabulary, "
+        f"{checkpoint['num_parameters']:,} parameters"
+    )
+
+
 def _about(record: Record, checkpoints: Sequence[Record]) -> str:
-    last = checkpoints[-1]
-    config, text = last["config"], last["text"]
+    text = checkpoints[-1]["text"]
     files = record["text"]["files"]
     named = ", ".join(files[:3]) + (f" and {record['text']['num_files'] - 3} more" if len(files) > 3 else "")
+    models = {_model(each): each["label"] for each in checkpoints}
     facts = [
-        f"{config['depth']} blocks of width {config['width']}, {config['vocab_size']:,} tokens of vocabulary, "
-        f"{last['num_parameters']:,} parameters",
+        *(model if len(models) == 1 else f"{_escape(label)}: {model}" for model, label in models.items()),
         f"{text['num_tokens']:,} tokens of text in {text['num_sequences']:,} sequences, from {_escape(named)}",
     ]
     if len(checkpoints) > 1:
         facts.append(f"{len(checkpoints)} checkpoints")
+    if len({each["text"]["digest"] for each in checkpoints}) > 1:
+        facts.append("Their tokens are not the same: losses and κ a token are not to be compared.")
     return "<p class=facts>" + "<br>".join(facts) + "</p>"
 
 

@@ -112,8 +112,8 @@ JACOBIANS = [
          "mean |off-diagonal|/mean |diagonal| of |U_jᵀJ_iV_j|"),
     Word("jacobians", "inverse_norm_r_squared", "R² of 1/σ₁ by depth (RA4)", "1 if one over the largest singular value "
          "is a line in depth.", "R² of 1/σ₁(J_l) on l"),
-    Word("jacobians", "relative_residual", "largest residual", "How far, at most, a singular value may be off, as a "
-         "share of the block's largest.", "max ‖Jv − su‖/s₁"),
+    Word("jacobians", "relative_residual", "largest residual", "How far, at most, the nearest singular "
+         "value is from one of these, as a share of the block's largest.", "max ‖Jv − su‖/s₁"),
 ]  # fmt: skip
 
 ALL = [*LOSS, *FLATNESS, *SHARPNESS, *PROFILE, *COLLAPSE, *GEOMETRY, *TRAJECTORY, *JACOBIANS]

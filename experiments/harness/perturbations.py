@@ -23,9 +23,9 @@ def rounded(params: Tree, bits: int) -> Tree:
     An embedding's rows are its outputs: they are rows of the head, where that is tied.
     """
     leaves, changed, levels = leaves_by_path(params), {}, 2 ** (bits - 1) - 1
-    for path in find_layers(params):
+    for path, layer in find_layers(params).items():
         kernel = leaves[path]
-        axes = (1,) if path.endswith("embedding") else tuple(range(kernel.ndim - 1))
+        axes = (1,) if path.endswith("embedding") else layer.feature_axes
         largest = jnp.max(jnp.abs(kernel), axis=axes, keepdims=True)
         step = jnp.where(largest > 0, largest, 1) / levels
         changed[path] = jnp.round(kernel / step) * step

@@ -53,7 +53,7 @@ def logit_sharpness(
 
     Returns:
         A `LogitSharpness`, in float64 if any input is, else in float32. NaN if a logit is NaN or +∞, a label out of
-        range or of an output that is none, or a weight negative.
+        range, or a weight negative; of the label of an output that is none the loss is infinite and the rise NaN.
 
     Raises:
         TypeError: the logits are not floating, the labels not one integer a sample, or the weights not real.

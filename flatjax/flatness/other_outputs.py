@@ -83,14 +83,14 @@ class OtherOutputs(NamedTuple):
         """
         is_none = self.mass == 0
         mass = jnp.where(is_none, 1, self.mass)
-        margin = jnp.where(is_none, -jnp.inf, self.largest + jnp.log(mass) - of_label)
+        margin = jnp.where(is_none, -jnp.inf, self.largest - of_label + jnp.log(mass))
         loss = jax.nn.softplus(margin)
         shift = radius * (jnp.abs(of_label) + 1)
         is_near = (self.farthest <= 1) & (shift <= 1)
         change = jnp.where(is_near, shift + jnp.log1p(self.gain / mass), 0)
         near = jnp.log1p(jax.nn.sigmoid(margin) * jnp.expm1(change))
         mass_moved = jnp.where(is_none, 1, self.mass_moved)
-        moved = jnp.where(is_none, -jnp.inf, self.largest_moved + jnp.log(mass_moved) - of_label + shift)
+        moved = jnp.where(is_none, -jnp.inf, self.largest_moved - of_label + jnp.log(mass_moved) + shift)
         return jnp.where(is_near, near, jax.nn.softplus(moved) - loss), loss
 
     def _relative_to(self, largest: Array, largest_moved: Array) -> "OtherOutputs":

@@ -94,6 +94,8 @@ def load_tokenizer(path_or_hub_name: str | Path, *, revision: str | None = None)
 def _folder(path_or_hub_name: str | Path, revision: str | None) -> Path:
     folder = Path(path_or_hub_name).expanduser()
     if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision is {revision!r}, but {folder} is a folder, which holds one: leave it out")
         return folder
     name = str(path_or_hub_name)
     if isinstance(path_or_hub_name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -105,7 +107,11 @@ def _folder(path_or_hub_name: str | Path, revision: str | None) -> Path:
         "model.safetensors.index.json",
         "tokenizer.json",
     ]
-    return Path(optional("huggingface_hub").snapshot_download(name, revision=revision, allow_patterns=files))
+    hub = optional("huggingface_hub")
+    try:
+        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=files))
+    except Exception as error:  # of the hub's own, or of the connection's
+        raise FileNotFoundError(f"{name} is no folder here, and the hub gives none of this name: {error}") from error
 
 
 def _file(folder: Path, name: str) -> Path:

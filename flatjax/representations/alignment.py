@@ -81,7 +81,7 @@ class LineFit(NamedTuple):
     intercept: Float[Array, ""]
     """At the first layer."""
     r_squared: Float[Array, ""]
-    """1 is a line."""
+    """1 is a line; NaN of two points."""
 
 
 def inverse_norm_growth(singular_values: Float[ArrayLike, "l k"]) -> LineFit:
@@ -117,7 +117,7 @@ def inverse_norm_growth(singular_values: Float[ArrayLike, "l k"]) -> LineFit:
         slope=slope,
         slope_standard_error=jnp.sqrt(variance / jnp.sum(x**2)),
         intercept=jnp.mean(y) - slope * jnp.mean(layers),
-        r_squared=1 - squares / jnp.sum(deviations**2),
+        r_squared=1 - squares / jnp.sum(deviations**2) if degrees else jnp.full_like(squares, jnp.nan),
     )
 
 

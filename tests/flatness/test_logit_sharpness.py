@@ -94,6 +94,13 @@ def test_float32_keeps_the_digits_of_a_small_rise(confidence, radius):
     np.testing.assert_allclose(got, want, rtol=2e-5)  # A logit of 60 is itself known to 4e-6.
 
 
+def test_float32_keeps_the_loss_where_all_logits_share_an_offset():
+    logits, labels, weights = random_logits()
+    logits = (logits + 3e4).astype(np.float32)
+    want = expected(logits, labels, weights, 1e-3)
+    np.testing.assert_allclose(measure(logits, labels, weights.astype(np.float32), radius=1e-3), want, rtol=1e-6)
+
+
 def test_logits_of_ten_thousand_do_not_overflow():
     logits, labels, weights = random_logits(scale=5e3)
     got = measure(logits.astype(np.float32), labels, weights.astype(np.float32))

@@ -165,6 +165,18 @@ def test_the_tokenizer_neither_cuts_off_nor_pads():
     assert len(tokenizer.encode("fox").ids) < 6
 
 
+def test_a_folder_has_no_revisions_and_a_name_that_the_hub_does_not_have_is_named(monkeypatch):
+    with pytest.raises(ValueError, match=r"revision is 'step5', but .*llama is a folder"):
+        load_decoder(GOLDEN / "llama", revision="step5")
+
+    def snapshot_download(name, **_):
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(FileNotFoundError, match=r"someone/a-llama is no folder here, and the hub .*no network"):
+        load_decoder("someone/a-llama")
+
+
 def test_a_name_is_fetched_from_the_hub_with_its_revision_and_no_other_formats(monkeypatch):
     calls = []
 

@@ -124,6 +124,7 @@ def test_the_growth_of_the_inverse_norm_is_the_line_of_least_squares():
     np.testing.assert_allclose(fit.intercept, intercept, rtol=1e-12)
     np.testing.assert_allclose(fit.slope_standard_error, covariance[0, 0] ** 0.5, rtol=1e-11)
     np.testing.assert_allclose(fit.r_squared, np.corrcoef(np.arange(8), 1 / norms)[0, 1] ** 2, rtol=1e-10)
+    assert np.isnan(inverse_norm_growth(jnp.asarray(norms[:2, None])).r_squared)
     assert np.isnan(inverse_norm_growth(np.ones((2, 1))).slope_standard_error)
 
 

@@ -73,8 +73,9 @@ def collapse_part(network: Network, text: Text, classes: Classes, min_count: int
         head = rows_of(network.head, classes.tokens)
         of_blocks = split(moments)
         whole = jax.device_get(collapse_report(merged(of_blocks), head, min_count=min_count))
+        # Of the same classes: one that is just frequent enough is not to come and go with a block.
         without = [
-            jax.device_get(collapse_report(merged(rest), head, min_count=min_count))
+            jax.device_get(collapse_report(merged(rest), head, min_count=2))
             for block in range(num_blocks)
             if (rest := of_blocks[:block] + of_blocks[block + 1 :])
         ]
@@ -88,7 +89,7 @@ def collapse_part(network: Network, text: Text, classes: Classes, min_count: int
         return {
             name: quantity(
                 getattr(whole, name), jackknife_error([getattr(each, name) for each in without]), BLOCKS, num_tokens,
-                **counts,
+                convention="the standard error is of these classes, whichever the text has", **counts,
             )
             for name in METRICS
         }  # fmt: skip
@@ -107,7 +108,8 @@ def decisions_part(network: Network, text: Text, classes: Classes, moments: Clas
 
     def finish(state: Any) -> Record:
         value, error = ratio(state["disagreeing"], state["total"], text.blocks)
-        return {"nc4": quantity(value, error, BLOCKS, state["total"].sum(), num_classes=len(classes.tokens))}
+        facts = {"num_classes": len(classes.tokens), "convention": "class means are taken as given, in its error too"}
+        return {"nc4": quantity(value, error, BLOCKS, state["total"].sum(), **facts)}
 
     return Part(lambda: by_sequence.empty({"disagreeing": (), "total": ()}), update, finish)
 

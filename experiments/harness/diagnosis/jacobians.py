@@ -15,7 +15,7 @@ from flatjax.representations import (
     residual_projections,
 )
 from flatjax.representations.jacobians import OVERSAMPLING
-from harness.diagnosis.quantities import WINDOWS, quantity
+from harness.diagnosis.quantities import NONE, WINDOWS, quantity
 from harness.diagnosis.reading import Network, Read, Text
 from harness.diagnosis.stages import Part
 from harness.runs import Record
@@ -86,6 +86,9 @@ def jacobians_part(network: Network, text: Text, num_directions: int, seed: int)
         }
         record = {}
         for name, values in state.items():
+            if name == "relative_residual":  # a bound, of all windows
+                record[name] = quantity(values.max(), np.nan, NONE, number, **facts)
+                continue
             spread = values.std(axis=0, ddof=1) if number > 1 else np.full(values.shape[1:], np.nan)
             record[name] = quantity(
                 values.mean(axis=0), spread / np.sqrt(number), WINDOWS, number, spread=spread, **facts

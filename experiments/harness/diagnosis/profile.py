@@ -10,6 +10,7 @@ from flax import nnx
 
 from flatjax import Layer, cross_entropy, flatness_profile
 from flatjax.layers.kernels import find_layers
+from flatjax.models.precision import at_least_float32
 from harness.diagnosis.head import kappa_of_batch
 from harness.diagnosis.quantities import BLOCKS, quantity
 from harness.diagnosis.reading import Network, Text
@@ -113,7 +114,8 @@ def loss_of(graphdef: nnx.GraphDef) -> Any:
     """One function for all checkpoints of a structure, so that they are compiled once."""
 
     def loss(params: Any, tokens: jax.Array, labels: jax.Array) -> jax.Array:
-        return cross_entropy(nnx.merge(graphdef, params)(tokens), labels).mean()
+        logits = nnx.merge(graphdef, params)(tokens)
+        return cross_entropy(logits.astype(at_least_float32(logits.dtype)), labels).mean()
 
     return loss
 
