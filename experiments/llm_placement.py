@@ -1,6 +1,6 @@
 """Where should a language model be flat? λκ at the head, at one block or at all of them, beside SAM and nothing.
 
-    python experiments/llm_placement.py                                         # about 25 minutes on 2 cores
+    python experiments/llm_placement.py                                         # 25 to 40 minutes on 2 cores
     python experiments/llm_placement.py --width 256 --depth 6 --steps 5000 --seeds 3 --name larger
 
 All arms have the same number of steps; what a step costs is told. Each is tuned on the same number of strengths by the
