@@ -106,6 +106,7 @@ def draw(path: Path, names: Mapping[str, str], rows: Mapping[str, Record], seeds
             axes.set_visible(False)
         for axes, (name, label) in zip(all_axes.ravel(), names.items(), strict=False):
             axes.axvline(0, color="0.25", linewidth=0.8, linestyle=(0, (4, 3)))
+            axes.locator_params(axis="x", nbins=4)
             for place, arm in enumerate(arms):
                 mean, reach = rows[arm]["less_plain"][name]
                 colour = "#d1600f" if is_clear(Interval(mean, reach)) else "#0b4f8a"
