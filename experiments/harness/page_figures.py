@@ -262,9 +262,8 @@ def _panels(
         if len(lines) > 1:
             handles, labels = next(axes.get_legend_handles_labels() for axes in grid.flat if axes.get_legend() is None
                                    and len(axes.get_legend_handles_labels()[1]) == len(lines))  # fmt: skip
-            figure.legend(
-                handles, labels, loc="outside lower center", ncols=min(8, len(lines)), frameon=False, fontsize=7
-            )
+            ncols = min(3 * columns, len(lines))  # as many as there is room for
+            figure.legend(handles, labels, loc="outside lower center", ncols=ncols, frameon=False, fontsize=7)
         return _svg(figure)
 
 
