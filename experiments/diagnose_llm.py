@@ -47,8 +47,9 @@ from harness.diagnosis.profile import batch_reader, layers_named, profile_part
 from harness.diagnosis.reading import Network, Text, mean_loss, reader, tokens_of
 from harness.diagnosis.stages import Done, Stage, run_stage, seconds_of, usual_seconds
 from harness.diagnosis.trajectory import trajectory_part
+from harness.options import check_least
 from harness.progress import Progress
-from harness.runs import Record, RunFolder
+from harness.runs import Record, RunFolder, as_json
 from harness.text import Document, evenly, read, windows
 from jax.sharding import AxisType, Mesh
 
@@ -122,12 +123,9 @@ class Config:
     """Make the page anew, of what was measured."""
 
     def __post_init__(self):
-        least = {"profile_batch": 1, "context": 2, "max_tokens": 2, "batch_size": 1, "blocks": 2, "min_count": 2,
-                 "profile_sequences": 1, "windows": 1, "window_context": 2, "directions": 2, "save_every": 1,
-                 "tensor_parallel": 0}  # fmt: skip
-        for name, wanted in least.items():
-            if getattr(self, name) < wanted:
-                raise SystemExit(f"--{name.replace('_', '-')} is {getattr(self, name)}, wanted at least {wanted}")
+        check_least(self, 1, "profile_batch", "batch_size", "profile_sequences", "windows", "save_every")
+        check_least(self, 2, "context", "max_tokens", "blocks", "min_count", "window_context", "directions")
+        check_least(self, 0, "tensor_parallel")
         if self.num_probes < 4 or self.num_probes % 2 or self.max_probes < self.num_probes:
             raise SystemExit(
                 f"--num-probes is {self.num_probes} and --max-probes {self.max_probes}, wanted an even number of at "
@@ -155,7 +153,7 @@ def main(config: Config) -> None:
     for source in sources:
         texts.of(source)  # of a checkpoint that cannot be read there is nothing to record
     recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_THE_RUN}
-    run = RunFolder(folder, _jsonable(recorded) | {"text": digest(documents)}, resume=config.resume)
+    run = RunFolder(folder, as_json(recorded) | {"text": digest(documents)}, resume=config.resume)
     mesh = mesh_of(config)
     started = time.monotonic()
     left = [source for source in sources if not of_checkpoint(run, source.name, "cost")]
@@ -171,10 +169,6 @@ def main(config: Config) -> None:
 _NOT_OF_THE_RUN = {"resume", "redraw", "name", "folder", "checkpoints", "steps", "text", "split",
                    "tensor_parallel", "save_every"}  # fmt: skip
 """Options that may differ when it is resumed; of the text it is its content that may not."""
-
-
-def _jsonable(record: Record) -> Record:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in record.items()}
 
 
 def digest(documents: list[Document]) -> str:
@@ -366,7 +360,7 @@ def write(config: Config, run: RunFolder, sources: list[Source], texts: Texts) -
             "format": 1,
             "text": {"files": [each.name for each in texts.documents][:_FILES_NAMED], "num_files": len(texts.documents),
                      "digest": digest(texts.documents)},
-            "options": _jsonable({key: value for key, value in dataclasses.asdict(config).items()
+            "options": as_json({key: value for key, value in dataclasses.asdict(config).items()
                                   if key not in _NOT_OF_THE_RUN}),
             "machine": {"jax": jax.__version__, "device": device.device_kind, "platform": device.platform,
                         "devices": jax.device_count()},

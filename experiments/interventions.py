@@ -48,7 +48,7 @@ from harness.lanes import Lanes, Rule, Setting, State
 from harness.learners import Learner, image_classification, modular_addition
 from harness.progress import Progress
 from harness.pushes import QUANTITIES, Quantity
-from harness.runs import Record, RunFolder
+from harness.runs import Record, RunFolder, as_json
 from harness.verdicts import table, to_summary, verdicts
 
 Group = Literal["pushed", "controls", "held", "unplugged"]
@@ -192,7 +192,7 @@ def main(config: Config) -> None:
     """Trains every arm, draws the figures, and says what came of it."""
     config = with_defaults(config)
     recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_THE_RUN}
-    run = RunFolder(config.folder / (config.name or config.task), _as_json(recorded), resume=config.resume)
+    run = RunFolder(config.folder / (config.name or config.task), as_json(recorded), resume=config.resume)
     started = time.monotonic()
     experiment = Experiment(config, run)
     experiment.train()
@@ -202,10 +202,6 @@ def main(config: Config) -> None:
 
 _NOT_OF_THE_RUN = {"resume", "name", "folder", "data_dir", "groups", "quantities"}
 """Options that may differ when a run is resumed: other groups and quantities add to the records."""
-
-
-def _as_json(record: Record) -> Record:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in record.items()}
 
 
 def arms_of(config: Config) -> list[Arm]:

@@ -30,6 +30,7 @@ from harness import text
 from harness.batches import batch_at
 from harness.checkpoints import checkpointer, load_latest
 from harness.language_model import HEAD, Descent, evaluating, network, one_step, penalty, placement
+from harness.options import check_least
 from harness.progress import Progress
 from harness.runs import Record, RunFolder
 
@@ -112,9 +113,7 @@ class Config:
     """Continue the run of this name where it was left."""
 
     def __post_init__(self):
-        for name in ("batch_size", "steps", "warm_up", "measure_every", "checkpoint_every", "context"):
-            if getattr(self, name) < 1:
-                raise SystemExit(f"--{name.replace('_', '-')} is {getattr(self, name)}, wanted at least 1")
+        check_least(self, 1, "batch_size", "steps", "warm_up", "measure_every", "checkpoint_every", "context")
 
     @property
     def model(self) -> DecoderConfig:

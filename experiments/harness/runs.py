@@ -9,6 +9,11 @@ from typing import Any
 Record = dict[str, Any]
 
 
+def as_json(record: Record) -> Record:
+    """With lists for tuples: as it is when it is read back."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in record.items()}
+
+
 class RunFolder:
     """`config.json`, `metrics.jsonl` and `summary.json` in a folder that is never overwritten in silence."""
 

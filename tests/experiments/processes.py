@@ -37,6 +37,16 @@ def starter(script: str, options: str, cache: Path) -> Callable[..., subprocess.
     return start
 
 
+def write_text(folder: Path, modules: int) -> Path:
+    """Six files of words in each of so many folders, as a text to train on."""
+    for module in range(modules):
+        (folder / f"m{module}").mkdir()
+        for i in range(6):
+            words = " ".join(f"word{(7 * i + module * k) % 23}" for k in range(60))
+            (folder / f"m{module}" / f"{i}.txt").write_text(words)
+    return folder
+
+
 def finish(process: subprocess.Popen) -> str:
     """What it printed."""
     output, _ = process.communicate(timeout=300)

@@ -11,7 +11,7 @@ from harness.language_model import Penalty, network, penalty
 from harness.perturbations import rounded, with_noise
 from harness.placement_tables import edge, quantities, row_of, table
 
-from .processes import finish, kill_when, metrics, starter
+from .processes import finish, kill_when, metrics, starter, write_text
 
 RNG = np.random.default_rng(0)
 PARAMS = {
@@ -96,12 +96,7 @@ SMALL += "--timing-seconds 0.01"
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for module in range(25):
-        (folder / f"m{module}").mkdir()
-        for i in range(6):
-            words = " ".join(f"word{(7 * i + module * k) % 23}" for k in range(60))
-            (folder / f"m{module}" / f"{i}.txt").write_text(words)
+    folder = write_text(tmp_path_factory.mktemp("text"), 25)
     return starter("llm_placement.py", f"{SMALL} --text {folder}", tmp_path_factory.mktemp("cache"))
 
 

@@ -24,7 +24,7 @@ from harness.language_model import (
 from flatjax import cross_entropy, layer_relative_flatness, relative_flatness
 from flatjax.models import Decoder, DecoderConfig
 
-from .processes import finish, kill_when, metrics, starter
+from .processes import finish, kill_when, metrics, starter, write_text
 
 CONFIG = DecoderConfig(vocab_size=16, width=8, depth=1, num_heads=2, inner_width=4)
 DESCENT = Descent(steps=20, learning_rate=1e-2, warm_up=4, decay_share=0.25, weight_decay=0.1, clip=1.0)
@@ -173,12 +173,7 @@ SMALL += "--measure-every 4 --measure-on 8 --checkpoint-every 4 --held-out-share
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for module in range(4):
-        (folder / f"m{module}").mkdir()
-        for i in range(6):
-            words = " ".join(f"word{(7 * i + module * k) % 23}" for k in range(60))
-            (folder / f"m{module}" / f"{i}.txt").write_text(words)
+    folder = write_text(tmp_path_factory.mktemp("text"), 4)
     return starter("train_lm.py", f"{SMALL} --text {folder}", tmp_path_factory.mktemp("cache"))
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from flatjax import ClassMoments, collapse_report
 from flatjax.collapse import nc4
 from flatjax.heads import HeadParams, linear_head
+from flatjax.models.precision import at_least_float32
 from flatjax.samples import IGNORED_LABEL
 from harness.diagnosis.quantities import BLOCKS, jackknife_error, quantity, ratio
 from harness.diagnosis.reading import BySequence, Network, Read, Text
@@ -61,7 +62,7 @@ def collapse_part(network: Network, text: Text, classes: Classes, min_count: int
 
     def init() -> ClassMoments:
         head = linear_head(network.head)
-        dtype = jnp.promote_types(head.matrix.dtype, jnp.float32)
+        dtype = at_least_float32(head.matrix.dtype)
         one = ClassMoments.init(len(classes.tokens), head.num_features, dtype=dtype)
         return jax.tree.map(lambda leaf: jnp.zeros((num_blocks, *leaf.shape), leaf.dtype), one)
 

@@ -10,6 +10,7 @@ import numpy as np
 from flatjax.flatness.logit_sharpness import head_logit_sharpness
 from flatjax.flatness.vocabulary import read_out
 from flatjax.heads import HeadParams, linear_head
+from flatjax.models.precision import at_least_float32
 from harness.diagnosis.quantities import BLOCKS, mean, quantity
 from harness.diagnosis.reading import BySequence, Network, Read, Text
 from harness.diagnosis.stages import Part
@@ -78,7 +79,7 @@ def _rises(head: HeadParams, feats: jax.Array, labels: jax.Array, radii: tuple[f
 def of_sequences(head: HeadParams, feats: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
     """Means over the tokens of each sequence (b,), of ℓ, ‖φ‖² v and ‖φ‖² tr G."""
     flat = feats.reshape(-1, feats.shape[-1])
-    flat = flat.astype(jnp.promote_types(flat.dtype, jnp.float32))
+    flat = flat.astype(at_least_float32(flat.dtype))
     with jax.default_matmul_precision("highest"):
         readout = read_out(linear_head(head), flat, labels.reshape(-1))
     squares = jnp.sum(flat**2, axis=1)
