@@ -30,7 +30,7 @@ def mean_of(samples: Float[Array, "k ..."]) -> Estimate:
     return Estimate(jnp.mean(samples, axis=0), standard_error, jnp.asarray(num_probes, jnp.int32))
 
 
-def exactly(value: Float[Array, ""]) -> Estimate:
+def exactly(value: Float[Array, "..."]) -> Estimate:
     """What is known without probes."""
     return Estimate(value, jnp.zeros_like(value), jnp.zeros((), jnp.int32))
 

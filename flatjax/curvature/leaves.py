@@ -21,11 +21,18 @@ def leaves_by_path(tree: Tree) -> dict[str, Any]:
     """All leaves, in their order in the tree.
 
     Raises:
+        TypeError: one of them is no array.
         ValueError: two of them have the same path, as those of {"a": {"b": …}, "a/b": …}.
     """
     leaves: dict[str, Any] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         path = leaf_path(keys)
+        if not hasattr(leaf, "shape") and not isinstance(leaf, bool | int | float | complex):
+            raise TypeError(
+                f"params has at {path!r} a {type(leaf).__name__}, wanted arrays alone: of an Equinox model "
+                "params, static = eqx.partition(model, eqx.is_inexact_array), and in the loss "
+                "eqx.combine(params, static)"
+            )
         if path in leaves:
             raise ValueError(f"params has two leaves at {path!r}, wanted keys without slashes")
         leaves[path] = leaf

@@ -1,4 +1,7 @@
-"""How a loss curves in the directions W A that relative flatness is made of: probed, or summed over a basis of them."""
+"""How a loss curves in the directions W A that relative flatness is made of: probed, or summed over a basis of them.
+
+A stack of layers has κ of each: the first axis of what is returned is then that of the stack, else of one entry.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,9 +21,9 @@ from flatjax.sharding import gathered, placed_like
 
 
 class LayerCurvature(NamedTuple):
-    """The curvature of a loss in the kernel of one layer.
+    """The curvature of a loss in the kernel of one layer, or in those of each layer of a stack.
 
-    The directions are G S of the kernel's matrix, with S (r, d) such that Sᵀ S = W Wᵀ, r = min(d, m), and G (m, r) of
+    The directions are G S of a kernel's matrix, with S (r, d) such that Sᵀ S = W Wᵀ, r = min(d, m), and G (m, r) of
     independent entries ±1: they have the mean and the covariance of Aᵀ Wᵀ at the least cost.
     """
 
@@ -40,95 +43,123 @@ class LayerCurvature(NamedTuple):
         return self.kernel.dtype
 
     @property
+    def num_layers(self) -> int:
+        """How many a stack holds; 1 if it is none."""
+        return math.prod(self.layer.stack_shape(self.kernel.shape))
+
+    @property
+    def num_features(self) -> int:
+        return self.layer.num_features(self.kernel.shape)
+
+    @property
     def num_outputs(self) -> int:
-        return self.layer.matrix(self.kernel).shape[1]
+        return self.kernel.size // (self.num_layers * self.num_features)
 
     @property
     def rank(self) -> int:
         """r, of W at most."""
-        return min(self.layer.matrix(self.kernel).shape)
+        return min(self.num_features, self.num_outputs)
 
     @property
     def num_directions(self) -> int:
-        """Of a basis of all W A."""
-        return self.rank * self.layer.num_features(self.kernel.shape)
+        """How many a basis of all W A has."""
+        return self.rank * self.num_features
 
-    def probes(self, keys: Key[Array, " k"]) -> Float[Array, " k"]:
-        """⟨W A, H[W A]⟩ for a draw of A a key; their mean over all draws is κ."""
-        return self._quadratic_forms(self.draws(), keys)
+    def probes(self, keys: Key[Array, " k"]) -> Float[Array, "k l"]:
+        """⟨W A, H[W A]⟩ for a draw of A a key, of each layer by itself; their mean over all draws is κ."""
+        form, bases = self._quadratic_form(), self._bases()
 
-    def draws(self) -> Callable[[Key[Array, ""]], Float[Array, "m d"]]:
-        """Aᵀ Wᵀ for a key, or what has its mean and covariance."""
-        basis, num_features = self._basis(), self.layer.num_features(self.kernel.shape)
+        def of_layer(index: Array | int) -> Float[Array, " k"]:
+            of_layer = keys if self.num_layers == 1 else jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
+            return self._map(lambda key: form(self._signed(key, bases[index]), index), of_layer)
 
-        def draw(key: Key[Array, ""]) -> Float[Array, "m d"]:
-            signs = random_signs(key, (num_features, len(basis)), basis.dtype)
-            return jnp.matmul(signs, basis, precision="highest")
+        return self._of_each_layer(of_layer).T
+
+    def draw(self) -> Callable[[Key[Array, ""]], Float[Array, "l m d"]]:
+        """Aᵀ Wᵀ of each layer for a key, or what has its mean and covariance."""
+        bases = self._bases()
+
+        def draw(key: Key[Array, ""]) -> Float[Array, "l m d"]:
+            if self.num_layers == 1:
+                return self._signed(key, bases[0])[None]
+            return jax.vmap(self._signed)(jax.random.split(key, self.num_layers), bases)
 
         return draw
 
-    def by_weights(self) -> Float[Array, ""]:
+    def by_weights(self) -> Float[Array, " l"]:
         """κ = Σ_f Σ_j ⟨e_f s_jᵀ, H[e_f s_jᵀ]⟩."""
-        basis, num_features = self._basis(), self.layer.num_features(self.kernel.shape)
+        form, bases = self._quadratic_form(), self._bases()
 
-        def direction(index: Array) -> Float[Array, "m d"]:
-            is_feature = (jnp.arange(num_features) == index // len(basis)).astype(basis.dtype)
-            return is_feature[:, None] * basis[index % len(basis)][None, :]
+        def of_layer(index: Array | int) -> Float[Array, ""]:
+            basis = bases[index]
 
-        return jnp.sum(self._quadratic_forms(direction, jnp.arange(self.num_directions)))
+            def of_place(place: Array) -> Float[Array, ""]:
+                is_feature = (jnp.arange(self.num_features) == place // len(basis)).astype(basis.dtype)
+                return form(is_feature[:, None] * basis[place % len(basis)][None, :], index)
 
-    def by_outputs(self, outputs: LayerOutputs) -> Float[Array, ""]:
-        """κ by `by_rows`, else by `by_samples`; NaN if samples interact."""
+            return jnp.sum(self._map(of_place, jnp.arange(self.num_directions)))
 
-        def by_samples() -> Float[Array, ""]:
-            nan = jnp.asarray(jnp.nan, self.dtype)
-            return jax.lax.cond(
-                self._are_apart(outputs, outputs.rows[0]), lambda: self.by_samples(outputs), lambda: nan
-            )
+        return self._of_each_layer(of_layer)
 
-        return jax.lax.cond(self.rows_are_apart(outputs), lambda: self.by_rows(outputs), by_samples)
+    def by_outputs(self, outputs: LayerOutputs) -> Float[Array, " l"]:
+        """κ by rows, else by samples; NaN if samples interact."""
+
+        def of_layer(index: Array | int) -> Float[Array, ""]:
+            def by_samples() -> Float[Array, ""]:
+                nan = jnp.asarray(jnp.nan, self.dtype)
+                are_apart = self._are_apart(outputs, outputs.rows[0], index)
+                return jax.lax.cond(are_apart, lambda: self._by_samples(outputs, index), lambda: nan)
+
+            are_apart = self._are_apart(outputs, math.prod(outputs.rows), index)
+            return jax.lax.cond(are_apart, lambda: self._by_rows(outputs, index), by_samples)
+
+        return self._of_each_layer(of_layer)
 
     def rows_are_apart(self, outputs: LayerOutputs) -> Bool[Array, ""]:
-        """Whether no feature vector changes the gradient by the output of another."""
-        return self._are_apart(outputs, math.prod(outputs.rows))
+        """Whether no feature vector changes the gradient by the output of another of the same layer."""
+        num_rows = math.prod(outputs.rows)
+        return jnp.all(self._of_each_layer(lambda index: self._are_apart(outputs, num_rows, index)))
 
-    def by_rows(self, outputs: LayerOutputs) -> Float[Array, ""]:
+    def by_rows(self, outputs: LayerOutputs) -> Float[Array, " l"]:
         """κ = Σ_a ‖φ_a‖² Σ_j ⟨s_j, G_aa s_j⟩, where no feature vector interacts with another."""
-        product, feats = self._product_of_outputs(outputs)
+        return self._of_each_layer(lambda index: self._by_rows(outputs, index))
+
+    def _by_rows(self, outputs: LayerOutputs, index: Array | int) -> Float[Array, ""]:
+        product, feats = self._product_of_outputs(outputs, index)
         measure = jnp.sum(feats**2, axis=1)
 
         def curvature(direction: Float[Array, " d"]) -> Float[Array, ""]:
             change = product(jnp.broadcast_to(direction[None, :], (len(feats), len(direction))))
             return jnp.sum(measure * jnp.sum(change * direction[None, :], axis=1))
 
-        return jnp.sum(self._map(curvature, self._basis()))
+        return jnp.sum(self._map(curvature, self._bases()[index]))
 
-    def by_samples(self, outputs: LayerOutputs) -> Float[Array, ""]:
+    def _by_samples(self, outputs: LayerOutputs, index: Array | int) -> Float[Array, ""]:
         """κ = Σ_i Σ_{a,b} ⟨φ_ia, φ_ib⟩ Σ_j ⟨s_j, G_ab s_j⟩, where no sample interacts with another."""
-        product, feats = self._product_of_outputs(outputs)
-        basis, (num_samples, *positions) = self._basis(), outputs.rows
+        product, feats = self._product_of_outputs(outputs, index)
+        basis, (num_samples, *positions) = self._bases()[index], outputs.rows
         num_positions = math.prod(positions)
         feats = feats.reshape(num_samples, num_positions, -1)
         overlaps = jnp.einsum("iam,ibm->iab", feats, feats, precision="highest")
 
-        def curvature(index: Array) -> Float[Array, ""]:
-            place, direction = index // len(basis), basis[index % len(basis)]
-            is_place = (jnp.arange(num_positions) == place).astype(basis.dtype)
+        def curvature(place: Array) -> Float[Array, ""]:
+            position, direction = place // len(basis), basis[place % len(basis)]
+            is_position = (jnp.arange(num_positions) == position).astype(basis.dtype)
             shift = jnp.broadcast_to(
-                is_place[None, :, None] * direction[None, None, :], (num_samples, num_positions, len(direction))
+                is_position[None, :, None] * direction[None, None, :], (num_samples, num_positions, len(direction))
             )
             change = jnp.sum(product(shift.reshape(-1, len(direction))) * direction[None, :], axis=1)
-            return jnp.sum(jnp.einsum("iab,b->ia", overlaps, is_place) * change.reshape(num_samples, num_positions))
+            return jnp.sum(jnp.einsum("iab,b->ia", overlaps, is_position) * change.reshape(num_samples, num_positions))
 
         return jnp.sum(self._map(curvature, jnp.arange(num_positions * len(basis))))
 
-    def _are_apart(self, outputs: LayerOutputs, num_groups: int) -> Bool[Array, ""]:
+    def _are_apart(self, outputs: LayerOutputs, num_groups: int, index: Array | int) -> Bool[Array, ""]:
         """Whether groups of consecutive rows do not interact.
 
         A Hessian is symmetric, and any two groups have numbers that differ in a bit: for each bit, the groups that have
         it are shifted at random, and the gradient of the others must stay where it is, to the last digit.
         """
-        product, feats = self._product_of_outputs(outputs)
+        product, feats = self._product_of_outputs(outputs, index)
         group = jnp.arange(len(feats)) // (len(feats) // num_groups)
         shift = jax.random.normal(jax.random.key(0), (len(feats), self.num_outputs), self.dtype)
 
@@ -143,29 +174,42 @@ class LayerCurvature(NamedTuple):
     def _hessian(self) -> Hessian:
         return Hessian(self.loss_fn, self.params, self.batch, (self.layer.path,))
 
-    def _basis(self) -> Float[Array, "r d"]:
-        matrix = self.layer.matrix(self.kernel)
-        return matrix if matrix.shape[0] <= matrix.shape[1] else jnp.linalg.qr(gathered(matrix), mode="r")
+    def _bases(self) -> Float[Array, "l r d"]:
+        """S of each layer."""
+        matrices = self.layer.matrices(self.kernel)
+        return matrices if matrices.shape[1] <= matrices.shape[2] else jnp.linalg.qr(gathered(matrices), mode="r")
 
-    def _quadratic_forms(
-        self, direction: Callable[[Array], Float[Array, "m d"]], indices: Shaped[Array, " k"]
-    ) -> Float[Array, " k"]:
-        """⟨v, H v⟩ for the directions of several indices, made when they are needed."""
+    def _of_each_layer(self, function: Callable[[Array | int], Any]) -> Any:
+        """One program for all layers of a stack."""
+        if self.num_layers == 1:
+            return function(0)[None]
+        return jax.lax.map(function, jnp.arange(self.num_layers))
+
+    def _signed(self, key: Key[Array, ""], basis: Float[Array, "r d"]) -> Float[Array, "m d"]:
+        signs = random_signs(key, (self.num_features, len(basis)), basis.dtype)
+        return jnp.matmul(signs, basis, precision="highest")
+
+    def _quadratic_form(self) -> Callable[[Float[Array, "m d"], Array | int], Float[Array, ""]]:
+        """⟨v, H v⟩ for a direction v of one layer."""
         path, kernel, product = self.layer.path, self.kernel, self._hessian.linearised()
+        layers = jnp.arange(self.num_layers)
 
-        def form(index: Array) -> Float[Array, ""]:
-            vector = placed_like(self.layer.kernel(direction(index), kernel.shape), kernel)
+        def form(matrix: Float[Array, "m d"], index: Array | int) -> Float[Array, ""]:
+            matrices = matrix[None]
+            if self.num_layers > 1:
+                matrices = jnp.where((layers == index)[:, None, None], matrices, 0)
+            vector = placed_like(self.layer.kernel(matrices, kernel.shape), kernel)
             return jnp.sum(vector * product({path: vector})[path])
 
-        return self._map(form, indices)
+        return form
 
     def _product_of_outputs(
-        self, outputs: LayerOutputs
+        self, outputs: LayerOutputs, index: Array | int
     ) -> tuple[Callable[[Float[Array, "n d"]], Float[Array, "n d"]], Float[Array, "n m"]]:
-        """The Hessian of the loss in the layer's outputs, times a shift of them; and the features."""
+        """The Hessian of the loss in a layer's outputs, times a shift of them; and the features."""
         shift = jnp.zeros((math.prod(outputs.rows), self.num_outputs), self.dtype)
-        feats = outputs.shifted(shift)[1].astype(self.dtype)
-        gradient = jax.grad(lambda shift: outputs.shifted(shift)[0])
+        feats = outputs.shifted(shift, index)[1].astype(self.dtype)
+        gradient = jax.grad(lambda shift: outputs.shifted(shift, index)[0])
         product = with_convolutions_in_order(jax.linearize(gradient, shift)[1])
         return lambda change: product(placed_like(change, shift)), feats
 
@@ -173,20 +217,23 @@ class LayerCurvature(NamedTuple):
         return jax.lax.map(function, values, batch_size=None if self.chunk_size == 1 else self.chunk_size)
 
 
-def joint_probes(layers: Sequence[LayerCurvature], keys: Key[Array, " k"]) -> Float[Array, "k l"]:
+def joint_probes(layers: Sequence[LayerCurvature], keys: Key[Array, " k"]) -> list[Float[Array, "k _"]]:
     """⟨v_l, (H v)_l⟩ of several layers of one loss, v = (W_l A_l)_l; the mean over all draws is κ of each layer."""
     first, paths = layers[0], tuple(each.layer.path for each in layers)
     hessian = Hessian(first.loss_fn, first.params, first.batch, paths)
     kernels, product = hessian.like, hessian.linearised()
-    draws = [each.draws() for each in layers]
+    draws = [each.draw() for each in layers]
 
-    def forms(key: Key[Array, ""]) -> Float[Array, " l"]:
+    def forms(key: Key[Array, ""]) -> list[Float[Array, " _"]]:
         keys = jax.random.split(key, len(layers))
         vectors = {}
         for i, (each, draw) in enumerate(zip(layers, draws, strict=True)):
             kernel = kernels[each.layer.path]
             vectors[each.layer.path] = placed_like(each.layer.kernel(draw(keys[i]), kernel.shape), kernel)
         products = product(vectors)
-        return jnp.stack([jnp.sum(vectors[path] * products[path]) for path in paths])
+        return [
+            jnp.sum(each.layer.matrices(vectors[path] * products[path]), axis=(1, 2))
+            for each, path in zip(layers, paths, strict=True)
+        ]
 
     return jax.lax.map(forms, keys)

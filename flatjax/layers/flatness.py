@@ -6,13 +6,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from flatjax.curvature.estimate import Estimate, check_num_probes, exactly, mean_of
 from flatjax.curvature.leaves import Tree
 from flatjax.layers.curvature import LayerCurvature
-from flatjax.layers.kernels import Layer, find_layer
+from flatjax.layers.kernels import Layer, find_kernel
 from flatjax.layers.outputs import layer_outputs, try_layer_outputs
+from flatjax.layers.program import Program
+from flatjax.layers.readings import read_layer
 
 
 def layer_relative_flatness(
@@ -32,10 +34,13 @@ def layer_relative_flatness(
     with w_s the rows of the layer's kernel seen as a matrix W (d, m), one row an output, H_{s,s'} the (m, m) blocks of
     the Hessian of the loss in them, and A (m, m) of independent entries ±1. Of a hidden layer κ may be negative.
 
+    Several layers may lie in one array, a stack: (L, m, d), as `nn.scan`, `nnx.scan` and `jax.vmap` keep them. κ is
+    then that of each layer of the stack.
+
     The methods:
 
     * "probes": the mean of ⟨W A, H[W A]⟩ over draws of A; one Hessian-vector product each, restricted to the layer, so
-      that nothing before it is differentiated. Always unbiased, weight sharing and batch statistics included.
+      that nothing before it is differentiated. It is always unbiased, weight sharing and batch statistics included.
     * "outputs": exact, from the Hessian G of the loss in the outputs of the layer, if it enters the loss by one product
       of matrices: κ = Σ_{a,b} ⟨φ_a, φ_b⟩ tr(Wᵀ G_{a,b} W) over all feature vectors, in min(d, m) products after the
       layer if none of them interacts with another, and in min(d, m) times as many as a sample has of them if only
@@ -45,33 +50,45 @@ def layer_relative_flatness(
     * "auto": exact where that takes no more products than `num_probes` (and a few, log₂ of the number of feature
       vectors, to look whether they interact), or none of a layer after this one, as for heads; else by probes.
 
+    A stack takes so many products for each of its layers, from one program.
+
     κ has no more digits than the second derivatives of `loss_fn`. Those of logsumexp(z) − z_y lose all of theirs in
     float32 once the loss is below 1e-7; those of `flatjax.cross_entropy` do not. Of a convolution in groups the
     features are those of a group, and one A is shared by all of them.
+
+    The loss is differentiated as it is called. Let batch statistics and dropout be fixed in it, or κ is that of a loss
+    in which samples interact, or of one draw: in Linen `model.apply({"params": p, "batch_stats": s}, x, train=False)`
+    with dropout deterministic; in NNX `graphdef, params, rest = nnx.split(model, nnx.Param, ...)` after `model.eval()`,
+    and `nnx.merge(graphdef, params, rest, copy=True)(x)`, whose copy keeps the statistics of the model untouched.
 
     Args:
         loss_fn: `(params, *batch) -> scalar`, twice differentiable, in forward mode too. One function for all calls:
             each is compiled once.
         params: a tree of arrays: `nnx.state(model, nnx.Param)`, `variables["params"]`, or any other.
         batch: what the loss takes besides.
-        layer: the path of a kernel, joined by slashes, as "blocks/0/up/kernel". The features run along all axes but the
-            last; of attention's query, key and value along the first; of an embedding, which is looked up with one-hot
-            features, along the first. For others, and for an embedding that is tied to the head and to be measured as
-            such, `Layer(path, feature_axes=(1,))`.
-        key: of the probes. Without one, only what is exact is measured; NaN if that was expected to be and is not.
+        layer: the path of a kernel, joined by slashes, as "blocks/0/up/kernel". Which of its axes the features run
+            along, and which is that of a stack, is read off the program of the loss: from where the kernel is
+            multiplied with what comes of the batch, through slices, loops, calls, look-ups and what is done to it entry
+            by entry. A `Layer(path, feature_axes=(1,), stack_axes=(0,))` says it instead, and is confirmed. It is
+            needed where the program may be read in several ways, as for networks side by side on one input, or cannot
+            be followed. An embedding is looked up, with one-hot features along its first axis; one that is tied to the
+            head is measured as the head by `Layer(path, feature_axes=(1,))`.
+        key: the key of the probes. Without one, only what is exact is measured; NaN if that was expected to be and is
+            not.
         num_probes: how many, if κ is estimated; at least 2.
-        method: as above.
+        method: one of the above.
         chunk_size: how many products are in memory at a time.
 
     Returns:
-        value, standard_error and num_probes; the latter two are 0 where κ is exact. Of one batch: κ of a data set is
-        the mean over its batches, weighted by their sizes, see `flatjax.flatness_profile`.
+        value, standard_error and num_probes; the latter two are 0 where κ is exact. Value and error are scalars, or
+        arrays of the shape of a stack's `stack_axes`. They are those of one batch: κ of a data set is the mean over
+        its batches, weighted by their sizes, see `flatjax.flatness_profile`.
 
     Raises:
-        TypeError: the kernel is not of a floating dtype.
-        ValueError: there is no such layer, or its features run along other axes than was said; no key for probes, too
-            few of them, an unknown method, or, for "outputs", a layer that does not enter the loss by one product of
-            matrices.
+        TypeError: the kernel is not of a floating dtype, a leaf of params no array, or the loss no scalar.
+        ValueError: there is no such layer; the program multiplies it along other axes than was said, or a path alone
+            does not say how it is to be read; no key for probes, too few of them, an unknown method, or, for "outputs",
+            a layer that does not enter the loss by one product of matrices.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -91,6 +108,13 @@ def layer_relative_flatness(
         >>> of_head = layer_relative_flatness(loss, params, x, y, layer="head/kernel")
         >>> print(f"{of_head.value:.4f}, {relative_flatness(params['head'], jnp.tanh(x @ hidden), y):.4f}")
         19.1550, 19.1550
+        >>> def of_stack(params, x, y):
+        ...     forward = lambda x, kernel: (x + jnp.tanh(x @ kernel), None)
+        ...     x, _ = jax.lax.scan(forward, x, params["blocks"]["kernel"])
+        ...     return cross_entropy(x, y).mean()
+        >>> stack = {"blocks": {"kernel": jax.random.normal(keys[0], (2, 3, 3), f32)}}
+        >>> print(layer_relative_flatness(of_stack, stack, x, y % 3, layer="blocks/kernel").value.shape)
+        (2,)
 
     References:
         Petzka, Kamp, Adilova, Sminchisescu, Boley: *Relative Flatness and Generalization*, NeurIPS 2021.
@@ -100,9 +124,11 @@ def layer_relative_flatness(
     check_num_probes(num_probes)
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}, wanted at least 1")
-    found, _ = find_layer(params, layer)
+    if method == "probes" and key is None:
+        raise ValueError("key is None, but probes are drawn with one: give key=jax.random.key(seed)")
+    find_kernel(params, layer)
     return _flatness(
-        loss_fn, params, batch, key, layer=found, num_probes=num_probes, method=method, chunk_size=chunk_size
+        loss_fn, params, batch, key, layer=layer, num_probes=num_probes, method=method, chunk_size=chunk_size
     )
 
 
@@ -113,29 +139,36 @@ def _flatness(
     batch: tuple[Any, ...],
     key: Key[Array, ""] | None,
     *,
-    layer: Layer,
+    layer: str | Layer,
     num_probes: int,
     method: str,
     chunk_size: int,
 ) -> Estimate:
-    curvature = LayerCurvature(loss_fn, params, batch, layer, chunk_size)
+    program = Program.of(loss_fn, params, batch)
+    found = read_layer(program, layer)
+    curvature = LayerCurvature(loss_fn, params, batch, found, chunk_size)
+
+    def shaped(of_layers: Float[Array, "*k l"]) -> Float[Array, "..."]:
+        """() but for a stack."""
+        stack = found.stack_shape(curvature.kernel.shape)
+        return of_layers.reshape(*of_layers.shape[:-1], *stack)
 
     def by_probes() -> Estimate:
         if key is None:
-            return exactly(jnp.asarray(jnp.nan, curvature.dtype))
-        return mean_of(curvature.probes(jax.random.split(key, num_probes)))
+            return exactly(shaped(jnp.full(curvature.num_layers, jnp.nan, curvature.dtype)))
+        keys = jax.random.split(key, num_probes)
+        return mean_of(shaped(curvature.probes(keys)))
 
     def by_weights() -> Estimate:
-        return exactly(curvature.by_weights())
+        return exactly(shaped(curvature.by_weights()))
 
     if method == "probes":
-        if key is None:
-            raise ValueError("key is None, but probes are drawn with one: give key=jax.random.key(seed)")
         return by_probes()
     otherwise = by_weights if method == "weights" or curvature.num_directions <= num_probes else by_probes
     if method == "outputs":
-        return exactly(curvature.by_outputs(layer_outputs(loss_fn, params, batch, layer)))
-    (outputs,) = [None] if method == "weights" else try_layer_outputs(loss_fn, params, batch, [layer])
+        return exactly(shaped(curvature.by_outputs(layer_outputs(program, found))))
+    outputs = None if method == "weights" else try_layer_outputs(program, found)
     if outputs is None or not (outputs.is_last or curvature.rank <= num_probes):
         return otherwise()
-    return jax.lax.cond(curvature.rows_are_apart(outputs), lambda: exactly(curvature.by_rows(outputs)), otherwise)
+    are_apart = curvature.rows_are_apart(outputs)
+    return jax.lax.cond(are_apart, lambda: exactly(shaped(curvature.by_rows(outputs))), otherwise)

@@ -1,46 +1,70 @@
-"""What a layer is: a kernel of any shape, seen as the matrix that features are multiplied with."""
+"""What a layer is: a kernel of any shape, seen as the matrix, or matrices, that features are multiplied with."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Integer
 
 from flatjax.curvature.leaves import Tree, leaves_by_path
 
 
 class Layer(NamedTuple):
-    """A kernel, and which of its axes the features run along; the others are those of the outputs."""
+    """A kernel, and which of its axes the features run along; the others are those of the outputs, or of a stack.
+
+    A stack holds the kernels of several layers in one array, as `nn.scan`, `nnx.scan` and `jax.vmap` keep them: its
+    layers are the slices along `stack_axes`. `Layer("blocks/kernel", feature_axes=(1,), stack_axes=(0,))` are the L
+    layers of a kernel (L, m, d).
+    """
 
     path: str
-    """Of the leaf, its keys joined by slashes."""
+    """The path of the leaf: its keys joined by slashes."""
     feature_axes: tuple[int, ...]
+    stack_axes: tuple[int, ...] = ()
 
-    def matrix(self, kernel: Float[Array, "..."]) -> Float[Array, "m d"]:
-        """Wᵀ: one row a feature, one column an output."""
-        return jnp.transpose(kernel, self._order(kernel.ndim)).reshape(self.num_features(kernel.shape), -1)
-
-    def kernel(self, matrix: Float[Array, "m d"], shape: tuple[int, ...]) -> Float[Array, "..."]:
-        """The kernel whose matrix it is."""
-        order = self._order(len(shape))
-        permuted = matrix.reshape([shape[axis] for axis in order])
-        return jnp.transpose(permuted, [order.index(axis) for axis in range(len(shape))])
+    def output_axes(self, ndim: int) -> tuple[int, ...]:
+        return tuple(axis for axis in range(ndim) if axis not in (*self.stack_axes, *self.feature_axes))
 
     def num_features(self, shape: tuple[int, ...]) -> int:
         return math.prod(shape[axis] for axis in self.feature_axes)
 
+    def stack_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of κ: () but for a stack."""
+        return tuple(shape[axis] for axis in self.stack_axes)
+
+    def names(self, shape: tuple[int, ...]) -> list[str]:
+        """One for each layer, "blocks/kernel[3]" in a stack."""
+        places = itertools.product(*map(range, self.stack_shape(shape)))
+        return [f"{self.path}[{','.join(map(str, place))}]" if place else self.path for place in places]
+
+    def matrices(self, kernel: Float[Array, "..."]) -> Float[Array, "l m d"]:
+        """Wᵀ of each layer: one row a feature, one column an output."""
+        shape = math.prod(self.stack_shape(kernel.shape)), self.num_features(kernel.shape), -1
+        return jnp.transpose(kernel, self._order(kernel.ndim)).reshape(shape)
+
+    def matrix(self, kernel: Float[Array, "..."], index: Integer[Array, ""] | int = 0) -> Float[Array, "m d"]:
+        """Wᵀ of one layer."""
+        return self.matrices(kernel)[index]
+
+    def kernel(self, matrices: Float[Array, "l m d"], shape: tuple[int, ...]) -> Float[Array, "..."]:
+        """The kernel whose matrices they are."""
+        order = self._order(len(shape))
+        permuted = matrices.reshape([shape[axis] for axis in order])
+        return jnp.transpose(permuted, [order.index(axis) for axis in range(len(shape))])
+
     def _order(self, ndim: int) -> tuple[int, ...]:
-        return (*self.feature_axes, *(axis for axis in range(ndim) if axis not in self.feature_axes))
+        return (*self.stack_axes, *self.feature_axes, *self.output_axes(ndim))
 
 
-def find_layer(params: Tree, layer: str | Layer) -> tuple[Layer, jax.Array]:
-    """The layer at a path, its features' axes by Flax's conventions, and its kernel.
+def find_kernel(params: Tree, layer: str | Layer) -> jax.Array:
+    """The leaf that a layer names.
 
     Raises:
-        TypeError: the kernel is not of a floating dtype.
-        ValueError: there is no leaf at the path, or it is no kernel, or the axes given do not fit it.
+        TypeError: it is not of a floating dtype, or axes are no tuples of integers.
+        ValueError: there is no leaf at the path, it has too few axes, or the axes given do not fit it.
     """
     leaves = leaves_by_path(params)
     path = layer if isinstance(layer, str) else layer.path
@@ -50,31 +74,26 @@ def find_layer(params: Tree, layer: str | Layer) -> tuple[Layer, jax.Array]:
             f"{', '.join(map(repr, leaves))}"
         )
     kernel = leaves[path]
-    found = _by_convention(path, jnp.ndim(kernel)) if isinstance(layer, str) else layer
-    if found is None:
+    ndim = jnp.ndim(kernel)
+    if isinstance(layer, str) and ndim < 2:
         raise ValueError(
             f"{path!r}, of shape {jnp.shape(kernel)}, is no layer: a bias or the scale of a normalisation has no rows; "
-            f"for a kernel of another name give Layer({path!r}, feature_axes=...). Layers here: "
-            f"{_named(find_layers(params))}"
+            f"layers here are {_named(find_layers(params))}"
         )
-    axes = found.feature_axes
-    if not 0 < len(set(axes)) == len(axes) or not all(0 <= axis < jnp.ndim(kernel) for axis in axes):
-        raise ValueError(
-            f"feature_axes is {axes} for {path!r} of shape {jnp.shape(kernel)}, wanted different axes from 0 to "
-            f"{jnp.ndim(kernel) - 1}"
-        )
+    if isinstance(layer, Layer):
+        _check_axes(layer, jnp.shape(kernel))
     if not jnp.issubdtype(jnp.result_type(kernel), jnp.floating):
         raise TypeError(f"{path!r} has dtype {jnp.result_type(kernel)}, wanted a floating dtype")
-    return found, kernel
+    return kernel
 
 
 def find_layers(params: Tree) -> dict[str, Layer]:
     """All leaves that are a layer by Flax's conventions, in their order in the tree."""
-    found = (_by_convention(path, jnp.ndim(leaf)) for path, leaf in leaves_by_path(params).items())
+    found = (by_convention(path, jnp.ndim(leaf)) for path, leaf in leaves_by_path(params).items())
     return {layer.path: layer for layer in found if layer is not None}
 
 
-def _by_convention(path: str, ndim: int) -> Layer | None:
+def by_convention(path: str, ndim: int) -> Layer | None:
     """A kernel's last axis is its outputs', but that the projections of attention have two such axes.
 
     An embedding is looked up: its features are one-hot, and run along its first axis.
@@ -86,6 +105,19 @@ def _by_convention(path: str, ndim: int) -> Layer | None:
         return None
     projects = ndim == 3 and parents and parents[-1] in ("query", "key", "value")
     return Layer(path, (0,) if projects else tuple(range(ndim - 1)))
+
+
+def _check_axes(layer: Layer, shape: tuple[int, ...]) -> None:
+    for name, axes in (("feature_axes", layer.feature_axes), ("stack_axes", layer.stack_axes)):
+        if not isinstance(axes, tuple) or not all(isinstance(axis, int) for axis in axes):
+            fix = f"({axes},)" if isinstance(axes, int) else "a tuple of integers"
+            raise TypeError(f"{name} is {axes!r} for {layer.path!r}, wanted {name}={fix}")
+    axes = (*layer.feature_axes, *layer.stack_axes)
+    if not layer.feature_axes or len(set(axes)) < len(axes) or not all(0 <= axis < len(shape) for axis in axes):
+        raise ValueError(
+            f"feature_axes is {layer.feature_axes} and stack_axes {layer.stack_axes} for {layer.path!r} of shape "
+            f"{shape}, wanted different axes from 0 to {len(shape) - 1}, of features one at least"
+        )
 
 
 def _named(layers: Mapping[str, Layer]) -> str:

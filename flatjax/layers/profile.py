@@ -2,19 +2,40 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from flatjax.curvature.estimate import Estimate, exactly
-from flatjax.curvature.leaves import Tree
+from flatjax.curvature.leaves import Tree, leaves_by_path
 from flatjax.curvature.streams import num_samples
-from flatjax.layers.kernels import Layer, find_layer, find_layers
-from flatjax.layers.routes import Prober, plan_routes
+from flatjax.layers.kernels import Layer, find_kernel, find_layers
+from flatjax.layers.routes import Draws, Prober, plan_routes
+
+
+class FlatnessProfile(dict[str, Estimate]):
+    """κ of every layer by its name; a stack is found by its path too, κ of its layers in one array.
+
+    Attributes:
+        unread: why a kernel could not be read, by its path; its κ is NaN.
+    """
+
+    unread: dict[str, str]
+
+    def __init__(self, estimates: Iterable[tuple[str, Estimate]] = (), unread: Mapping[str, str] | None = None):
+        super().__init__(estimates)
+        self.unread = dict(unread or {})
+
+    def __missing__(self, path: str) -> Estimate:
+        layers = [estimate for name, estimate in self.items() if name.startswith(f"{path}[")]
+        if not layers:
+            raise KeyError(path)
+        values, errors, _ = zip(*layers, strict=True)
+        return Estimate(jnp.stack(values), jnp.stack(errors), layers[0].num_probes)
 
 
 def flatness_profile(
@@ -29,8 +50,8 @@ def flatness_profile(
     max_probes: int = 1024,
     route: str = "auto",
     count: Callable[..., ArrayLike] | None = None,
-    report: Callable[[dict[str, Estimate]], None] | None = None,
-) -> dict[str, Estimate]:
+    report: Callable[[FlatnessProfile], None] | None = None,
+) -> FlatnessProfile:
     r"""Relative flatness κ of every layer of a network, on a whole data set, to see where it is flat.
 
     κ of a data set is the mean over its batches, weighted by their sizes; each batch is probed with draws of its own.
@@ -41,6 +62,11 @@ def flatness_profile(
       it is differentiated. Each layer gets as many probes as it needs.
     * "joint": one product for all layers at once, v = (W_l A_l)_l and ⟨v_l, (H v)_l⟩, noisier by how the layers
       interact. All get the probes that the noisiest needs.
+
+    The layers of a stack, several kernels in one array, are measured as if each were a leaf of its own, from one
+    program for all of them; each gets as many probes as the one that needs most. One joint product serves all layers of
+    all stacks. A kernel that the program does not show how to read is left out, and does not keep the others from being
+    measured.
 
     "auto" draws some probes of the first batch jointly, then of layer after layer until that is expected to take
     longer, and takes the route that needs less time for the same relative error of all layers, or for `max_probes`;
@@ -56,7 +82,8 @@ def flatness_profile(
         params: a tree of arrays: `nnx.state(model, nnx.Param)`, `variables["params"]`, or any other.
         batches: tuples of arrays, gone through once. Batches of the same shapes are compiled once.
         key: of the probes.
-        layers: paths, or `Layer`s; by default all kernels and embeddings.
+        layers: paths, or `Layer`s; by default all kernels and embeddings. Their axes are read off the program of the
+            loss, as by `layer_relative_flatness`.
         num_probes: of a layer and batch, at least 4 and even, as they come in two blocks.
         relative_error: if given, so many probes are drawn that the standard error of the mean over all batches comes to
             about this share of κ: of the first batch until it has its part, of each other as many as the batches before
@@ -68,14 +95,16 @@ def flatness_profile(
         report: called after each batch with what is known by then, to show progress.
 
     Returns:
-        By path, in the order of the network's leaves: value, standard_error and num_probes (over all batches; 0 for an
-        exact κ). The standard error is that of the probes; that the samples are a sample is not in it. NaN for a layer
-        in which samples do not interact in the first batch, but do in another.
+        A `FlatnessProfile`, a dictionary in the order of the network's leaves: value, standard_error and num_probes
+        (over all batches; 0 for an exact κ) of each layer, under the path of its kernel, or "blocks/kernel[3]" for one
+        of a stack. The standard error is that of the probes; that the samples are a sample is not in it. NaN for a
+        layer in which samples do not interact in the first batch, but do in another, and for a kernel that cannot be
+        read, with the reason in `unread`.
 
     Raises:
         TypeError: a batch is no tuple.
-        ValueError: no layers, no batches, an unknown route, numbers of probes that do not fit, or a kernel that is used
-            otherwise than it is read, as for `layer_relative_flatness`.
+        ValueError: no layers, no batches, an unknown route, numbers of probes that do not fit, or no kernel that can be
+            read, for the reasons that `layer_relative_flatness` gives.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -108,13 +137,13 @@ def flatness_profile(
         raise ValueError(f"relative_error is {relative_error}, wanted it above 0, or None for num_probes probes")
     if isinstance(layers, str | Layer):
         raise ValueError(f"layers is {layers!r}, wanted several, as [{layers!r}]")
-    found = [find_layer(params, layer)[0] for layer in (find_layers(params) if layers is None else layers)]
-    if not found:
-        raise ValueError(
-            "params has no layers: none of its leaves is called 'kernel' or 'embedding'; for one of another name give "
-            "layers=[flatjax.Layer(path, feature_axes=...)]"
-        )
-    if len({layer.path for layer in found}) < len(found):
+    named = list(find_layers(params)) if layers is None else list(layers)
+    if not named:
+        raise ValueError(f"params has no layers: {_NO_NAMES}")
+    for layer in named:
+        find_kernel(params, layer)
+    paths = [layer if isinstance(layer, str) else layer.path for layer in named]
+    if len(set(paths)) < len(paths):
         raise ValueError("layers names a leaf twice, wanted one reading of each at a time")
     rest = iter(batches)
     first = next(rest, None)
@@ -122,17 +151,19 @@ def flatness_profile(
         raise ValueError("batches is empty, wanted at least one batch")
     if not isinstance(first, tuple):
         raise TypeError(f"a batch is a {type(first).__name__}, wanted a tuple of what loss_fn takes: batches=[(x, y)]")
-    prober = Prober(loss_fn, params, first, found, num_probes // 2, key)
+    prober = Prober(loss_fn, params, first, named, num_probes // 2, key)
+    if not prober.layers:
+        raise ValueError("no kernel of params can be read:\n" + "\n".join(prober.unread.values()))
     most = max_probes // prober.block * prober.block
     # The errors of batches are independent: that of one may be larger than that of their mean.
     error = (relative_error or _USUAL_ERROR) * math.sqrt(len(batches) if isinstance(batches, Sized) else 1)
 
-    def needed_first(samples: np.ndarray) -> float:
+    def needed_first(samples: Draws) -> float:
         return _Tally(is_exact=False).needed(1.0, samples, error)
 
-    plan, samples = plan_routes(prober, first, found, needed_first, most, route, to_the_end=relative_error is not None)
-    tallies = {layer: _Tally(layer in plan.exact) for layer in found}
-    profile: dict[str, Estimate] = {}
+    plan, samples = plan_routes(prober, first, needed_first, most, route, to_the_end=relative_error is not None)
+    tallies = {layer: _Tally(layer in plan.exact) for layer in prober.layers}
+    profile = FlatnessProfile()
     for batch in itertools.chain([first], rest):
         size = num_samples(batch, count)
         if size == 0:
@@ -146,7 +177,7 @@ def flatness_profile(
         for layer, values in samples.items():
             tallies[layer].add(size, values)
         samples = {}
-        profile = {layer.path: tallies[layer].estimate() for layer in found}
+        profile = _profile(params, paths, {layer.path: layer for layer in prober.layers}, tallies, prober.unread)
         if report is not None:
             report(profile)
     if not profile:
@@ -154,43 +185,76 @@ def flatness_profile(
     return profile
 
 
+def _profile(
+    params: Tree,
+    paths: Sequence[str],
+    layers: Mapping[str, Layer],
+    tallies: Mapping[Layer, "_Tally"],
+    unread: Mapping[str, str],
+) -> FlatnessProfile:
+    """In the order of the paths; of a stack one layer after another."""
+    leaves = leaves_by_path(params)
+    estimates: dict[str, Estimate] = {}
+    for path in paths:
+        if path in unread:
+            estimates[path] = exactly(jnp.asarray(jnp.nan))
+        else:
+            names = layers[path].names(jnp.shape(leaves[path]))
+            estimates |= dict(zip(names, tallies[layers[path]].estimates(), strict=True))
+    return FlatnessProfile(estimates.items(), unread)
+
+
+_NO_NAMES = (
+    "none of its leaves is called 'kernel' or 'embedding'; for one of another name give "
+    "layers=[flatjax.Layer(path, feature_axes=...)]"
+)
 _USUAL_ERROR = 0.1
 """That routes are compared at if none is asked for."""
 
 
 class _Tally:
-    """What is known of one layer: of each batch its size, and κ or draws that have it as their mean."""
+    """What is known of the layers of a stack, or of one: of each batch its size, and κ or draws with it as mean."""
 
     def __init__(self, is_exact: bool):
         self.is_exact = is_exact
-        self.batches: list[tuple[float, np.ndarray]] = []
+        self.batches: list[tuple[float, Draws]] = []
 
-    def add(self, size: float, samples: np.ndarray) -> None:
+    def add(self, size: float, samples: Draws) -> None:
         """A batch."""
         self.batches.append((size, samples))
 
-    def needed(self, size: float, samples: np.ndarray, error: float) -> float:
+    def needed(self, size: float, samples: Draws, error: float) -> float:
         """How many draws of a further batch bring it to a relative error, going by these first ones; 0 if it is NaN.
 
-        The mean is that of the batches before, which these draws cannot have moved.
+        The mean is that of the batches before, which these draws cannot have moved. Of a stack it is the number for the
+        layer that needs most.
         """
         batches = [*self.batches, (size, samples)]
         # Draws that happen to lie together have a small variance: what was seen before counts too.
-        pooled = sum(size**2 * samples.var(ddof=1) for size, samples in batches) / sum(size**2 for size, _ in batches)
-        variance = max(samples.var(ddof=1), pooled)
+        pooled = sum(size**2 * _variance(samples) for size, samples in batches) / sum(size**2 for size, _ in batches)
+        variance = np.maximum(_variance(samples), pooled)
         known = self.batches or batches
-        mean = sum(size * samples.mean() for size, samples in known) / sum(size for size, _ in known)
+        mean = sum(size * samples.mean(axis=0) for size, samples in known) / sum(size for size, _ in known)
         usual_size = sum(size for size, _ in batches) / len(batches)
-        if np.isnan(variance) or np.isnan(mean) or variance == 0:
-            return 0.0
-        return math.inf if mean == 0 else float((size / usual_size) ** 2 * variance / (error * mean) ** 2)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            number = (size / usual_size) ** 2 * variance / (error * mean) ** 2
+        return float(np.max(np.where(np.isnan(variance + mean) | (variance == 0), 0.0, number)))
 
-    def estimate(self) -> Estimate:
-        """The mean over the batches so far, each probed on its own."""
+    def estimates(self) -> list[Estimate]:
+        """The mean over the batches so far, each probed on its own, of each layer."""
         total = sum(size for size, _ in self.batches)
-        value = jnp.asarray(sum(size / total * samples.mean() for size, samples in self.batches))
+        values = np.sum([size / total * samples.mean(axis=0) for size, samples in self.batches], axis=0)
         if self.is_exact:
-            return exactly(value)
-        variances = [(size / total) ** 2 * samples.var(ddof=1) / len(samples) for size, samples in self.batches]
+            return [exactly(jnp.asarray(value)) for value in values]
+        variances = np.sum(
+            [(size / total) ** 2 * _variance(samples) / len(samples) for size, samples in self.batches], axis=0
+        )
         num_probes = sum(len(samples) for _, samples in self.batches)
-        return Estimate(value, jnp.asarray(math.sqrt(sum(variances))), jnp.asarray(num_probes))
+        return [
+            Estimate(jnp.asarray(value), jnp.asarray(error), jnp.asarray(num_probes))
+            for value, error in zip(values, np.sqrt(variances), strict=True)
+        ]
+
+
+def _variance(samples: Draws) -> Float[np.ndarray, " l"]:
+    return samples.var(axis=0, ddof=1)

@@ -5,7 +5,7 @@ import functools
 import math
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -17,9 +17,13 @@ from flatjax.curvature.leaves import Tree
 from flatjax.layers.curvature import LayerCurvature, joint_probes
 from flatjax.layers.kernels import Layer
 from flatjax.layers.outputs import LayerOutputs, layer_outputs, try_layer_outputs
+from flatjax.layers.program import Program
+from flatjax.layers.readings import MisreadKernelError, read_layer
 
 Group: TypeAlias = tuple[Layer, ...]
 """Layers that are probed together."""
+Draws: TypeAlias = Float[np.ndarray, "_ _"]
+"""Draws of κ of the layers of a stack, or of one layer."""
 
 
 class Plan(NamedTuple):
@@ -36,25 +40,24 @@ class Plan(NamedTuple):
 def plan_routes(
     prober: "Prober",
     batch: tuple[Any, ...],
-    layers: list[Layer],
-    needed: Callable[[np.ndarray], float],
+    needed: Callable[[Draws], float],
     max_probes: int,
     route: str,
     *,
     to_the_end: bool,
-) -> tuple[Plan, dict[Layer, np.ndarray]]:
+) -> tuple[Plan, dict[Layer, Draws]]:
     """And what was drawn of the batch to make it: as many as are needed, going by those drawn, if to the end."""
     least = 2 * prober.block
-    exact = prober.exact_routes(dict.fromkeys(layers, least))
-    probed = [layer for layer in layers if layer not in exact]
+    exact = prober.exact_routes(dict.fromkeys(prober.layers, least))
+    probed = [layer for layer in prober.layers if layer not in exact]
 
     def grouped(layers: list[Layer]) -> list[Group]:
         return [tuple(layers)] if is_joint and layers else [(layer,) for layer in layers]
 
-    def in_blocks(samples: np.ndarray) -> int:
+    def in_blocks(samples: Draws) -> int:
         return prober.block * math.ceil(min(max(least, needed(samples)), max_probes) / prober.block)
 
-    is_joint, samples = route == "joint", dict[Layer, np.ndarray]()
+    is_joint, samples = route == "joint", dict[Layer, Draws]()
     if route == "auto" and len(probed) > 1:
         is_joint, samples = _cheaper_route(prober, batch, probed, in_blocks)
     numbers, are_enough = dict.fromkeys(probed, least), not to_the_end
@@ -68,12 +71,12 @@ def plan_routes(
 
 
 def _cheaper_route(
-    prober: "Prober", batch: tuple[Any, ...], layers: list[Layer], in_blocks: Callable[[np.ndarray], int]
-) -> tuple[bool, dict[Layer, np.ndarray]]:
+    prober: "Prober", batch: tuple[Any, ...], layers: list[Layer], in_blocks: Callable[[Draws], int]
+) -> tuple[bool, dict[Layer, Draws]]:
     """Whether it is the joint one, and what it drew to show that."""
     joint, seconds = prober.timed(batch, tuple(layers))
     limit = seconds * max(in_blocks(joint[layer]) for layer in layers)
-    layerwise, cost = dict[Layer, np.ndarray](), 0.0
+    layerwise, cost = dict[Layer, Draws](), 0.0
     # By the golden ratio: however few come first, they are spread over the network and speak for the others.
     for number, place in enumerate(sorted(range(len(layers)), key=lambda place: place * 0.618034 % 1), 1):
         layer = layers[place]
@@ -88,21 +91,33 @@ def _cheaper_route(
 class Prober:
     """Draws of κ, in blocks of the same size, so that each group of layers is compiled once."""
 
+    layers: list[Layer]
+    """Those that the loss uses as they are read, stacks among them."""
+    unread: dict[str, str]
+    """Why each of the others is not measured, by path."""
+
     def __init__(
         self,
         loss_fn: Callable[..., Any],
         params: Tree,
         batch: tuple[Any, ...],
-        layers: list[Layer],
+        layers: Sequence[str | Layer],
         block: int,
         key: Key[Array, ""],
     ):
         self.loss_fn, self.params, self.block, self.key = loss_fn, params, block, key
         self.num_blocks = collections.Counter[Group]()
         self.first_batch = batch
+        program = Program.of(loss_fn, params, batch)
+        self.layers, self.unread = [], {}
+        for layer in layers:
+            try:
+                self.layers.append(read_layer(program, layer))
+            except MisreadKernelError as error:
+                self.unread[layer if isinstance(layer, str) else layer.path] = str(error)
         self.costs = {
-            layer: _exact_costs(LayerCurvature(loss_fn, params, batch, layer), outputs)
-            for layer, outputs in zip(layers, try_layer_outputs(loss_fn, params, batch, layers), strict=True)
+            layer: _exact_costs(LayerCurvature(loss_fn, params, batch, layer), try_layer_outputs(program, layer))
+            for layer in self.layers
         }
 
     def exact_routes(self, num_probes: dict[Layer, int]) -> dict[Layer, str]:
@@ -117,7 +132,7 @@ class Prober:
             self.costs[layer] = self.costs[layer]._replace(rows=math.inf)
         return "weights" if self.costs[layer].weights <= num_probes else None
 
-    def exactly(self, batch: tuple[Any, ...], layer: Layer, by: str) -> np.ndarray:
+    def exactly(self, batch: tuple[Any, ...], layer: Layer, by: str) -> Draws:
         """κ of one batch."""
         return np.asarray(_EXACTLY[by](self.loss_fn, self.params, batch, layer), float)[None]
 
@@ -126,35 +141,35 @@ class Prober:
         batch: tuple[Any, ...],
         groups: list[Group],
         wanted: Mapping[Layer, int | float],
-        drawn: dict[Layer, np.ndarray],
-    ) -> dict[Layer, np.ndarray]:
+        drawn: dict[Layer, Draws],
+    ) -> dict[Layer, Draws]:
         """What was drawn of a batch, and further draws up to as many as the layer of a group that wants most."""
-        samples = {layer: drawn.get(layer, np.empty(0)) for layer in wanted}
+        samples = {layer: drawn[layer] for layer in wanted if layer in drawn}
         for group in groups:
             number = max(wanted[layer] for layer in group)
-            while len(samples[group[0]]) < number:
+            while len(samples.get(group[0], ())) < number:
                 for layer, more in self._block(batch, group).items():
-                    samples[layer] = np.append(samples[layer], more)
+                    samples[layer] = np.concatenate([samples[layer], more]) if layer in samples else more
         return samples
 
-    def timed(self, batch: tuple[Any, ...], group: Group) -> tuple[dict[Layer, np.ndarray], float]:
+    def timed(self, batch: tuple[Any, ...], group: Group) -> tuple[dict[Layer, Draws], float]:
         """A block of draws, and the seconds that a probe takes: of a second block if the first was compiled for."""
         num_programs = _num_programs()
         samples, seconds = self._timed_block(batch, group)
         if _num_programs() > num_programs:
             more, seconds = self._timed_block(batch, group)
-            samples = {layer: np.append(samples[layer], more[layer]) for layer in group}
+            samples = {layer: np.concatenate([samples[layer], more[layer]]) for layer in group}
         return samples, seconds
 
-    def _timed_block(self, batch: tuple[Any, ...], group: Group) -> tuple[dict[Layer, np.ndarray], float]:
+    def _timed_block(self, batch: tuple[Any, ...], group: Group) -> tuple[dict[Layer, Draws], float]:
         started = time.perf_counter()
         samples = self._block(batch, group)
         return samples, (time.perf_counter() - started) / self.block
 
-    def _block(self, batch: tuple[Any, ...], group: Group) -> dict[Layer, np.ndarray]:
-        columns = np.asarray(_probes(self.loss_fn, self.params, batch, group, self._keys(group)), float).T
+    def _block(self, batch: tuple[Any, ...], group: Group) -> dict[Layer, Draws]:
+        drawn = _probes(self.loss_fn, self.params, batch, group, self._keys(group))
         self.num_blocks[group] += 1
-        return dict(zip(group, columns, strict=True))
+        return {layer: np.asarray(draws, float) for layer, draws in zip(group, drawn, strict=True)}
 
     def _keys(self, group: Group) -> Key[Array, " k"]:
         """Of its next block: the same whatever else is drawn."""
@@ -179,8 +194,10 @@ def _exact_costs(curvature: LayerCurvature, outputs: LayerOutputs | None) -> _Ex
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "group"))
-def _probes(loss_fn, params, batch, group, keys) -> Float[Array, "k l"]:
-    return joint_probes([LayerCurvature(loss_fn, params, batch, layer) for layer in group], keys)
+def _probes(loss_fn, params, batch, group, keys) -> list[Float[Array, "k _"]]:
+    layers = [LayerCurvature(loss_fn, params, batch, layer) for layer in group]
+    # A stack that is probed alone is probed layer by layer.
+    return joint_probes(layers, keys) if len(layers) > 1 else [layers[0].probes(keys)]
 
 
 def _num_programs() -> int:
@@ -191,19 +208,20 @@ def _num_programs() -> int:
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "layer"))
 def _rows_are_apart(loss_fn, params, batch, layer) -> Bool[Array, ""]:
-    outputs = layer_outputs(loss_fn, params, batch, layer)
+    outputs = layer_outputs(Program.of(loss_fn, params, batch), layer)
     return LayerCurvature(loss_fn, params, batch, layer).rows_are_apart(outputs)
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "layer"))
-def _by_rows(loss_fn, params, batch, layer) -> Float[Array, ""]:
-    curvature, outputs = LayerCurvature(loss_fn, params, batch, layer), layer_outputs(loss_fn, params, batch, layer)
-    is_apart = curvature.rows_are_apart(outputs)
-    return jax.lax.cond(is_apart, lambda: curvature.by_rows(outputs), lambda: jnp.asarray(jnp.nan, curvature.dtype))
+def _by_rows(loss_fn, params, batch, layer) -> Float[Array, " l"]:
+    curvature = LayerCurvature(loss_fn, params, batch, layer)
+    outputs = layer_outputs(Program.of(loss_fn, params, batch), layer)
+    nan = jnp.full(curvature.num_layers, jnp.nan, curvature.dtype)
+    return jax.lax.cond(curvature.rows_are_apart(outputs), lambda: curvature.by_rows(outputs), lambda: nan)
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "layer"))
-def _by_weights(loss_fn, params, batch, layer) -> Float[Array, ""]:
+def _by_weights(loss_fn, params, batch, layer) -> Float[Array, " l"]:
     return LayerCurvature(loss_fn, params, batch, layer).by_weights()
 
 

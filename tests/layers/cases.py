@@ -11,8 +11,8 @@ import optax
 from flax import linen as nn
 from flax import nnx
 
-from flatjax.curvature.leaves import with_leaves
-from flatjax.layers.kernels import Layer, find_layer
+from flatjax.curvature.leaves import leaves_by_path, with_leaves
+from flatjax.layers.kernels import Layer, by_convention
 
 
 class Case(NamedTuple):
@@ -32,11 +32,12 @@ class Case(NamedTuple):
 
 def dense_kappa(case: Case, layer: str | Layer) -> float:
     """κ = Σ_{s,s'} ⟨w_s, w_s'⟩ Tr H_{s,s'} by its definition."""
-    found, kernel = find_layer(case.params, layer)
+    found = by_convention(layer, leaves_by_path(case.params)[layer].ndim) if isinstance(layer, str) else layer
+    kernel = leaves_by_path(case.params)[found.path]
     matrix = found.matrix(kernel)
 
     def loss(matrix: jax.Array) -> jax.Array:
-        leaves = {found.path: found.kernel(matrix, kernel.shape)}
+        leaves = {found.path: found.kernel(matrix[None], kernel.shape)}
         return case.loss_fn(with_leaves(case.params, leaves, (found.path,)), *case.batch)
 
     traces = jnp.einsum("msmt->st", jax.jit(jax.hessian(loss))(matrix))

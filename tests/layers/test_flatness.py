@@ -115,32 +115,6 @@ def test_a_kernel_that_enters_twice_or_in_a_loop_is_not_taken_for_one_product():
         np.testing.assert_allclose(flatness(case, "kernel").value, dense_kappa(case, "kernel"), rtol=1e-10)
 
 
-def test_a_kernel_that_is_used_otherwise_than_it_is_read_is_refused():
-    def general(params, x, y):
-        return cross_entropy(jnp.einsum("nm,mhk->nhk", x, params["qkv"]["kernel"]).reshape(len(x), 4), y)
-
-    def scanned(params, x, y):
-        return cross_entropy(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["stack"]["kernel"])[0], y)
-
-    def of_experts(params, x, y):
-        return cross_entropy(jnp.einsum("nm,emd->end", x, params["stack"]["kernel"]).sum(axis=0), y)
-
-    rng = np.random.default_rng(0)
-    params = {"qkv": {"kernel": rng.normal(size=(3, 2, 2))}, "stack": {"kernel": rng.normal(size=(2, 3, 3))}}
-    batch = jnp.asarray(rng.normal(size=(5, 3))), jnp.asarray([0, 1, 2, 1, 0])
-    refused = [
-        (general, "qkv/kernel", r"give Layer\('qkv/kernel', feature_axes=\(0,\)\)"),
-        (scanned, "stack/kernel", "is a stack of kernels, one a step"),
-        (of_experts, "stack/kernel", "is a stack of kernels, one an entry|is multiplied along"),
-    ]
-    for loss_fn, layer, message in refused:
-        case = Case(loss_fn, jax.tree.map(jnp.asarray, params), batch)
-        with pytest.raises(ValueError, match=message):
-            flatness(case, layer, key=jax.random.key(0))
-    case, layer = Case(general, jax.tree.map(jnp.asarray, params), batch), Layer("qkv/kernel", (0,))
-    np.testing.assert_allclose(flatness(case, layer).value, dense_kappa(case, layer), rtol=1e-10)
-
-
 def test_leaves_of_one_path_are_refused():
     case = perceptron()
     params = case.params | {"layer0/kernel": jnp.ones((3, 5))}

@@ -90,6 +90,7 @@ class DrawnAtRandom(Prober):
     """Draws of known mean and spread in place of probes, different in each batch."""
 
     def __init__(self, loss_fn, params, batch, layers, block, key):
+        self.layers, self.unread = [Layer(path, (0,)) for path in layers], {}
         self.block, self.num_drawn = block, Counter()
         self.random = np.random.default_rng(np.asarray(jax.random.key_data(key)))
 
@@ -99,7 +100,7 @@ class DrawnAtRandom(Prober):
     def _block(self, batch, group):
         self.num_drawn[batch] += self.block
         mean, spread = batch
-        return {layer: self.random.normal(mean, spread, self.block) for layer in group}
+        return {layer: self.random.normal(mean, spread, (self.block, 1)) for layer in group}
 
 
 def drawn_profiles(monkeypatch, batches, num_repetitions, **options):
@@ -185,7 +186,7 @@ def test_the_intervals_of_a_joint_probe_cover_each_layer():
 
     def estimate(key):
         curvatures = [LayerCurvature(case.loss_fn, case.params, case.batch, layer) for layer in layers]
-        samples = joint_probes(curvatures, jax.random.split(key, 64))
+        samples = jnp.concatenate(joint_probes(curvatures, jax.random.split(key, 64)), axis=1)
         return jnp.mean(samples, axis=0), jnp.std(samples, axis=0, ddof=1) / 8
 
     values, errors = jax.jit(lambda keys: jax.lax.map(estimate, keys))(jax.random.split(jax.random.key(0), 200))
