@@ -117,7 +117,7 @@ def flatness_profile(
         >>> params = {"hidden": {"kernel": hidden / 5}, "head": {"kernel": head}}
         >>> x, y = jax.random.normal(keys[2], (100, 30), f32), jnp.arange(100) % 5
         >>> batches = [(x[:60], y[:60]), (x[60:], y[60:])]
-        >>> profile = flatness_profile(loss, params, batches, key=keys[0], relative_error=0.3)
+        >>> profile = flatness_profile(loss, params, batches, key=keys[0], num_probes=16)
         >>> for path, (value, error, probes) in profile.items():
         ...     print(path, "is exact" if probes == 0 else bool(error < value))
         head/kernel is exact
