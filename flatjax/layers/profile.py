@@ -119,9 +119,9 @@ def flatness_profile(
         >>> batches = [(x[:60], y[:60]), (x[60:], y[60:])]
         >>> profile = flatness_profile(loss, params, batches, key=keys[0], num_probes=16)
         >>> for path, (value, error, probes) in profile.items():
-        ...     print(path, "is exact" if probes == 0 else bool(error < value))
+        ...     print(path, "is exact" if probes == 0 else f"is the mean of {probes} probes")
         head/kernel is exact
-        hidden/kernel True
+        hidden/kernel is the mean of 32 probes
 
     References:
         Petzka, Kamp, Adilova, Sminchisescu, Boley: *Relative Flatness and Generalization*, NeurIPS 2021.
