@@ -1,6 +1,7 @@
 """A published checkpoint as a decoder, and its tokenizer."""
 
-import json
+import dataclasses
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,15 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from flatjax.curvature.leaves import leaf_path, leaves_by_path
-from flatjax.loading.families import read_config
-from flatjax.loading.names import Published, is_no_parameter, published, short_name
+from flatjax.loading.families import depth_key, family_of, read_config
+from flatjax.loading.files import existing, listed, read_object
+from flatjax.loading.folder import find_folder
+from flatjax.loading.names import Published, is_no_parameter, number_of_layers, published, short_name
 from flatjax.loading.optional import optional
-from flatjax.loading.tensors import Tensors
+from flatjax.loading.shapes import decoder_shapes
+from flatjax.loading.tensors import Tensors, stored
 from flatjax.models.decoder import Decoder
+from flatjax.models.decoder_config import DecoderConfig
 from flatjax.models.decoder_sharding import decoder_shardings
 
 
@@ -32,8 +37,12 @@ def load_decoder(
 
     The weights stay on the disk: each tensor by itself is read, cast, and put where it belongs. Positions are rotated,
     or looked up, from 0. Whatever the checkpoint has that the decoder does not do is an error, as are tensors that are
-    missing, too many, or of another shape; only the masks and frequencies that older checkpoints hold are passed over,
-    and the head of a tied model if it is its embedding.
+    missing, too many, of another shape, or not finite in `dtype`; only the masks and frequencies that older checkpoints
+    hold are passed over. The one matrix of a tied model may have the embedding's name, the head's, or both.
+
+    What is wrong with a config.json, an index or the headers of the tensors is found before anything is built or read.
+    A null in config.json stands for the default; a size is a whole number, as 2 and not 2.0. Of a single file and the
+    parts that an index names the one that is there whole is read. If both are, and differ, the newer one is.
 
     Args:
         path_or_hub_name: a folder with config.json and model.safetensors, or its parts and
@@ -55,20 +64,82 @@ def load_decoder(
         >>> model.config.num_key_value_heads, model(jnp.array([[3, 1, 4, 1, 5]])).shape
         (2, (1, 5, 61))
     """
-    folder = _folder(path_or_hub_name, revision)
-    config_json = json.loads(_file(folder, "config.json").read_text())
-    config = read_config(config_json)
-    abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)))
-    graphdef, params = nnx.split(abstract, nnx.Param)
-    shapes = {path: tuple(leaf.shape) for path, leaf in leaves_by_path(params).items()}
-    wanted = published(config_json["model_type"], shapes, config.num_heads)
-    tensors = Tensors(folder)
-    names = _names(tensors, config_json["model_type"], wanted, tied=config.tied, folder=folder)
-    shardings = {} if mesh is None else leaves_by_path(decoder_shardings(params, mesh))
-    leaves = {}
-    for short, name in names.items():
-        leaves |= _parameters(wanted[short], tensors[name][:], dtype, shardings)
-    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(lambda keys, _: leaves[leaf_path(keys)], params))
+    return open_checkpoint(path_or_hub_name, revision=revision).load(dtype=dtype, mesh=mesh)
+
+
+def open_checkpoint(path_or_hub_name: str | Path, *, revision: str | None = None) -> "Checkpoint":
+    """What a checkpoint says of itself, which fits together; its weights are not read yet.
+
+    Args:
+        path_or_hub_name: as for `load_decoder`.
+        revision: as for `load_decoder`.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: as `load_decoder`.
+
+    Example:
+        >>> from flatjax.loading import open_checkpoint
+        >>> checkpoint = open_checkpoint("tests/loading/golden/gpt2")
+        >>> checkpoint.config.positions, checkpoint.config.context
+        ('learned', 20)
+        >>> checkpoint.digest() == open_checkpoint("tests/loading/golden/gpt2").digest()
+        True
+    """
+    folder = find_folder(path_or_hub_name, revision)
+    file = existing(folder / "config.json")
+    config_json = read_object(file)
+    family, config = family_of(config_json, str(file)), read_config(config_json, str(file))
+    found = [_fitted(tensors, family, config) for tensors in stored(folder)]
+    whole = [checkpoint for checkpoint, problems in found if not problems]
+    if not whole:
+        wrong = [
+            f"the tensors in {checkpoint.tensors} are not those of its config.json: {listed(each)}"
+            for checkpoint, each in found
+        ]
+        raise ValueError("; and ".join(wrong))
+    return _newest(whole)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose tensors are those of its config.json, by their names and shapes."""
+
+    config: DecoderConfig
+    tensors: Tensors
+    names: Mapping[str, str]
+    """Of the tensors, by what they are called in every checkpoint of the family."""
+    wanted: Mapping[str, Published]
+
+    def digest(self) -> str:
+        """What its network is known by, wherever it lies, and in whichever files.
+
+        The digest is of the configuration, and of the names, dtypes, shapes and a sample of the bytes of all tensors.
+        A tensor of up to a megabyte is sampled whole.
+        """
+        of_tensors = self.tensors.digest(self.names)
+        return hashlib.sha256(f"{self.config} {of_tensors}".encode()).hexdigest()
+
+    def load(self, *, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None) -> Decoder:
+        """The decoder itself; see `load_decoder`.
+
+        Raises:
+            ValueError: weights that are not finite, or not in this dtype.
+        """
+        config, dtype = self.config, jax.dtypes.canonicalize_dtype(dtype)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"dtype is {dtype}, wanted a floating one")
+        abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)))
+        graphdef, params = nnx.split(abstract, nnx.Param)
+        shardings = {} if mesh is None else leaves_by_path(decoder_shardings(params, mesh))
+        leaves: dict[str, jax.Array] = {}
+        problems: list[str] = []
+        for short, name in self.names.items():
+            parameters, wrong = _parameters(self.tensors, name, self.wanted[short], dtype, shardings)
+            leaves |= parameters
+            problems += wrong
+        if problems:
+            raise ValueError(f"weights in {self.tensors} are no finite numbers of {dtype}: {listed(problems)}")
+        return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(lambda keys, _: leaves[leaf_path(keys)], params))
 
 
 def load_tokenizer(path_or_hub_name: str | Path, *, revision: str | None = None) -> Any:
@@ -77,6 +148,7 @@ def load_tokenizer(path_or_hub_name: str | Path, *, revision: str | None = None)
     Raises:
         FileNotFoundError: there is no such folder, or no tokenizer.json in it.
         ImportError: the extra `llm` is not installed.
+        ValueError: tokenizer.json is malformed.
 
     Example:
         >>> from flatjax.loading import load_tokenizer
@@ -84,46 +156,19 @@ def load_tokenizer(path_or_hub_name: str | Path, *, revision: str | None = None)
         >>> tokenizer.decode(tokenizer.encode("a flat head").ids)
         'a flat head'
     """
-    path = str(_file(_folder(path_or_hub_name, revision), "tokenizer.json"))
-    tokenizer = optional("tokenizers").Tokenizer.from_file(path)
+    file = existing(find_folder(path_or_hub_name, revision) / "tokenizer.json")
+    tokenizers = optional("tokenizers")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # of no kind of its own
+        raise ValueError(f"{file} is no tokenizer: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def _folder(path_or_hub_name: str | Path, revision: str | None) -> Path:
-    folder = Path(path_or_hub_name).expanduser()
-    if folder.is_dir():
-        if revision is not None:
-            raise ValueError(f"revision is {revision!r}, but {folder} is a folder, which holds one: leave it out")
-        return folder
-    name = str(path_or_hub_name)
-    if isinstance(path_or_hub_name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(f"there is no folder {name}")
-    files = [
-        "config.json",
-        "model.safetensors",
-        "model-*.safetensors",
-        "model.safetensors.index.json",
-        "tokenizer.json",
-    ]
-    hub = optional("huggingface_hub")
-    try:
-        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=files))
-    except Exception as error:  # of the hub's own, or of the connection's
-        raise FileNotFoundError(f"{name} is no folder here, and the hub gives none of this name: {error}") from error
-
-
-def _file(folder: Path, name: str) -> Path:
-    if not (folder / name).is_file():
-        raise FileNotFoundError(f"{folder} has no {name}")
-    return folder / name
-
-
-def _names(
-    tensors: Tensors, family: str, wanted: Mapping[str, Published], *, tied: bool, folder: Path
-) -> dict[str, str]:
-    """The checkpoint's names of all tensors that are wanted; or an error that lists what is wrong with it."""
+def _fitted(tensors: Tensors, family: str, config: DecoderConfig) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint of a config.json and tensors, and all that is wrong with it."""
     names: dict[str, str] = {}
     problems = []
     for name in sorted(tensors):
@@ -133,31 +178,84 @@ def _names(
         if short in names:
             problems.append(f"{name} is there again as {names[short]}")
         names[short] = name
-    if tied and "lm_head.weight" in names:
-        (embedding,) = (short for short, each in wanted.items() if each.paths == ("token_embedding/embedding",))
-        head = names.pop("lm_head.weight")
-        if embedding in names and not tensors.are_equal(head, names[embedding]):
-            problems.append(f"{head} is not {names[embedding]}, though tie_word_embeddings is true")
+    depth = number_of_layers(names)
+    if config.depth > depth:
+        problems.append(f"{depth_key(family)} is {config.depth}, but there are tensors of {depth} layers")
+    # No more names are made up than there are.
+    shallow = dataclasses.replace(config, depth=min(config.depth, depth))
+    wanted = published(family, decoder_shapes(shallow), config.num_heads)
+    if config.tied:
+        problems += _untied(tensors, names, wanted)
     problems += [f"{short} is missing" for short in wanted if short not in names]
     problems += [f"{name} is not known" for short, name in names.items() if short not in wanted]
     for short, name in names.items():
         if short in wanted:
-            shape, dtype = tuple(tensors[name].get_shape()), tensors[name].get_dtype()
-            if shape != wanted[short].shape:
-                problems.append(f"{name} has shape {shape}, wanted {wanted[short].shape}")
-            if dtype not in ("F64", "F32", "F16", "BF16"):
-                problems.append(f"{name} has dtype {dtype}, wanted F64, F32, F16 or BF16")
-    if problems:
-        raise ValueError(f"the tensors in {folder} are not those of its config.json: {'; '.join(problems)}")
-    return names
+            problems += _misshapen(tensors, name, wanted[short])
+    return Checkpoint(config, tensors, names, wanted), problems
+
+
+def _untied(tensors: Tensors, names: dict[str, str], wanted: Mapping[str, Published]) -> list[str]:
+    """Calls the one matrix of a tied model by the embedding's name, and says so if there are two."""
+    (embedding,) = (short for short, each in wanted.items() if each.paths == ("token_embedding/embedding",))
+    head = names.pop("lm_head.weight", None)
+    if head is None or names.setdefault(embedding, head) == head:
+        return []
+    pair = head, names[embedding]
+    if problems := _misshapen(tensors, head, wanted[embedding]):
+        return problems
+    if any(_misshapen(tensors, name, wanted[embedding]) for name in pair) or tensors.are_equal(*pair):
+        return []
+    return [f"{head} is not {names[embedding]}, though tie_word_embeddings is true"]
+
+
+def _misshapen(tensors: Tensors, name: str, wanted: Published) -> list[str]:
+    problems, entry = [], tensors.entries[name]
+    if entry.shape != wanted.shape:
+        problems.append(f"{name} has shape {entry.shape}, wanted {wanted.shape}")
+    if entry.dtype not in ("F64", "F32", "F16", "BF16"):
+        problems.append(f"{name} has dtype {entry.dtype}, wanted F64, F32, F16 or BF16")
+    return problems
+
+
+def _newest(checkpoints: list[Checkpoint]) -> Checkpoint:
+    """The only one; or of two, which differ, the one that was written later.
+
+    Raises:
+        ValueError: it cannot be told.
+    """
+    first, last = checkpoints[0], checkpoints[-1]
+    if first.digest() == last.digest():
+        return first
+    for newer, older in ((first, last), (last, first)):
+        if newer.tensors.is_newer_than(older.tensors):
+            return newer
+    raise ValueError(
+        f"{first.tensors} and {last.tensors} hold different weights, and neither is clearly newer: remove the one that "
+        "is not wanted"
+    )
 
 
 def _parameters(
-    published: Published, whole: np.ndarray, dtype: DTypeLike, shardings: Mapping[str, jax.sharding.Sharding]
-) -> dict[str, jax.Array]:
-    """Those of one tensor, by path, cast and on their devices."""
-    parts = [part.astype(dtype, copy=False) for part in published.parts(whole)]
-    return {path: _placed(part, shardings.get(path)) for path, part in zip(published.paths, parts, strict=True)}
+    tensors: Tensors,
+    name: str,
+    published: Published,
+    dtype: np.dtype,
+    shardings: Mapping[str, jax.sharding.Sharding],
+) -> tuple[dict[str, jax.Array], list[str]]:
+    """Those of one tensor, by path, cast and on their devices; and what is wrong with its numbers."""
+    whole = tensors[name]
+    with np.errstate(over="ignore", invalid="ignore"):
+        parts = [part.astype(dtype, copy=False) for part in published.parts(whole)]
+    problems = [] if all(np.isfinite(part).all() for part in parts) else [_unsound(name, whole, dtype)]
+    placed = {path: _placed(part, shardings.get(path)) for path, part in zip(published.paths, parts, strict=True)}
+    return placed, problems
+
+
+def _unsound(name: str, whole: np.ndarray, dtype: np.dtype) -> str:
+    """What is wrong with the numbers of a tensor."""
+    if number := np.count_nonzero(~np.isfinite(whole)):
+        return f"{name} holds {number} of {whole.size} that are NaN or infinite"
+    return f"{name} goes up to {float(np.abs(whole).max()):.4g}, which {dtype} cannot hold"
 
 
 def _placed(part: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:

@@ -1,7 +1,7 @@
 """Where a decoder's parameters lie in a published checkpoint."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +33,11 @@ def published(family: str, shapes: Mapping[str, Shape], num_heads: int) -> dict[
 def short_name(family: str, name: str) -> str:
     """A tensor's name without what some checkpoints put before it; one of the head is the same in all."""
     return name.removeprefix(_PREFIXES[family]).replace("embed_out.", "lm_head.")
+
+
+def number_of_layers(short_names: Iterable[str]) -> int:
+    """How many blocks there are tensors of."""
+    return len({found[1] for name in short_names if (found := _OF_LAYER.match(name))})
 
 
 def is_no_parameter(name: str) -> bool:
@@ -125,3 +130,4 @@ _BUFFERS = re.compile(
     r"|layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"
     r"|(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 )
+_OF_LAYER = re.compile(r"(?:h|layers)\.(\d+)\.")
