@@ -11,8 +11,9 @@ blocks align; logit sharpness; and what all that has cost in forward passes.
 
 Writes to `runs/diagnose_llm/<name>/`: `config.json`, `metrics.jsonl` (a line a part), `diagnosis.json` (every number,
 with its standard error, the number of its tokens and its convention) and `diagnosis.html`, one page that needs nothing
-else. Killed at any moment, the same command with --resume goes on to the same numbers; with more checkpoints or steps
-it adds these. --redraw makes the page anew from `diagnosis.json`.
+else. Killed at any moment, the same command with --resume goes on to the same numbers, and at most a minute of work is
+lost; with more checkpoints or steps it adds these. A checkpoint is known by its weights: one that was trained on is
+measured anew, one that was moved is not. --redraw makes the page anew from `diagnosis.json`.
 
 Memory, beside the parameters, in numbers (depth L, width m, vocabulary d, batches of b sequences of t tokens, G blocks
 of text): the stream of a batch, (L + 2)·b·t·m, and as much again for what is made of it; for each block of text the
@@ -42,18 +43,20 @@ from harness.checkpoint_sources import Source
 from harness.diagnosis.collapse import Classes, collapse_part, decisions_part
 from harness.diagnosis.geometry import geometry_part
 from harness.diagnosis.head import head_part, sharpness_part
-from harness.diagnosis.jacobians import jacobians_part
+from harness.diagnosis.jacobians import check_depth, jacobians_part
 from harness.diagnosis.profile import batch_reader, layers_named, profile_part
 from harness.diagnosis.reading import Network, Text, mean_loss, reader, tokens_of
-from harness.diagnosis.stages import Done, Stage, run_stage, seconds_of, usual_seconds
+from harness.diagnosis.record import Called, Diagnoses
+from harness.diagnosis.stages import Done, Saves, Stage, run_stage, seconds_of, usual_seconds
 from harness.diagnosis.trajectory import trajectory_part
-from harness.options import check_least
+from harness.options import check_above_0, check_least, check_not_empty
 from harness.progress import Progress
 from harness.runs import Record, RunFolder, as_json
 from harness.text import Document, evenly, read, windows
 from jax.sharding import AxisType, Mesh
 
 from flatjax.heads import linear_head
+from flatjax.loading.shapes import decoder_shapes
 
 Name = Literal["head", "sharpness", "collapse", "geometry", "trajectory", "profile", "jacobians"]
 
@@ -109,8 +112,8 @@ class Config:
     2 % to a third in trials."""
     tensor_parallel: int = 0
     """Devices that share the head and the blocks; the others share the sequences. 0 is 2 if it divides them, or 1."""
-    save_every: int = 16
-    """Batches."""
+    save_every: float = 60.0
+    """Seconds of work that may be lost, or a batch."""
     seed: int = 0
     """Of the probes and of the Jacobians' first guesses."""
     name: str | None = None
@@ -123,9 +126,15 @@ class Config:
     """Make the page anew, of what was measured."""
 
     def __post_init__(self):
-        check_least(self, 1, "profile_batch", "batch_size", "profile_sequences", "windows", "save_every")
+        check_least(self, 1, "profile_batch", "batch_size", "profile_sequences", "windows")
         check_least(self, 2, "context", "max_tokens", "blocks", "min_count", "window_context", "directions")
-        check_least(self, 0, "tensor_parallel")
+        check_least(self, 0, "tensor_parallel", "save_every", "seed")
+        check_above_0(self, "radii", "relative_error")
+        check_not_empty(self, "parts", "radii", "layers")
+        if not 1 <= self.fit_range[0] < self.fit_range[1]:
+            raise SystemExit(
+                f"--fit-range is {self.fit_range[0]} {self.fit_range[1]}, wanted at least 1, and then more"
+            )
         if self.num_probes < 4 or self.num_probes % 2 or self.max_probes < self.num_probes:
             raise SystemExit(
                 f"--num-probes is {self.num_probes} and --max-probes {self.max_probes}, wanted an even number of at "
@@ -149,19 +158,26 @@ def main(config: Config) -> None:
     )
     if not documents:
         raise SystemExit(f"--text has no text: {', '.join(map(str, config.text))}")
-    texts = Texts(config, documents)
-    for source in sources:
-        texts.of(source)  # of a checkpoint that cannot be read there is nothing to record
+    mesh, texts = mesh_of(config), Texts(config, documents)
     recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_THE_RUN}
-    run = RunFolder(folder, as_json(recorded) | {"text": digest(documents)}, resume=config.resume)
-    mesh = mesh_of(config)
-    started = time.monotonic()
-    left = [source for source in sources if not of_checkpoint(run, source.name, "cost")]
-    with Progress("diagnosis", planned(config, [texts.of(source) for source in left])) as progress:
-        for source in left:
-            diagnose(config, source, texts.of(source), mesh, run, progress)
-            write(config, run, sources, texts)
-    write(config, run, sources, texts)
+    run = RunFolder(folder, as_json(recorded) | {"text": digest_of_documents(documents)}, resume=config.resume)
+    for source in sources:
+        check(config, source, texts.of(source))  # before weights are read or anything is written
+    diagnoses, started = Diagnoses(run), time.monotonic()
+    called = [Called(each.name, each.step, known_by(each, texts.of(each))) for each in sources]
+    for name in diagnoses.changed(called):
+        print(f"{name} is not what it was when it was measured: it is measured anew")
+    distinct = {each.digest: source for each, source in zip(called, sources, strict=True)}
+    work = {known: planned(config, texts.of(source)) for known, source in distinct.items()}
+    total = {kind: sum(each[kind] for each in work.values()) for kind in costs(config)}
+    with Progress("diagnosis", total, costs(config)) as progress:
+        for known, source in distinct.items():
+            if diagnoses.is_whole(known):
+                progress.were_done(work[known])
+            else:
+                diagnose(config, source, known, texts.of(source), mesh, diagnoses, progress)
+                write(config, diagnoses, called, documents)
+    write(config, diagnoses, called, documents)
     print(page.summary(run.path))
     print(f"{time.monotonic() - started:.0f} s. The page is {run.path / page.NAME}")
 
@@ -171,8 +187,40 @@ _NOT_OF_THE_RUN = {"resume", "redraw", "name", "folder", "checkpoints", "steps",
 """Options that may differ when it is resumed; of the text it is its content that may not."""
 
 
-def digest(documents: list[Document]) -> str:
+def digest_of_documents(documents: list[Document]) -> str:
     return hashlib.sha256("\0".join(each.text for each in documents).encode()).hexdigest()[:16]
+
+
+def known_by(source: Source, text: Text) -> str:
+    """What a checkpoint's records are known by: its weights, and the tokens that its tokenizer makes of the text."""
+    return hashlib.sha256(f"{source.digest()} {digest_of_tokens(text)}".encode()).hexdigest()[:16]
+
+
+def digest_of_tokens(text: Text) -> str:
+    return hashlib.sha256(np.ascontiguousarray(text.sequences).tobytes()).hexdigest()[:16]
+
+
+def check(config: Config, source: Source, text: Text) -> None:
+    """That the options fit a checkpoint and its text.
+
+    Raises:
+        SystemExit: they do not.
+    """
+    decoder, largest = source.config(), text.sequences.max()
+    if decoder.positions == "learned" and config.context > decoder.context:
+        raise SystemExit(
+            f"--context is {config.context}, but {source.name} has {decoder.context} learned positions: wanted no more"
+        )
+    if largest >= decoder.vocab_size:
+        raise SystemExit(f"{source.name} has {decoder.vocab_size} tokens, and its tokenizer gives {largest}")
+    if "collapse" in config.parts:
+        Classes.of(text, decoder.vocab_size, config.min_count)
+    if "profile" in config.parts:
+        shapes = decoder_shapes(decoder)
+        params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+        layers_named(params, config.layers, tied=decoder.tied)
+    if "jacobians" in config.parts:
+        check_depth(decoder.depth)
 
 
 def mesh_of(config: Config) -> Mesh:
@@ -226,42 +274,55 @@ def windows_of(config: Config, text: Text) -> Text:
     return Text(evenly(text.sequences, config.windows)[:, : length + 1], 1, config.windows)
 
 
-def planned(config: Config, texts: list[Text]) -> dict[str, int]:
-    """How many sequences each stage has to read."""
-    left = {"sequence": 0, "nearest mean": 0, "layers": 0, "blocks": 0}
-    for text in texts:
-        left["sequence"] += len(text.sequences)
-        left["nearest mean"] += len(text.sequences) * ("collapse" in config.parts)
-        left["layers"] += len(part_of(config, text).sequences) * ("profile" in config.parts)
-        left["blocks"] += len(windows_of(config, text).sequences) * ("jacobians" in config.parts)
-    return left
+def planned(config: Config, text: Text) -> dict[str, int]:
+    """How many sequences of each kind there are to read of a checkpoint."""
+    return {
+        "sequence": len(text.sequences),
+        "sequence to classify": len(text.sequences) * ("collapse" in config.parts),
+        "sequence to probe": len(part_of(config, text).sequences) * ("profile" in config.parts),
+        "window": len(windows_of(config, text).sequences) * ("jacobians" in config.parts),
+    }
 
 
-def diagnose(config: Config, source: Source, text: Text, mesh: Mesh, run: RunFolder, progress: Progress) -> None:
+def costs(config: Config) -> dict[str, float]:
+    """About how long each kind takes, in forward passes on a sequence, until it is seen how long it takes."""
+    return {
+        "sequence": 6.0,
+        "sequence to classify": 3.0,
+        "sequence to probe": 8.0 * config.num_probes,
+        "window": 30.0 * config.window_context / config.context,
+    }
+
+
+def diagnose(
+    config: Config,
+    source: Source,
+    digest: str,
+    text: Text,
+    mesh: Mesh,
+    diagnoses: Diagnoses,
+    progress: Progress,
+) -> None:
     """All parts of one checkpoint, in stages that each read the text anew."""
     model = source.load(jnp.dtype(config.dtype), mesh)
     network = Network(*nnx.split(model, nnx.Param), mesh)
     settings, decoder = config.parts, model.config
-    vocab_size = linear_head(network.head).num_outputs
-    if text.sequences.max() >= vocab_size:
-        raise SystemExit(f"{source.name} has {vocab_size} tokens, and its tokenizer gives {text.sequences.max()}")
-    states = run.path / "states" / hashlib.sha256(source.name.encode()).hexdigest()[:12]
-    costs: Record = {}
+    run, vocab_size = diagnoses.run, linear_head(network.head).num_outputs
+    saves = Saves(run.folder / "states" / digest, config.save_every, before=lambda: run.path)
+    spent: Record = {}
 
     def run_and_record(stage: Stage) -> Done:
-        done = run_stage(states, stage, config.save_every, progress)
-        costs[stage.name] = seconds_of(done, stage)
+        done = run_stage(stage, saves, progress)
+        spent[stage.name] = seconds_of(done, stage)
+        if diagnoses.part(digest, "model") is None:
+            diagnoses.add(digest, "model", describe(network, decoder, text))
         for name, part in stage.parts.items():
-            if not of_checkpoint(run, source.name, name):
+            if diagnoses.part(digest, name) is None:
                 started = time.perf_counter()
                 numbers = part.finish(done.states[name])
-                seconds = time.perf_counter() - started
-                run.append({"checkpoint": source.name, "part": name, "numbers": numbers, "finishing": seconds})
+                diagnoses.add(digest, name, numbers, finishing=time.perf_counter() - started)
         return done
 
-    if not of_checkpoint(run, source.name, "model"):
-        described = describe(source, network, decoder, text)
-        run.append({"checkpoint": source.name, "part": "model", "numbers": described})
     classes = Classes.of(text, vocab_size, config.min_count) if "collapse" in settings else None
     parts = {}
     if "head" in settings:
@@ -278,39 +339,38 @@ def diagnose(config: Config, source: Source, text: Text, mesh: Mesh, run: RunFol
     if classes is not None:
         decisions = decisions_part(network, text, classes, done.states["collapse"], config.min_count)
         nearest = {"decisions": decisions}
-        run_and_record(Stage("nearest mean", "nearest mean", text, reader(network, text), nearest))
+        run_and_record(Stage("nearest mean", "sequence to classify", text, reader(network, text), nearest))
     if "profile" in settings:
         part = part_of(config, text)
         profile = profile_part(
-            network, part, layers_named(network, config.layers, tied=decoder.tied), seed=config.seed,
+            network, part, layers_named(network.params, config.layers, tied=decoder.tied), seed=config.seed,
             num_probes=config.num_probes, max_probes=config.max_probes, relative_error=config.relative_error,
         )  # fmt: skip
         layers = {"profile": profile}
-        run_and_record(Stage("layers", "layers", part, batch_reader(network, part), layers))
+        run_and_record(Stage("layers", "sequence to probe", part, batch_reader(network, part), layers))
     if "jacobians" in settings:
         chosen = windows_of(config, text)
         blocks = {"jacobians": jacobians_part(network, chosen, config.directions, config.seed)}
-        run_and_record(Stage("blocks", "blocks", chosen, reader(network, chosen), blocks))
-    run.append({"checkpoint": source.name, "part": "cost", "numbers": cost(network, text, costs, run, source.name)})
-    shutil.rmtree(states, ignore_errors=True)
+        run_and_record(Stage("blocks", "window", chosen, reader(network, chosen), blocks))
+    diagnoses.add(digest, "cost", cost(network, text, spent, diagnoses, digest))
+    shutil.rmtree(saves.folder, ignore_errors=True)
 
 
-def describe(source: Source, network: Network, decoder: object, text: Text) -> Record:
+def describe(network: Network, decoder: object, text: Text) -> Record:
     """The model, and what it is diagnosed on."""
     return {
-        "step": source.step,
         "num_parameters": sum(leaf.size for leaf in jax.tree.leaves(network.params)),
         "config": dataclasses.asdict(decoder),  # pyrefly: ignore
         "text": {
             "num_sequences": len(text.sequences),
             "num_tokens": text.num_tokens,
             "num_blocks": int(text.blocks[-1]) + 1,
-            "digest": hashlib.sha256(np.ascontiguousarray(text.sequences).tobytes()).hexdigest()[:16],
+            "digest": digest_of_tokens(text),
         },
     }
 
 
-def cost(network: Network, text: Text, costs: Record, run: RunFolder, checkpoint: str) -> Record:
+def cost(network: Network, text: Text, spent: Record, diagnoses: Diagnoses, digest: str) -> Record:
     """Of each part on all batches in forward passes on all tokens; and apart, compiling and what is done in the end."""
     batches = [[network.placed(each) for each in text.batch(index)] for index in range(min(text.num_batches, 5))]
     seconds = []
@@ -320,9 +380,9 @@ def cost(network: Network, text: Text, costs: Record, run: RunFolder, checkpoint
         seconds.append(time.perf_counter() - started)
     one_pass = usual_seconds(np.array(seconds)) * text.num_batches
     parts = {}
-    for stage, of_parts in costs.items():
+    for stage, of_parts in spent.items():
         for name, (computing, compiling) in of_parts.items():
-            record = of_checkpoint(run, checkpoint, name)
+            record = diagnoses.part(digest, name)
             finishing = record["finishing"] if record else 0.0
             parts[f"{stage}: {name}"] = {
                 "seconds": computing,
@@ -338,28 +398,20 @@ def cost(network: Network, text: Text, costs: Record, run: RunFolder, checkpoint
     }
 
 
-def of_checkpoint(run: RunFolder, checkpoint: str, part: str) -> Record | None:
-    return next((each for each in run.records if (each["checkpoint"], each["part"]) == (checkpoint, part)), None)
-
-
-def write(config: Config, run: RunFolder, sources: list[Source], texts: Texts) -> None:
+def write(config: Config, diagnoses: Diagnoses, called: list[Called], documents: list[Document]) -> None:
     """What was measured so far, in the order of steps, as JSON and as a page."""
-    names = list(dict.fromkeys([record["checkpoint"] for record in run.records]))
-    finished = [name for name in names if of_checkpoint(run, name, "cost")]
+    diagnoses.call(called)
     checkpoints = []
-    for name in finished:
-        parts = {record["part"]: record["numbers"] for record in run.records if record["checkpoint"] == name}
-        about = {"name": name, **parts.pop("model"), "cost": parts.pop("cost")}
-        parts = {part: page.with_conventions(part, numbers) for part, numbers in parts.items()}
-        checkpoints.append(about | {"parts": parts})
-    checkpoints.sort(key=lambda each: -1 if each["step"] is None else each["step"])
+    for each, parts in diagnoses.whole():
+        about = {"name": each.name, "step": each.step, **parts.pop("model"), "cost": parts.pop("cost")}
+        checkpoints.append(about | {"parts": {part: page.with_conventions(part, of) for part, of in parts.items()}})
     device = jax.devices()[0]
     page.write(
-        run.path,
+        diagnoses.run.path,
         {
             "format": 1,
-            "text": {"files": [each.name for each in texts.documents][:_FILES_NAMED], "num_files": len(texts.documents),
-                     "digest": digest(texts.documents)},
+            "text": {"files": [each.name for each in documents][:_FILES_NAMED], "num_files": len(documents),
+                     "digest": digest_of_documents(documents)},
             "options": as_json({key: value for key, value in dataclasses.asdict(config).items()
                                   if key not in _NOT_OF_THE_RUN}),
             "machine": {"jax": jax.__version__, "device": device.device_kind, "platform": device.platform,

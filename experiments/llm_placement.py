@@ -33,7 +33,7 @@ from harness import text
 from harness.effects import number, to_record
 from harness.language_model import HEAD, Descent, Penalty, State, network, penalty
 from harness.language_trials import Trial, in_order, measure, train
-from harness.options import check_least
+from harness.options import check_heads, check_least
 from harness.placement_tables import draw, quantities, row_of, table
 from harness.progress import Progress
 from harness.runs import Record, RunFolder
@@ -112,7 +112,8 @@ class Config:
     def __post_init__(self):
         if "plain" not in self.arms:
             raise SystemExit(f"--arms is {' '.join(self.arms)}, wanted plain among them, to compare with")
-        check_least(self, 1, "steps", "batch_size", "seeds", "draws", "depth")
+        check_least(self, 1, "steps", "batch_size", "seeds", "draws", "depth", "width", "vocab_size", "context")
+        check_heads(self.width, self.heads)
 
     @property
     def model(self) -> DecoderConfig:

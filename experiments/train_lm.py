@@ -30,7 +30,7 @@ from harness import text
 from harness.batches import batch_at
 from harness.checkpoints import checkpointer, load_latest
 from harness.language_model import HEAD, Descent, evaluating, network, one_step, penalty, placement
-from harness.options import check_least
+from harness.options import check_heads, check_least
 from harness.progress import Progress
 from harness.runs import Record, RunFolder
 
@@ -113,7 +113,11 @@ class Config:
     """Continue the run of this name where it was left."""
 
     def __post_init__(self):
-        check_least(self, 1, "batch_size", "steps", "warm_up", "measure_every", "checkpoint_every", "context")
+        check_least(
+            self, 1, "batch_size", "steps", "warm_up", "measure_every", "checkpoint_every", "context", "measure_on"
+        )
+        check_least(self, 1, "width", "depth", "vocab_size")
+        check_heads(self.width, self.heads, self.key_value_heads)
 
     @property
     def model(self) -> DecoderConfig:
@@ -195,7 +199,8 @@ def train(config: Config, run: RunFolder, windows: dict[text.Part, np.ndarray]) 
         left_at, state = load_latest(checkpoints, state)
         run.keep(lambda record: record["step"] < left_at)
         first = max(left_at, 0)
-        with Progress(config.name, {"step": config.steps - first}) as progress:
+        with Progress(config.name, {"step": config.steps}) as progress:
+            progress.were_done({"step": first})
             for step in range(first, config.steps + 1):
                 is_last = step == config.steps
                 if (step % config.checkpoint_every == 0 or is_last) and step > left_at:

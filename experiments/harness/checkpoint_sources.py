@@ -1,5 +1,7 @@
 """Where a language model is read from: a Hugging Face folder or hub name, or a run of train_lm with its checkpoints."""
 
+import functools
+import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -11,7 +13,9 @@ from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
 from flatjax import loading
-from flatjax.models import Decoder
+from flatjax.loading.files import read_object
+from flatjax.loading.headers import Entry, sample
+from flatjax.models import Decoder, DecoderConfig
 from harness.language_model import load_checkpoint
 from harness.text import Document, read, standard_library
 
@@ -22,9 +26,11 @@ class Source(NamedTuple):
     """A checkpoint, not yet read."""
 
     name: str
-    """By which its records are known."""
     step: int | None
     """Of its training, where that is known."""
+    config: Callable[[], DecoderConfig]
+    digest: Callable[[], str]
+    """What its weights are known by, whatever they are called: it is of a sample of them."""
     load: Callable[[DTypeLike, Mesh], Decoder]
     tokenizer: Callable[[], Tokenizer]
 
@@ -62,13 +68,18 @@ def _published(place: str) -> Source:
     name, _, revision = (place, "", "") if Path(place).exists() else place.partition("@")
     found = re.search(r"step[-_]?(\d+)", revision)
 
+    @functools.cache
+    def opened() -> loading.Checkpoint:
+        return _or_exit(lambda: loading.open_checkpoint(name, revision=revision or None))
+
     def load(dtype: DTypeLike, mesh: Mesh) -> Decoder:
-        return _or_exit(lambda: loading.load_decoder(name, dtype=dtype, mesh=mesh, revision=revision or None))
+        return _or_exit(lambda: opened().load(dtype=dtype, mesh=mesh))
 
     def tokenizer() -> Tokenizer:
         return _or_exit(lambda: loading.load_tokenizer(name, revision=revision or None))
 
-    return Source(place, int(found[1]) if found else None, load, tokenizer)
+    step = int(found[1]) if found else None
+    return Source(place, step, lambda: opened().config, lambda: opened().digest(), load, tokenizer)
 
 
 def _or_exit(load: Callable[[], T]) -> T:
@@ -80,10 +91,31 @@ def _or_exit(load: Callable[[], T]) -> T:
 
 
 def _of_run(run: Path, step: int) -> Source:
+    name = f"{run}/checkpoints/{step}"
+
+    def config() -> DecoderConfig:
+        model = _or_exit(lambda: read_object(run / "config.json")).get("model")
+        if not isinstance(model, dict):
+            raise SystemExit(f"{run / 'config.json'} has no model: it is not of a run of train_lm.py")
+        return DecoderConfig(**model)
+
+    def digest() -> str:
+        return hashlib.sha256(f"{config()} {digest_of_files(Path(name))}".encode()).hexdigest()
+
     def load(dtype: DTypeLike, mesh: Mesh) -> Decoder:
         return load_checkpoint(run, step, dtype=dtype, mesh=mesh)
 
-    return Source(f"{run}/checkpoints/{step}", step, load, lambda: Tokenizer.from_file(str(run / "tokenizer.json")))
+    return Source(name, step, config, digest, load, lambda: _or_exit(lambda: loading.load_tokenizer(run)))
+
+
+def digest_of_files(folder: Path) -> str:
+    """Of their names, their sizes and a sample of their bytes."""
+    found = hashlib.sha256()
+    for file in sorted(each for each in folder.rglob("*") if each.is_file()):
+        size = file.stat().st_size
+        found.update(repr((file.relative_to(folder).as_posix(), size)).encode())
+        found.update(sample(Entry(file, "U8", (size,), 0, size)))
+    return found.hexdigest()
 
 
 def documents_of_run(place: str, part: str) -> list[Document]:

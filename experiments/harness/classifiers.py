@@ -162,8 +162,8 @@ def train_and_measure(
     with checkpointer(run.path / "checkpoints" / name) as checkpoints:
         step, state = load_latest(checkpoints, state)
         run.keep(lambda record: any(record[each] != key[each] for each in key) or record["step"] <= step)
-        left = {"step": last - max(step, 0), "measurement": sum(each > step for each in steps_measured)}
-        with Progress(name, left) as progress:
+        with Progress(name, {"step": last, "measurement": len(steps_measured)}) as progress:
+            progress.were_done({"step": max(step, 0), "measurement": sum(each <= step for each in steps_measured)})
             for stop in (each for each in stops if each > step):
                 if stop:
                     state = jax.block_until_ready(train_some(state, max(step, 0), stop))

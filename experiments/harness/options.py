@@ -1,5 +1,6 @@
 """What a value on the command line must be."""
 
+import math
 from typing import Any
 
 
@@ -11,3 +12,30 @@ def check_least(config: Any, least: int, *names: str, or_zero: bool = False) -> 
             raise SystemExit(
                 f"--{name.replace('_', '-')} is {value}, wanted at least {least}{', or 0' if or_zero else ''}"
             )
+
+
+def check_above_0(config: Any, *names: str) -> None:
+    """Ends the program at an option that is, or has, a number that is not finite and above 0; None is a choice."""
+    for name in names:
+        value = getattr(config, name)
+        for each in value if isinstance(value, tuple) else (value,):
+            if each is not None and not 0 < each < math.inf:
+                raise SystemExit(f"--{name.replace('_', '-')} has {each}, wanted numbers above 0")
+
+
+def check_not_empty(config: Any, *names: str) -> None:
+    """Ends the program at an option that has nothing."""
+    for name in names:
+        if not getattr(config, name):
+            raise SystemExit(f"--{name.replace('_', '-')} is empty, wanted one at least")
+
+
+def check_heads(width: int, heads: int, key_value_heads: int = 0) -> None:
+    """Ends the program at heads of attention that do not share a width evenly, or have an odd one; of 0 there are as
+    many of keys and values."""
+    if heads < 1 or width % heads:
+        raise SystemExit(f"--heads is {heads}, wanted a divisor of --width, {width}")
+    if width // heads % 2:
+        raise SystemExit(f"--heads is {heads} of --width {width}, wanted heads of an even width, as pairs are rotated")
+    if key_value_heads < 0 or (key_value_heads and heads % key_value_heads):
+        raise SystemExit(f"--key-value-heads is {key_value_heads}, wanted a divisor of --heads, {heads}, or 0")

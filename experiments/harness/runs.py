@@ -15,38 +15,53 @@ def as_json(record: Record) -> Record:
 
 
 class RunFolder:
-    """`config.json`, `metrics.jsonl` and `summary.json` in a folder that is never overwritten in silence."""
+    """`config.json`, `metrics.jsonl` and `summary.json` in a folder that is never overwritten in silence.
 
-    def __init__(self, path: Path, config: Record, *, resume: bool):
-        self.path = path
-        config_file = path / "config.json"
-        if not config_file.exists():
-            # No configuration is no run: it is written first.
-            path.mkdir(parents=True, exist_ok=True)
-            _write(config_file, config)
-        elif not resume:
-            raise SystemExit(f"{path} holds a run: continue it with --resume, or choose another --name")
-        elif (recorded := json.loads(config_file.read_text())) != config:
-            changes = [key for key in recorded | config if recorded.get(key) != config.get(key)]
-            differences = ", ".join(f"{key} {recorded.get(key)!r} -> {config.get(key)!r}" for key in changes)
-            raise SystemExit(f"{path} holds a run of another configuration ({differences}): choose another --name")
+    Nothing is written before there is something to keep, so that what fails before leaves nothing behind.
+    """
 
-        self._metrics_file = path / "metrics.jsonl"
+    def __init__(self, folder: Path, config: Record, *, resume: bool):
+        self.folder, self._config = folder, config
+        """Which may not be there yet: `path` is."""
+        self._config_file, self._metrics_file = folder / "config.json", folder / "metrics.jsonl"
+        if self._config_file.exists():
+            self._check_goes_on(resume)
         self.records = self._whole_records()
         self.keep(lambda record: True)
+
+    @property
+    def path(self) -> Path:
+        """The folder to write to, which is made if it is not there."""
+        if not self._config_file.exists():
+            # No configuration is no run: it is written first.
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(self._config_file, self._config)
+        return self.folder
+
+    def _check_goes_on(self, resume: bool) -> None:
+        if not resume:
+            raise SystemExit(f"{self.folder} holds a run: continue it with --resume, or choose another --name")
+        recorded, config = json.loads(self._config_file.read_text()), self._config
+        if recorded != config:
+            changes = [key for key in recorded | config if recorded.get(key) != config.get(key)]
+            differences = ", ".join(f"{key} {recorded.get(key)!r} -> {config.get(key)!r}" for key in changes)
+            raise SystemExit(
+                f"{self.folder} holds a run of another configuration ({differences}): choose another --name"
+            )
 
     def append(self, record: Record) -> None:
         """Adds a line to `metrics.jsonl`, at once."""
         record = json.loads(_to_json(record))
         self.records.append(record)
-        with self._metrics_file.open("a") as file:
+        with (self.path / self._metrics_file.name).open("a") as file:
             file.write(_to_json(record) + "\n")
 
     def keep(self, wanted: Callable[[Record], bool]) -> None:
         """Drops the records that are not `wanted`: those measured after the last checkpoint are measured again."""
         self.records = [record for record in self.records if wanted(record)]
         text = "".join(_to_json(record) + "\n" for record in self.records)
-        _replace(self._metrics_file, text)
+        if self._metrics_file.exists():
+            _replace(self._metrics_file, text)
 
     def summarise(self, summary: Record) -> None:
         _write(self.path / "summary.json", summary)

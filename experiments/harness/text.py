@@ -52,9 +52,12 @@ _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "en
 
 
 def read(paths: Sequence[Path], pattern: str = "*") -> list[Document]:
-    """The files given, and those of the pattern in the folders given; what is not UTF-8 is left out.
+    """The files given, and those of the pattern in the folders given; what is not UTF-8 in these is left out.
 
     Of several folders each is the topmost of its files.
+
+    Raises:
+        SystemExit: there is no such file or folder, or a file that is given is not UTF-8.
     """
     documents = []
     for path in paths:
@@ -66,8 +69,13 @@ def read(paths: Sequence[Path], pattern: str = "*") -> list[Document]:
                 continue
             try:
                 text = file.read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                continue
+            except UnicodeDecodeError as error:
+                if file != path:
+                    continue
+                raise SystemExit(
+                    f"--text has {file}, which is not UTF-8 at byte {error.start}, {error.object[error.start]:#04x}: "
+                    "convert it, or leave it out"
+                ) from error
             name = file.relative_to(path if path.is_dir() and len(paths) == 1 else path.parent)
             documents.append(Document(name.as_posix(), Path(name.parts[0]).stem, text))
     return [each for each in documents if each.text.strip()]

@@ -137,6 +137,7 @@ class Checkpoint:
             parameters, wrong = _parameters(self.tensors, name, self.wanted[short], dtype, shardings)
             leaves |= parameters
             problems += wrong
+        self.tensors.close()
         if problems:
             raise ValueError(f"weights in {self.tensors} are no finite numbers of {dtype}: {listed(problems)}")
         return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(lambda keys, _: leaves[leaf_path(keys)], params))

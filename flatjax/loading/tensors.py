@@ -45,6 +45,10 @@ class Tensors(Mapping[str, np.ndarray]):
         first, last = self.files[0], self.files[-1]
         return str(first) if first == last else f"{first} to {last.name}"
 
+    def close(self) -> None:
+        """Lets the files go until they are read again."""
+        self._opened.clear()
+
     def are_equal(self, first: str, second: str) -> bool:
         """Whether two matrices of the same shape are, compared some rows at a time."""
         a, b, size = self._slices(first), self._slices(second), self.entries[first].shape[0]

@@ -1,8 +1,10 @@
 """The diagnosis of a small run of random networks, held against dense computations in NumPy."""
 
 import dataclasses
+import itertools
 import json
 import re
+import shutil
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +12,7 @@ from types import SimpleNamespace
 import diagnose_llm
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
@@ -22,6 +25,7 @@ from harness.diagnosis.reading import forward, tokens_of
 from harness.language_model import load_checkpoint
 from harness.text import evenly, read, train_tokenizer, windows
 from jax.sharding import AxisType
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 from flatjax.models import Decoder, DecoderConfig
@@ -36,7 +40,7 @@ OPTIONS = {
     "context": CONTEXT, "max_tokens": 22 * CONTEXT, "batch_size": BATCH, "blocks": BLOCKS, "min_count": MIN_COUNT,
     "radii": (0.01, 0.3), "fit_range": (2, 6), "layers": (KERNEL,), "profile_sequences": 4,
     "profile_batch": 2, "num_probes": 80, "max_probes": 80, "windows": 3, "window_context": 5, "directions": TOP,
-    "save_every": 3, "name": "d",
+    "name": "d",
 }  # fmt: skip
 
 
@@ -294,28 +298,193 @@ def numbers(record):
     return [{key: value for key, value in each.items() if key != "cost"} for each in record["checkpoints"]]
 
 
-def test_what_is_killed_at_any_moment_goes_on_to_the_same_numbers(trained, diagnosed, tmp_path, monkeypatch):
-    monkeypatch.setattr(diagnose_llm, "mesh_of", on_one_device)
-    unkilled, calls = stages._timed, []
+def killed_at(monkeypatch, *calls):
+    """Stops the calls of these numbers, from now on, that read a batch or take it up; returns all calls."""
+    unkilled, seen = stages._timed, []
 
     def killed(function, *arguments):
-        calls.append(function)
-        if len(calls) in (9, 14, 50):
+        seen.append((function, arguments))
+        if len(seen) in calls:
             raise KeyboardInterrupt
         return unkilled(function, *arguments)
 
     monkeypatch.setattr(stages, "_timed", killed)
+    return seen
+
+
+class Shares(diagnose_llm.Progress):
+    """A bar of which every share that it shows is known."""
+
+    def _advance(self, kind, number):
+        super()._advance(kind, number)
+        shares.append((self.share_done, sum(self.total.values())))
+
+
+shares: list[tuple[float, int]] = []
+
+
+def test_what_is_killed_at_any_moment_goes_on_to_the_same_numbers(trained, diagnosed, tmp_path, monkeypatch):
+    """And the bar has one total, which the work that is done before is a part of, and which is done in the end."""
+    monkeypatch.setattr(diagnose_llm, "mesh_of", on_one_device)
+    monkeypatch.setattr(diagnose_llm, "Progress", Shares)
+    killed_at(monkeypatch, 9, 14, 50)
+    of_runs, options = [], {"resume": True, "steps": STEPS[:1], "save_every": 0.0}
     for _ in range(3):
+        shares.clear()
         with pytest.raises(KeyboardInterrupt):
-            diagnose(trained, tmp_path, resume=True, steps=STEPS[:1])
-    record = diagnose(trained, tmp_path, resume=True, steps=STEPS[:1])
+            diagnose(trained, tmp_path, **options)
+        of_runs.append(list(shares))
+    shares.clear()
+    record = diagnose(trained, tmp_path, **options)
+    of_runs.append(list(shares))
     assert numbers(record) == numbers(diagnosed.record)[:1]
     assert not list((tmp_path / "d" / "states").iterdir())
+    assert len({total for of_run in of_runs for _, total in of_run}) == 1
+    for of_run, after in itertools.pairwise(of_runs):
+        assert 0 < of_run[-1][0] < 1
+        assert of_run == sorted(of_run)
+        # It is shown anew stage by stage, from nothing to where it was left.
+        assert of_run[-1] in after
+    assert of_runs[-1][-1][0] == pytest.approx(1)
+
+
+def test_of_what_is_resumed_a_checkpoint_that_is_done_counts(trained, diagnosed, tmp_path, monkeypatch):
+    monkeypatch.setattr(diagnose_llm, "mesh_of", on_one_device)
+    monkeypatch.setattr(diagnose_llm, "Progress", Shares)
+    for steps, before in ((STEPS[:1], 0), (STEPS, 0.5), (STEPS, 1)):
+        shares.clear()
+        diagnose(trained, tmp_path, parts=("head",), resume=True, steps=steps)
+        assert before in [share for share, _ in [(0, 0), *shares]]
+        assert shares[-1][0] == pytest.approx(1)
+    assert min(share for share, _ in shares) > 0
+
+
+@pytest.mark.parametrize("calls", [1, 4])
+def test_what_is_killed_before_a_save_is_due_leaves_nothing(calls, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(diagnose_llm, "mesh_of", on_one_device)
+    killed_at(monkeypatch, calls)
+    with pytest.raises(KeyboardInterrupt):
+        diagnose(trained, tmp_path / "runs", steps=STEPS[:1], parts=("head",))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_save_is_due_before_a_minute_is_lost(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("harness.diagnosis.stages.time.monotonic", lambda: now[0])
+    saves = stages.Saves(tmp_path / "states", 60.0)
+    for now[0], next_seconds, is_due in ((30.0, 29.0, False), (30.0, 31.0, True), (61.0, 0.0, True)):
+        assert saves.is_due(next_seconds) == is_due
+    assert not (tmp_path / "states").exists()
+    saves.save("tokens", 3, {"a": np.arange(2)})
+    assert not saves.is_due(59.0)
+    done, state = saves.latest("tokens", {"a": np.zeros(2, int)})
+    assert (done, state["a"].tolist()) == (3, [0, 1])
+    assert saves.latest("layers", {"a": None}) == (0, {"a": None})
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A folder with a tokenizer, its text, and how it is diagnosed: names and losses."""
+    golden = Path(__file__).parents[1] / "loading" / "golden"
+    folder = Path(shutil.copytree(golden / "qwen3", tmp_path / "ck"))
+    shutil.copy(golden / "llama" / "tokenizer.json", folder)
+    text = tmp_path / "text.txt"
+    text.write_text("a flat head is a flat head and so they say " * 12)
+
+    def diagnosed(*checkpoints, **options):
+        given = {"checkpoints": tuple(map(str, checkpoints)), "text": (text,), "folder": tmp_path / "runs"}
+        diagnose_llm.main(diagnose_llm.Config(**given | OPTIONS | {"parts": ("head",), "max_tokens": 200} | options))
+        record = json.loads((tmp_path / "runs" / "d" / page.RECORD).read_text())
+        return {each["name"]: each["parts"]["head"]["loss"]["value"] for each in record["checkpoints"]}
+
+    return SimpleNamespace(folder=folder, diagnosed=diagnosed, golden=golden, text=text, runs=tmp_path / "runs")
+
+
+def scale_head(folder, factor):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"] * ml_dtypes.bfloat16(factor)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_a_checkpoint_is_known_by_its_weights_and_not_by_its_path(published, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(diagnose_llm, "mesh_of", on_one_device)
+    calls = killed_at(monkeypatch)
+    folder = published.folder
+
+    def resumed(*checkpoints):
+        calls.clear()
+        return published.diagnosed(*checkpoints, resume=True), bool(calls)
+
+    first, _ = resumed(folder)
+    assert resumed(folder) == (first, False)
+    scale_head(folder, 4)
+    capsys.readouterr()
+    second, was_measured = resumed(folder)
+    assert was_measured
+    assert list(second) == list(first) == [str(folder)]
+    assert second[str(folder)] > first[str(folder)] + 0.1
+    assert "is measured anew" in capsys.readouterr().out
+    moved = folder.rename(tmp_path / "moved")
+    assert resumed(moved) == ({str(moved): second[str(folder)]}, False)
+    copied = shutil.copytree(moved, tmp_path / "copied")
+    assert resumed(moved, copied) == ({str(each): second[str(folder)] for each in (moved, copied)}, False)
+    scale_head(copied, 0.25)
+    both = {str(moved): second[str(folder)], str(copied): first[str(folder)]}
+    assert resumed(copied) == (both, False)
+
+
+def test_another_tokenizer_is_measured_anew(published, monkeypatch):
+    monkeypatch.setattr(diagnose_llm, "mesh_of", on_one_device)
+    before = published.diagnosed(published.folder)
+    file = published.folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["a"], vocab["e"] = vocab["e"], vocab["a"]
+    file.write_text(json.dumps(tokenizer))
+    assert published.diagnosed(published.folder, resume=True) != before
+
+
+def test_another_text_or_option_does_not_go_on(published, monkeypatch):
+    monkeypatch.setattr(diagnose_llm, "mesh_of", on_one_device)
+    published.diagnosed(published.folder)
+    with pytest.raises(SystemExit, match=r"another configuration \(context 12 -> 11\)"):
+        published.diagnosed(published.folder, resume=True, context=11)
+    published.text.write_text("so they say " * 50)
+    with pytest.raises(SystemExit, match=r"another configuration \(text '"):
+        published.diagnosed(published.folder, resume=True)
+
+
+def test_what_cannot_be_diagnosed_is_said_before_weights_are_read_and_leaves_nothing(published, tmp_path, monkeypatch):
+    monkeypatch.setattr("flatjax.loading.Checkpoint.load", lambda *_, **__: pytest.fail("weights were read"))
+    learned = Path(shutil.copytree(published.golden / "gpt2", tmp_path / "learned"))
+    shutil.copy(published.folder / "tokenizer.json", learned)
+    with pytest.raises(SystemExit, match=r"--context is 21, but .*learned has 20 learned positions"):
+        published.diagnosed(learned, context=21)
+    for options, message in (
+        ({"layers": ("none",), "parts": ("profile",)}, "--layers has none, which fits none of"),
+        ({"min_count": 999, "parts": ("collapse",)}, "--min-count is 999"),
+        ({"batch_size": 3}, "of 8 devices --tensor-parallel 2 leaves 4 to share the sequences"),
+        ({"radii": (0.1, -1.0)}, "--radii has -1.0, wanted numbers above 0"),
+        ({"radii": (float("nan"),)}, "--radii has nan"),
+        ({"radii": ()}, "--radii is empty"),
+        ({"relative_error": 0.0}, "--relative-error has 0.0"),
+        ({"parts": ()}, "--parts is empty"),
+        ({"fit_range": (9, 9)}, "--fit-range is 9 9"),
+        ({"fit_range": (0, 9)}, "--fit-range is 0 9"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"save_every": -1.0}, "--save-every is -1.0"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            published.diagnosed(published.folder, **options)
+    published.text.write_bytes(b"so they \xe9 say")
+    with pytest.raises(SystemExit, match=r"--text has .*text\.txt, which is not UTF-8 at byte 8, 0xe9"):
+        published.diagnosed(published.folder)
+    assert not published.runs.exists()
 
 
 def test_on_a_mesh_of_all_devices_it_is_the_same(trained, diagnosed, tmp_path):
     parts = ("head", "sharpness", "collapse", "geometry", "jacobians")
-    record = diagnose(trained, tmp_path, steps=STEPS[-1:], save_every=100, parts=parts)
+    record = diagnose(trained, tmp_path, steps=STEPS[-1:], parts=parts)
     assert record["machine"]["devices"] == 8
     for part, quantities in record["checkpoints"][0]["parts"].items():
         for name, quantity in quantities.items():

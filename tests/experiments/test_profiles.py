@@ -80,3 +80,18 @@ def test_the_time_left_is_that_of_each_kind_of_work_at_its_median_pace(monkeypat
         progress.done("step", 1)
         # Paces of a step 1, 2 and 1; of a measurement 10 and 16.
         assert progress.seconds_left == 6 * 1 + 1 * 13
+
+
+def test_a_bar_has_one_total_of_all_kinds_and_counts_what_was_done_before(monkeypatch):
+    now = iter([0.0, 5.0, 6.0, 26.0])
+    monkeypatch.setattr("harness.progress.time.monotonic", lambda: next(now))
+    with Progress("work", {"step": 10, "measurement": 3}, {"step": 1.0, "measurement": 10.0}) as progress:
+        progress.were_done({"step": 6, "measurement": 1})
+        assert progress.share_done == 16 / 40
+        assert progress.seconds_left == 0  # nothing is known of
+        progress.done("step", 2)
+        assert progress.share_done == 18 / 40
+        # A step takes half a second, and a measurement as long as ten steps until one is seen.
+        assert progress.seconds_left == 2 * 0.5 + 2 * 5
+        progress.done("measurement")
+        assert progress.seconds_left == 2 * 0.5 + 1 * 20

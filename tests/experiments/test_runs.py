@@ -15,9 +15,17 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
 
 
 def test_a_run_does_not_resume_under_another_configuration(tmp_path):
-    RunFolder(tmp_path, CONFIG, resume=False)
+    RunFolder(tmp_path, CONFIG, resume=False).append({"step": 0})
     with pytest.raises(SystemExit, match=r"learning_rate 0\.1 -> 0\.2"):
         RunFolder(tmp_path, CONFIG | {"learning_rate": 0.2}, resume=True)
+
+
+def test_nothing_is_written_before_there_is_something_to_keep(tmp_path):
+    run = RunFolder(tmp_path / "runs" / "run", CONFIG, resume=False)
+    run.keep(lambda record: False)
+    assert not (tmp_path / "runs").exists()
+    (run.path / "checkpoint").touch()
+    assert json.loads((run.folder / "config.json").read_text()) == CONFIG
 
 
 def test_a_line_cut_short_by_a_kill_is_dropped_and_the_whole_ones_stay(tmp_path):

@@ -76,6 +76,8 @@ def test_files_and_folders_are_read_and_what_is_no_text_is_left_out(tmp_path):
     assert [each.name for each in several] == ["a/b/two.py", "a/one.py", "four.txt"]
     with pytest.raises(SystemExit, match="which is not there"):
         text.read([tmp_path / "five.txt"])
+    with pytest.raises(SystemExit, match=r"--text has .*bytes\.py, which is not UTF-8 at byte 0, 0xff"):
+        text.read([tmp_path / "a", tmp_path / "bytes.py"])
 
 
 def test_tokens_decode_to_the_text_whatever_its_bytes(tokenizer):

@@ -23,13 +23,22 @@ from harness.runs import Record
 _ITERATIONS = 4
 
 
-def jacobians_part(network: Network, text: Text, num_directions: int, seed: int) -> Part:
-    """Of each window the last token, which sees all of it; the window is all that the blocks are run on."""
-    depth, width = network.model.config.depth, network.model.config.width
+def check_depth(depth: int) -> None:
+    """That there are blocks to compare.
+
+    Raises:
+        SystemExit: there are not.
+    """
     if depth < 2:
         raise SystemExit(
             f"the network has {depth} block, of which none is to be compared: leave jacobians out of --parts"
         )
+
+
+def jacobians_part(network: Network, text: Text, num_directions: int, seed: int) -> Part:
+    """Of each window the last token, which sees all of it; the window is all that the blocks are run on."""
+    depth, width = network.model.config.depth, network.model.config.width
+    check_depth(depth)
     top = min(num_directions, width)
     # In products a block: two a round for each vector, and of all others' vectors.
     is_exact = width <= 2 * (_ITERATIONS + 1) * (top + OVERSAMPLING) + 2 * depth * top

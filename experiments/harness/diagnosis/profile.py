@@ -19,13 +19,15 @@ from harness.profiles import in_forward_order, short
 from harness.runs import Record
 
 
-def layers_named(network: Network, patterns: tuple[str, ...], *, tied: bool) -> list[Layer]:
+def layers_named(params: Any, patterns: tuple[str, ...], *, tied: bool) -> list[Layer]:
     """Those whose path fits a pattern, from the first block on; a tied embedding is read as the head that it is.
+
+    Of the parameters no more is read than their shapes.
 
     Raises:
         SystemExit: a pattern fits none.
     """
-    found = find_layers(network.params)
+    found = find_layers(params)
     if unused := [each for each in patterns if not fnmatch.filter(found, f"{each}*")]:
         raise SystemExit(f"--layers has {', '.join(unused)}, which fits none of {', '.join(found)}")
     chosen = [path for path in found if any(fnmatch.fnmatch(path, f"{each}*") for each in patterns)]

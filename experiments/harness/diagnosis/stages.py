@@ -1,7 +1,8 @@
 """How a diagnosis goes on: in stages, each reading batch after batch, with parts that take up what was read.
 
 A part is a state, how a batch changes it, and what is made of it in the end, so that streaming, saving and resuming are
-written here once. The state is on disk after every few batches: what is killed goes on from there, to the same numbers.
+written here once. The state is on disk at the end of a stage and, within one, as often as the time asks for it: what
+is killed goes on from there, to the same numbers.
 """
 
 import time
@@ -49,25 +50,56 @@ class Done(NamedTuple):
     """Of each part and batch, "reading" among the parts; the first after a start has compilation in it."""
 
 
-def run_stage(folder: Path, stage: Stage, save_every: int, progress: Progress) -> Done:
+class Saves:
+    """The states of stages on the disk, from which at most so many seconds of work are lost, or a batch.
+
+    Args:
+        folder: of all stages; it is made when something is saved.
+        seconds: that may be lost.
+        before: called before anything is saved.
+    """
+
+    def __init__(self, folder: Path, seconds: float, before: Callable[[], object] = lambda: None):
+        self.folder, self.seconds, self._before = folder, seconds, before
+        self._since = time.monotonic()
+
+    def latest(self, stage: str, start: State) -> tuple[int, State]:
+        """How many batches are done, and the state after them; it has the structure of the one given."""
+        if not (self.folder / stage).is_dir():
+            return 0, start
+        with checkpointer(self.folder / stage) as checkpoints:
+            done, state = load_latest(checkpoints, start)
+        return max(done, 0), state
+
+    def is_due(self, next_seconds: float) -> bool:
+        """Whether too much would be lost in the next batch, if it takes so long."""
+        return time.monotonic() - self._since + next_seconds > self.seconds
+
+    def save(self, stage: str, done: int, state: State) -> None:
+        self._before()
+        with checkpointer(self.folder / stage) as checkpoints:
+            checkpoints.save(done, state)
+        self._since = time.monotonic()
+
+
+def run_stage(stage: Stage, saves: Saves, progress: Progress) -> Done:
     """From where it was left to its end."""
     names, text = ["reading", *stage.parts], stage.text
     start = {
         "states": {name: part.init() for name, part in stage.parts.items()},
         "seconds": {name: np.full(text.num_batches, np.nan) for name in names},
     }
-    with checkpointer(folder / stage.name) as checkpoints:
-        done, state = load_latest(checkpoints, start)
-        progress.spared(stage.kind, sum(map(text.size, range(max(done, 0)))))
-        states, seconds = state["states"], {name: np.array(each) for name, each in state["seconds"].items()}
-        for index in range(max(done, 0), text.num_batches):
-            read, seconds["reading"][index] = _timed(stage.read, index)
-            for name, part in stage.parts.items():
-                states[name], seconds[name][index] = _timed(part.update, states[name], read)
-            number = index + 1
-            if number % save_every == 0 or number == text.num_batches:
-                checkpoints.save(number, {"states": states, "seconds": seconds})
-            progress.done(stage.kind, text.size(index), f"{stage.name} {number}/{text.num_batches}")
+    done, state = saves.latest(stage.name, start)
+    progress.were_done({stage.kind: sum(map(text.size, range(done)))})
+    states, seconds = state["states"], {name: np.array(each) for name, each in state["seconds"].items()}
+    for index in range(done, text.num_batches):
+        read, seconds["reading"][index] = _timed(stage.read, index)
+        for name, part in stage.parts.items():
+            states[name], seconds[name][index] = _timed(part.update, states[name], read)
+        number = index + 1
+        if number == text.num_batches or saves.is_due(sum(each[index] for each in seconds.values())):
+            saves.save(stage.name, number, {"states": states, "seconds": seconds})
+        progress.done(stage.kind, text.size(index), f"{stage.name} {number}/{text.num_batches}")
     return Done(states, seconds)
 
 
