@@ -143,10 +143,10 @@ def main(config: Config) -> None:
     shares = text.Shares(config.held_out_share, config.transfer_share, config.split_seed)
     parts = text.split(documents, shares, config.modules)
     run = RunFolder(config.folder / config.name, recorded(config, parts), resume=config.resume)
-    tokenizer = text.cached_tokenizer(run.path / "tokenizer.json", parts["train"], config.vocab_size)
+    tokenizer = text.saved_or_trained_tokenizer(run.folder / "tokenizer.json", parts["train"], config.vocab_size)
     windows = text.corpus(parts, tokenizer, config.context)
     print(describe(parts, windows))
-    train(config, run, windows)
+    train(config, run, tokenizer, windows)
     draw(run.path / "figure.png", config, run.records)
     summary = run.records[-1] | {"tokens": config.steps * config.batch_size * config.context}
     run.summarise(summary)
@@ -172,7 +172,7 @@ def describe(parts: dict[text.Part, list[text.Document]], windows: dict[text.Par
     return f"trained on {counts['train']}; held out {counts['held_out']}; transfer to {counts['transfer']} ({modules})"
 
 
-def train(config: Config, run: RunFolder, windows: dict[text.Part, np.ndarray]) -> None:
+def train(config: Config, run: RunFolder, tokenizer: text.Tokenizer, windows: dict[text.Part, np.ndarray]) -> None:
     """From where it was left to its end, with a record of every step, of the network before it."""
     placed = placement(config.model_devices, config.batch_size)
     decoder, params = network(config.model, config.seed, config.dtype)
@@ -191,11 +191,13 @@ def train(config: Config, run: RunFolder, windows: dict[text.Part, np.ndarray]) 
         part: text.evenly(windows[part], config.measure_on) for part in windows if part != "train"
     }
 
+    evaluate = evaluating(decoder, placed, held_out, config.batch_size)
+    # All that was asked for can be done: from here on the run has a folder.
+    text.save_tokenizer(tokenizer, run.path / "tokenizer.json")
     with (
         jax.set_mesh(placed.mesh),
         checkpointer(run.path / "checkpoints", keep=None) as checkpoints,
     ):
-        evaluate = evaluating(decoder, placed, held_out, config.batch_size)
         left_at, state = load_latest(checkpoints, state)
         run.keep(lambda record: record["step"] < left_at)
         first = max(left_at, 0)

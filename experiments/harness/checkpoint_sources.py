@@ -10,14 +10,13 @@ from typing import NamedTuple, TypeVar
 
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from tokenizers import Tokenizer
 
 from flatjax import loading
 from flatjax.loading.files import read_object
 from flatjax.loading.headers import Entry, sample
 from flatjax.models import Decoder, DecoderConfig
 from harness.language_model import load_checkpoint
-from harness.text import Document, read, standard_library
+from harness.text import Document, Tokenizer, read, standard_library
 
 T = TypeVar("T")
 

@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from flatjax.loading.optional import optional
+
+optional("tokenizers")  # whose error says what to install
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
 Part = Literal["train", "held_out", "transfer"]
 """`held_out` is of modules that are trained on, `transfer` is not."""
@@ -140,13 +145,24 @@ def train_tokenizer(documents: Iterable[Document], vocab_size: int) -> Tokenizer
 _BYTES_AND_END = 257
 
 
+def saved_or_trained_tokenizer(file: Path, documents: Iterable[Document], vocab_size: int) -> Tokenizer:
+    """That of the file, or one that is not left there yet."""
+    return Tokenizer.from_file(str(file)) if file.exists() else train_tokenizer(documents, vocab_size)
+
+
+def save_tokenizer(tokenizer: Tokenizer, file: Path) -> None:
+    """Wholly or not at all."""
+    draft = file.with_suffix(".draft")
+    tokenizer.save(str(draft))
+    draft.replace(file)
+
+
 def cached_tokenizer(file: Path, documents: Iterable[Document], vocab_size: int) -> Tokenizer:
     """That of the file, or one trained and left there."""
+    tokenizer = saved_or_trained_tokenizer(file, documents, vocab_size)
     if not file.exists():
-        draft = file.with_suffix(".draft")
-        train_tokenizer(documents, vocab_size).save(str(draft))
-        draft.replace(file)
-    return Tokenizer.from_file(str(file))
+        save_tokenizer(tokenizer, file)
+    return tokenizer
 
 
 def encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> np.ndarray:

@@ -225,7 +225,7 @@ def _newest(checkpoints: list[Checkpoint]) -> Checkpoint:
         ValueError: it cannot be told.
     """
     first, last = checkpoints[0], checkpoints[-1]
-    if first.digest() == last.digest():
+    if first is last or first.digest() == last.digest():
         return first
     for newer, older in ((first, last), (last, first)):
         if newer.tensors.is_newer_than(older.tensors):

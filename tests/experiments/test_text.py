@@ -1,9 +1,14 @@
 """What of a text is trained on and what is not, and its tokens."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from harness import text
 from harness.text import Document, Shares
+
+from .processes import EXPERIMENTS
 
 DOCUMENTS = [
     Document(f"{module}/{i}.py", module, f"def {module}_{i}(x):\n    return x + {i}\n" * 3)
@@ -117,3 +122,10 @@ def test_rows_are_taken_evenly_from_first_to_last():
     rows = np.arange(20)[:, None]
     np.testing.assert_array_equal(text.evenly(rows, 3)[:, 0], [0, 10, 19])
     np.testing.assert_array_equal(text.evenly(rows, 50), rows)
+
+
+@pytest.mark.parametrize("script", ["diagnose_llm", "train_lm"])
+def test_without_the_extra_the_error_says_what_to_install(script):
+    blocked = f"import sys; sys.modules['tokenizers'] = None; sys.path.insert(0, {str(EXPERIMENTS)!r}); import {script}"
+    ended = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True)
+    assert "pip install 'flatjax[llm]'" in ended.stderr.splitlines()[-1]

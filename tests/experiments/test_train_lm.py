@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import train_lm
 from flax import nnx
 from harness.language_model import (
     Descent,
@@ -215,3 +216,30 @@ def test_a_killed_run_resumes_to_the_same_bits(launch, uninterrupted, tmp_path):
     assert metrics(tmp_path).count(b"\n") < 13
     finish(launch(tmp_path, "--resume"))
     assert metrics(tmp_path) == metrics(uninterrupted[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heads": 3}, "--heads is 3, wanted a divisor of --width, 8"),
+        ({"heads": 8}, "--heads is 8 of --width 8, wanted heads of an even width"),
+        ({"key_value_heads": 3}, "--key-value-heads is 3, wanted a divisor of --heads, 2"),
+        ({"depth": 0}, "--depth is 0, wanted at least 1"),
+        ({"vocab_size": 100_000}, "--vocab-size is 100000"),
+        ({"context": 100_000}, "no window of --context 100000"),
+        ({"strength": 1.0, "layers": ("blocks/9",)}, "--layers has 'blocks/9', wanted"),
+        ({"batch_size": 800}, "--batch-size is 800, but the text has"),
+        ({"batch_size": 12}, "--batch-size is 12, wanted a multiple of the 8 devices"),
+        ({"measure_on": 1}, "has no batch of --batch-size 8"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit_are_an_error_and_leave_nothing(options, message, tmp_path):
+    (tmp_path / "text").mkdir()
+    given = {
+        "text": (write_text(tmp_path / "text", 4),), "folder": tmp_path / "runs", "vocab_size": 270, "width": 8,
+        "depth": 1, "heads": 2, "context": 8, "batch_size": 8, "held_out_share": 0.3, "modules": ("m3",),
+    }  # fmt: skip
+    with pytest.raises(SystemExit, match=message):
+        train_lm.main(train_lm.Config(**given | options))
+    assert not (tmp_path / "runs").exists()
