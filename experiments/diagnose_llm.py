@@ -278,8 +278,8 @@ def planned(config: Config, text: Text) -> dict[str, int]:
     """How many sequences of each kind there are to read of a checkpoint."""
     return {
         "sequence": len(text.sequences),
-        "sequence to classify": len(text.sequences) * ("collapse" in config.parts),
-        "sequence to probe": len(part_of(config, text).sequences) * ("profile" in config.parts),
+        "classified sequence": len(text.sequences) * ("collapse" in config.parts),
+        "probed sequence": len(part_of(config, text).sequences) * ("profile" in config.parts),
         "window": len(windows_of(config, text).sequences) * ("jacobians" in config.parts),
     }
 
@@ -288,8 +288,8 @@ def costs(config: Config) -> dict[str, float]:
     """About how long each kind takes, in forward passes on a sequence, until it is seen how long it takes."""
     return {
         "sequence": 6.0,
-        "sequence to classify": 3.0,
-        "sequence to probe": 8.0 * config.num_probes,
+        "classified sequence": 3.0,
+        "probed sequence": 8.0 * config.num_probes,
         "window": 30.0 * config.window_context / config.context,
     }
 
@@ -339,7 +339,7 @@ def diagnose(
     if classes is not None:
         decisions = decisions_part(network, text, classes, done.states["collapse"], config.min_count)
         nearest = {"decisions": decisions}
-        run_and_record(Stage("nearest mean", "sequence to classify", text, reader(network, text), nearest))
+        run_and_record(Stage("nearest mean", "classified sequence", text, reader(network, text), nearest))
     if "profile" in settings:
         part = part_of(config, text)
         profile = profile_part(
@@ -347,7 +347,7 @@ def diagnose(
             num_probes=config.num_probes, max_probes=config.max_probes, relative_error=config.relative_error,
         )  # fmt: skip
         layers = {"profile": profile}
-        run_and_record(Stage("layers", "sequence to probe", part, batch_reader(network, part), layers))
+        run_and_record(Stage("layers", "probed sequence", part, batch_reader(network, part), layers))
     if "jacobians" in settings:
         chosen = windows_of(config, text)
         blocks = {"jacobians": jacobians_part(network, chosen, config.directions, config.seed)}
