@@ -12,14 +12,14 @@ from flatjax.heads import HeadParams
 from flatjax.metric import metric
 
 
-@metric
+@metric(compiled=False)
 def check_inputs(
     params: HeadParams,
     feats: Float[ArrayLike, "*n m"],
     labels: Shaped[ArrayLike, "*n"] | Shaped[ArrayLike, "*n k"],
+    weights: Shaped[ArrayLike, "*n"] | None = None,
     *,
     loss: Loss = "softmax_cross_entropy",
-    weights: Shaped[ArrayLike, "*n"] | None = None,
 ) -> None:
     """Raises an error that names the first sample whose values make a metric of the same arguments NaN.
 
@@ -30,8 +30,8 @@ def check_inputs(
         params: the head, as for `relative_flatness`; so are the others.
         feats: features (..., m).
         labels: integer classes (...,), or targets (..., d).
-        loss: a name, or any callable, of whose labels nothing is known and nothing checked.
         weights: sample weights (...,); what a sample of weight 0 holds is not checked.
+        loss: a name, or any callable, of whose labels nothing is known and nothing checked.
 
     Raises:
         checkify.JaxRuntimeError: a feature, a weight or the head is not finite, a label is out of range, a weight is

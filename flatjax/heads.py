@@ -10,8 +10,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Shaped
 
-HeadParams = Mapping[str, Any]
-"""A head as Flax keeps it: `{"kernel": (m, d)}` or `{"embedding": (d, m)}`, and optionally `"bias": (d,)`."""
+HeadParams = Any
+"""A head: a mapping or `nnx.State` with `kernel` (m, d), `weight` (d, m) or `embedding` (d, m), and optionally `bias`
+(d,); or the layer that has them, of NNX, Equinox or PyTorch. The name says the layout: `kernel` is (in, out), as Flax
+keeps it, `weight` (out, in), as PyTorch and Equinox do."""
+
+_LAYOUTS = {"kernel": "(m, d), (in, out)", "weight": "(d, m), (out, in)", "embedding": "(d, m), (vocabulary, features)"}
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["matrix", "bias"], meta_fields=["rows_axis"])
@@ -59,38 +63,80 @@ def linear_head(params: HeadParams) -> LinearHead:
     """Reads a head in any of its layouts; a head without a bias gets a zero one.
 
     Raises:
-        TypeError: `params` is no mapping, or its arrays are not of a floating dtype.
-        ValueError: `params` holds other keys than a head's, or arrays of the wrong shape.
+        TypeError: as `head_arrays`, or its arrays are not of a floating dtype.
+        ValueError: as `head_arrays`, or arrays of the wrong shape.
     """
-    if not isinstance(params, Mapping):
-        raise TypeError(
-            f"params is a {type(params).__name__}, wanted a mapping with 'kernel' (m, d) or 'embedding' (d, m): "
-            "pass nnx.state(layer) for an NNX layer, variables['params'][name] for a Linen one"
-        )
-    keys = {key for key in params if params[key] is not None}
-    if keys - {"bias"} not in ({"kernel"}, {"embedding"}):
-        raise ValueError(
-            f"params has the keys {sorted(map(str, params))}, wanted 'kernel' (m, d) or 'embedding' (d, m), "
-            "and 'bias' (d,) if there is one: pass the parameters of the head alone, params['head'] say, and a weight "
-            "(out, in) as {'kernel': weight.T}"
-        )
-    (name,) = keys - {"bias"}
-    matrix = _floating(name, params[name])
+    arrays = head_arrays(params)
+    (name,) = arrays.keys() - {"bias"}
+    matrix = _floating(name, arrays[name])
     if matrix.ndim != 2 or 0 in matrix.shape:
-        wanted = "(m, d), (in, out)" if name == "kernel" else "(d, m), (vocabulary, features)"
         raise ValueError(
-            f"{name} has shape {matrix.shape}, wanted {wanted}, both at least 1: reshape the kernel of a general "
-            "dense layer to a matrix"
+            f"{name} has shape {matrix.shape}, wanted {_LAYOUTS[name]}, both at least 1: reshape the kernel of a "
+            "general dense layer to a matrix"
         )
     rows_axis = 1 if name == "kernel" else 0
     num_outputs = matrix.shape[rows_axis]
-    bias = _floating("bias", params["bias"]) if "bias" in keys else jnp.zeros(num_outputs, matrix.dtype)
+    bias = _floating("bias", arrays["bias"]) if "bias" in arrays else jnp.zeros(num_outputs, matrix.dtype)
     if bias.shape != (num_outputs,):
         raise ValueError(
             f"bias has shape {bias.shape}, but {name} has {num_outputs} outputs, its shape being {matrix.shape}: a "
-            f"kernel is (in, out), an embedding (out, in), and a bias ({num_outputs},)"
+            f"kernel is (in, out), a weight or an embedding (out, in), and a bias ({num_outputs},)"
         )
     return LinearHead(matrix, bias, rows_axis)
+
+
+def head_arrays(params: HeadParams) -> dict[str, Any]:
+    """The matrix of a head under the name that says its layout, and its `bias` if it has one, from whatever keeps them.
+
+    Raises:
+        TypeError: `params` is nothing that names its arrays.
+        ValueError: it holds other names than a head's.
+    """
+    named = _named(params)
+    if named.keys() == {"params"}:  # the variables of a Linen layer
+        named = _named(named["params"])
+    names = named.keys() - {"bias"}
+    if len(names) != 1 or not names <= _LAYOUTS.keys():
+        several = " and ".join(sorted(names & _LAYOUTS.keys()))
+        raise ValueError(
+            f"params has the keys {sorted(named)}, wanted one of 'kernel' (m, d), 'weight' (d, m) and 'embedding' "
+            "(d, m), and 'bias' (d,) if there is one: "
+            + (f"of {several} give one" if len(names & _LAYOUTS.keys()) > 1 else _where_heads_are(named))
+        )
+    return named
+
+
+def _named(params: Any) -> dict[str, Any]:
+    """The arrays of a mapping or a layer by their names, None left out."""
+    if callable(getattr(params, "state_dict", None)):  # a layer of PyTorch
+        params = params.state_dict()
+    if isinstance(params, Mapping):
+        return {str(name): value for name, value in params.items() if value is not None}
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda node: hasattr(node, "__jax_array__"))
+    if not leaves or any(not path or not isinstance(path[0], jax.tree_util.GetAttrKey) for path, _ in leaves):
+        shape = getattr(params, "shape", None)
+        got = f"{type(params).__name__}" + ("" if shape is None else f" of shape {tuple(shape)}")
+        raise TypeError(
+            f"params is a {got}, wanted a mapping that names its layout: {{'kernel': W}} for W (in, out), as Flax "
+            "keeps it, {'weight': W} for W (out, in), as PyTorch and Equinox do, {'embedding': W} for W (vocabulary, "
+            "features), each with 'bias' if there is one; or the layer itself"
+        )
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _where_heads_are(named: dict[str, Any]) -> str:
+    """What to pass instead, if `params` is more than a head."""
+
+    def is_leaf(node: Any) -> bool:
+        return not isinstance(node, Mapping)
+
+    found = []
+    for path, _ in jax.tree_util.tree_leaves_with_path(named, is_leaf=is_leaf):
+        *above, name = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+        if above and name in _LAYOUTS:
+            found.append(".".join(above))
+    of = f", those of {', '.join(map(repr, found[-3:]))} say" if found else ""
+    return f"pass the parameters of the head alone{of}"
 
 
 def _floating(name: str, value: Any) -> Float[Array, "..."]:

@@ -2,15 +2,13 @@
 
 A sample of weight 0, or of label −100 where labels are classes, is padding: whatever it holds, NaN included, counts
 nowhere. A bad value elsewhere (a label out of range, a negative weight) turns the share of its sample into NaN, so that
-no mean over the samples can look plausible. Without `jax_enable_x64` JAX cuts what enters
-`jit` to 32 bits before it is seen here: a label 2³² is class 0 there, and bad elsewhere.
+no mean over the samples can look plausible. Without `jax_enable_x64` JAX cuts what enters a `jax.jit` of your own to 32
+bits before it is seen here: a label 2³² is class 0 there, and bad elsewhere.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Shaped
 
@@ -68,7 +66,7 @@ def flatten_samples(
         TypeError: `feats` is not of a floating dtype, or `weights` not of a real one.
         ValueError: the shapes of `feats`, `labels`, `weights` and the head do not fit each other.
     """
-    feats, labels = jnp.asarray(feats), jnp.asarray(in_range_of_jax(labels))
+    feats, labels = jnp.asarray(feats), jnp.asarray(labels)
     num_features = head.num_features
     if not jnp.issubdtype(feats.dtype, jnp.floating):
         raise TypeError(f"feats has dtype {feats.dtype}, wanted a floating dtype")
@@ -121,14 +119,6 @@ def flatten_samples(
 
 def _computing_dtype(*arrays: Shaped[Array, "..."]) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if any(array.dtype == jnp.float64 for array in arrays) else jnp.float32)
-
-
-def in_range_of_jax(labels: Any) -> Any:
-    """NumPy's labels of 64 bits, where JAX has 32: cut to the range, as JAX wraps around, and −2⁶³ would be class 0."""
-    is_integer = isinstance(labels, np.ndarray | np.generic) and labels.dtype.kind in "iu"
-    if not is_integer or jax.dtypes.canonicalize_dtype(labels.dtype) == labels.dtype:
-        return labels
-    return np.clip(labels, max(-(2**31), np.iinfo(labels.dtype).min), 2**31 - 1)
 
 
 def widened(labels: Shaped[Array, "..."]) -> Shaped[Array, "..."]:

@@ -109,22 +109,6 @@ def test_the_label_minus_100_is_padding(dtype):
     np.testing.assert_array_equal(samples.labels, [3, 3, 1])
 
 
-@pytest.mark.parametrize("label", [-(2**63), -(2**32) - 100, 2**32, 2**63])
-def test_labels_of_64_bits_that_jax_would_wrap_around_stay_bad_without_x64(label):
-    labels = np.array([3, label], "int64" if label < 2**63 else "uint64")
-    with jax.enable_x64(False):
-        samples = mark_class_labels(weighed(labels, np.ones(2, "float32")), 5)
-        np.testing.assert_array_equal(samples.shares, [0.5, np.nan])
-
-
-@pytest.mark.parametrize("dtype", ["int64", "uint64"])
-def test_labels_of_64_bits_are_what_they_are_without_x64(dtype):
-    with jax.enable_x64(False):
-        samples = mark_class_labels(weighed(np.array([4, 0, 2], dtype), np.ones(3, "float32")), 5)
-        np.testing.assert_array_equal(samples.labels, [4, 0, 2])
-        assert np.all(np.isfinite(samples.shares))
-
-
 def test_where_labels_are_no_classes_minus_100_is_a_label():
     samples = flatten_samples(HEAD, FEATS[0], np.array([3, -100, 1]), None, ignored_label=None)
     assert np.all(samples.counts)

@@ -2,12 +2,10 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
-from flatjax.samples import IGNORED_LABEL, in_range_of_jax, widened
+from flatjax.samples import IGNORED_LABEL, widened
 
 
 class Batch(NamedTuple):
@@ -28,7 +26,7 @@ def read_batch(
     feats: Any, labels: Any, weights: Any, *, num_classes: int, num_features: int, dtype: jnp.dtype
 ) -> Batch:
     """Checks a batch against the moments that it is for; raises as `ClassMoments.update`."""
-    feats, labels = _array(feats), _array(in_range_of_jax(labels))
+    feats, labels = jnp.asarray(feats), jnp.asarray(labels)
     if not jnp.issubdtype(feats.dtype, jnp.floating):
         raise TypeError(f"feats has dtype {feats.dtype}, wanted a floating dtype")
     if feats.dtype.itemsize > dtype.itemsize:
@@ -44,7 +42,7 @@ def read_batch(
             f"labels has dtype {labels.dtype} and shape {labels.shape}, wanted integers of shape {leading}, as feats "
             f"has {feats.shape}"
         )
-    weights = jnp.ones(leading, dtype) if weights is None else _array(weights).astype(dtype)
+    weights = jnp.ones(leading, dtype) if weights is None else jnp.asarray(weights).astype(dtype)
     if weights.shape != leading:
         raise ValueError(f"weights has shape {weights.shape}, wanted {leading}, as feats has {feats.shape}")
 
@@ -61,9 +59,3 @@ def read_batch(
         classes=jnp.where(taken, labels.astype(jnp.int32), 0),
         num_bad=jnp.sum(counts & ~sound, dtype=jnp.int32),
     )
-
-
-def _array(values: Any) -> Array:
-    if hasattr(values, "__dlpack__") and not isinstance(values, (jax.Array, np.ndarray, np.generic)):
-        return jnp.from_dlpack(values)
-    return jnp.asarray(values)

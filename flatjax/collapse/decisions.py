@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Integer, Shaped
 from flatjax.collapse.class_means import ClassMeans, class_means, classifier
 from flatjax.collapse.moments import ClassMoments
 from flatjax.heads import HeadParams, LinearHead
-from flatjax.metric import compiled_metric
+from flatjax.metric import metric
 from flatjax.pairwise import FEW, squared_distances, squared_distances_between
 from flatjax.sharding import varying_like
 
@@ -35,7 +35,7 @@ class Decisions(NamedTuple):
         return jnp.sqrt(self.share * (1 - self.share) / self.total)
 
 
-@compiled_metric
+@metric
 def nc4(
     moments: ClassMoments,
     params: HeadParams,
@@ -54,7 +54,7 @@ def nc4(
 
     Args:
         moments: of C classes and m features.
-        params: the head as Flax keeps it, `kernel` (m, C) or `embedding` (C, m), and `bias` (C,) if there is one.
+        params: the head of C outputs, as for `relative_flatness`.
         feats: features (..., m), as for `ClassMoments.update`, of the samples of the moments or of others.
         labels: classes (...,). Only which samples count, and what they are measured from, depends on them.
         weights: sample weights (...,), all 1 by default; 0 masks a sample.

@@ -7,10 +7,10 @@ from flatjax.collapse.class_means import AxisName, ClassMeans
 from flatjax.collapse.geometry import rows_to_measure, safe_sqrt, unit_rows, variation
 from flatjax.collapse.moments import ClassMoments
 from flatjax.heads import HeadParams
-from flatjax.metric import compiled_metric
+from flatjax.metric import metric
 
 
-@compiled_metric
+@metric
 def nc3(
     moments: ClassMoments,
     params: HeadParams,
@@ -23,7 +23,7 @@ def nc3(
 
     Args:
         moments: of C classes and m features.
-        params: the head as Flax keeps it, `kernel` (m, C) or `embedding` (C, m); the bias has no part.
+        params: the head of C outputs, as for `relative_flatness`; the bias has no part.
         min_count: classes with fewer samples are left out of both.
         squared: False for the norm itself.
         axis_name: as for `cdnv`; the head is then split as the classes are.
@@ -51,7 +51,7 @@ def nc3(
     return classes.defined(square if squared else safe_sqrt(square), *heads)
 
 
-@compiled_metric
+@metric
 def unc3(
     moments: ClassMoments,
     params: HeadParams,

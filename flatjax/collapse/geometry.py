@@ -10,11 +10,11 @@ from flatjax.collapse.class_means import AxisName, ClassMeans, class_means, clas
 from flatjax.collapse.moments import ClassMoments
 from flatjax.collapse.pairs import sum_over_products
 from flatjax.heads import HeadParams, LinearHead
-from flatjax.metric import compiled_metric
+from flatjax.metric import metric
 from flatjax.sharding import sum_over_devices
 
 
-@compiled_metric
+@metric
 def equinorm(
     moments: ClassMoments,
     params: HeadParams | None = None,
@@ -29,8 +29,8 @@ def equinorm(
 
     Args:
         moments: of C classes and m features.
-        params: the head as Flax keeps it, `kernel` (m, C) or `embedding` (C, m), to measure it instead of the means,
-            over the same classes.
+        params: the head of C outputs, as for `relative_flatness`, to measure it instead of the means, over the same
+            classes.
         min_count: classes with fewer samples are left out.
         ddof: the variance is over C − ddof.
         axis_name: as for `cdnv`.
@@ -57,7 +57,7 @@ def equinorm(
     return classes.defined(norm_variation(rows, classes, ddof), *heads)
 
 
-@compiled_metric
+@metric
 def equiangularity(
     moments: ClassMoments,
     params: HeadParams | None = None,
@@ -82,7 +82,7 @@ def equiangularity(
     return classes.defined(cosine_statistics(rows, classes, tile_size)[0], *heads)
 
 
-@compiled_metric
+@metric
 def cosine_std(
     moments: ClassMoments,
     params: HeadParams | None = None,
@@ -109,7 +109,7 @@ def cosine_std(
     return classes.defined(cosine_statistics(rows, classes, tile_size)[1], *heads)
 
 
-@compiled_metric
+@metric
 def etf_error(
     moments: ClassMoments, params: HeadParams | None = None, *, min_count: int = 2, axis_name: AxisName = None
 ) -> Float[Array, ""]:
@@ -131,7 +131,7 @@ def etf_error(
     return classes.defined(distance_to_etf(rows, classes), *heads)
 
 
-@compiled_metric
+@metric
 def etf_floor(moments: ClassMoments, *, min_count: int = 2, axis_name: AxisName = None) -> Float[Array, ""]:
     """√(2 − 2√(m/(C − 1))), below which no m features bring the ETF error where m < C − 1; 0 elsewhere.
 

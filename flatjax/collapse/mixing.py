@@ -42,8 +42,8 @@ def mixup_geometry(
     feats: Float[ArrayLike, "*n m"],
     labels: Integer[ArrayLike, "*n"],
     partners: Integer[ArrayLike, "*n"],
-    *,
     weights: Shaped[ArrayLike, "*n"] | None = None,
+    *,
     centred: bool = False,
 ) -> MixupGeometry:
     """How the mean features h̄_ij of mixes of classes i and j lie to the classifier's rows.
@@ -53,7 +53,7 @@ def mixup_geometry(
     in t measure the mixes of one t at a time. All means weigh the same in the result, however many mixes they are of.
 
     Args:
-        params: the head as Flax keeps it: a mapping with `kernel` (m, C) or `embedding` (C, m). The bias plays no part.
+        params: the head of C outputs, as for `relative_flatness`. The bias plays no part.
         feats: features of the mixes (..., m), which `mixup` makes of inputs.
         labels: class of the one input of each mix (...,).
         partners: class of the other (...,).
@@ -131,6 +131,7 @@ def mixup_geometry(
     )
 
 
+@metric
 def mixup(
     key: Key[Array, ""], inputs: Shaped[ArrayLike, "n ..."], labels: Integer[ArrayLike, " n"], mixing_weight: ArrayLike
 ) -> tuple[Float[Array, "n ..."], Integer[Array, " n"], Integer[Array, " n"]]:

@@ -18,7 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
 from flatjax.collapse.batch import Batch, read_batch
 from flatjax.double import Double
-from flatjax.sharding import automatic, axis_names
+from flatjax.metric import metric
+from flatjax.sharding import axis_names
 
 
 class ClassMoments(NamedTuple):
@@ -138,6 +139,7 @@ class ClassMoments(NamedTuple):
         """Classes of so many samples or more: one sample is its own mean, and says nothing of the spread around it."""
         return self.counts >= min_count
 
+    @metric(is_update=True)
     def update(
         self,
         feats: Float[Any, "*n m"],
@@ -165,12 +167,13 @@ class ClassMoments(NamedTuple):
         )
 
     def with_batch(self, batch: Batch) -> "ClassMoments":
-        return automatic(_updated, like=self)(self, batch) if len(batch.feats) else self
+        return _updated(self, batch) if len(batch.feats) else self
 
     def residuals(self, batch: Batch) -> Float[Array, "n m"]:
         """h_i − μ_c(i), to rounding of itself."""
         return batch.feats - self.centres.high[batch.classes] - self.centres.low[batch.classes]
 
+    @metric(is_update=True)
     def merge(self, other: "ClassMoments") -> "ClassMoments":
         """Of the samples of both; the order changes nothing beyond rounding.
 
@@ -183,7 +186,7 @@ class ClassMoments(NamedTuple):
                 f"{self.product_sums is not None}, cannot be merged with those of {other.num_classes} classes and "
                 f"{other.num_features} features, covariance {other.product_sums is not None}"
             )
-        return automatic(_merged, like=self)(self, other)
+        return _merged(self, other)
 
     def across(self, axis_name: str | tuple[str, ...]) -> "ClassMoments":
         """Of the samples of all devices along axes of a `jax.shard_map` or `jax.pmap`, the same on each.
@@ -239,7 +242,6 @@ class ClassMoments(NamedTuple):
         return self._replace(square_sums=squares, product_sums=self.product_sums.plus(products))
 
 
-@jax.jit
 def _updated(moments: ClassMoments, batch: Batch) -> ClassMoments:
     classes, of_batch = _of_batch(batch, moments)
     # Rows of the classes that are there alone. What is no class is a row of zeros, and goes nowhere.
@@ -290,7 +292,6 @@ def _of_batch(batch: Batch, like: ClassMoments) -> tuple[Integer[Array, " k"], C
 _PER_CLASS = ("counts", "mass_sums", "centres", "square_sums")
 
 
-@jax.jit
 def _merged(a: ClassMoments, b: ClassMoments) -> ClassMoments:
     masses = a.mass_sums.plus_double(b.mass_sums)
     of_a, of_b = a.mass_sums.value, b.mass_sums.value

@@ -12,7 +12,7 @@ from flatjax.collapse.moments import ClassMoments
 from flatjax.collapse.uniformity import log_distances
 from flatjax.collapse.variability import nc1, sum_of_cdnv
 from flatjax.heads import HeadParams, LinearHead
-from flatjax.metric import compiled_metric
+from flatjax.metric import metric
 
 
 class CollapseReport(NamedTuple):
@@ -63,7 +63,7 @@ class CollapseReport(NamedTuple):
     unc3: Float[Array, ""] | None = None
 
 
-@compiled_metric
+@metric
 def collapse_report(
     moments: ClassMoments,
     params: HeadParams | None = None,
@@ -79,7 +79,7 @@ def collapse_report(
 
     Args:
         moments: of C classes and m features, for NC1 with the covariance.
-        params: the head as Flax keeps it, `kernel` (m, C) or `embedding` (C, m).
+        params: the head of C outputs, as for `relative_flatness`.
         min_count: classes with fewer samples are left out; above 2 NC1 is None, as the covariance is of all samples.
         tile_size: as for `cdnv`.
         axis_name: as for `cdnv`.

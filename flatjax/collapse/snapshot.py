@@ -65,9 +65,9 @@ def neural_collapse(
     params: HeadParams,
     feats: Float[ArrayLike, "*n m"],
     labels: Integer[ArrayLike, "*n"],
-    *,
-    num_classes: int,
     weights: Shaped[ArrayLike, "*n"] | None = None,
+    *,
+    num_classes: int | None = None,
 ) -> NeuralCollapse:
     """Neural collapse of features and of the head that classifies them: NC1 to NC4, CDNV and NCC.
 
@@ -78,12 +78,11 @@ def neural_collapse(
     Of more samples than are in memory, or of a vocabulary, take `ClassMoments` batch by batch, and a `collapse_report`.
 
     Args:
-        params: the head as Flax keeps it: a mapping (or `nnx.State`) with `kernel` (m, C) or `embedding` (C, m), and
-            optionally `bias` (C,).
+        params: the head of C outputs, as for `relative_flatness`.
         feats: features (..., m).
         labels: integer classes (...,) in 0 … C − 1.
-        num_classes: C, at least 2, and static: `jax.jit(neural_collapse, static_argnames="num_classes")`.
         weights: sample weights (...,), all 1 by default; 0 masks a sample.
+        num_classes: C, at least 2, static. It is the number of outputs of the head, and need not be given.
 
     Returns:
         The metrics, scalars without a unit, at a memory of O((n + C)·(m + 512)). Classes without two samples are left
@@ -101,7 +100,7 @@ def neural_collapse(
         >>> from flatjax import neural_collapse
         >>> feats = jnp.array([[1.0, 0.1], [1.0, -0.1], [-1.0, 0.1], [-1.0, -0.1]])
         >>> head = {"kernel": jnp.array([[1.0, -1.0], [0.0, 0.0]])}
-        >>> collapse = neural_collapse(head, feats, jnp.array([0, 0, 1, 1]), num_classes=2)
+        >>> collapse = neural_collapse(head, feats, jnp.array([0, 0, 1, 1]))
         >>> print(f"{collapse.nc1:.4f} {collapse.nc3:.4f} {collapse.nc4:.4f} {collapse.cdnv:.4f} {collapse.ncc:.4f}")
         0.0000 0.0000 0.0000 0.0025 0.0050
 
@@ -111,7 +110,8 @@ def neural_collapse(
         Han, Kamp: *Flattening the Path to Generalization in LLMs*, a talk (NCC, the sum; not to be taken for the
         accuracy of the nearest class centre, which goes by the same letters).
     """
-    head, samples = _classified_samples(params, feats, labels, num_classes, weights)
+    head, samples = _classified_samples(params, feats, labels, weights, num_classes)
+    num_classes = head.num_outputs
     empty = ClassMoments.init(num_classes, head.num_features, dtype=samples.feats.dtype)
     batch = empty.read(samples.feats, samples.labels, samples.weights)
     moments = empty.with_batch(batch)
@@ -132,10 +132,11 @@ def neural_collapse(
 
 
 def _classified_samples(
-    params: HeadParams, feats: ArrayLike, labels: ArrayLike, num_classes: int, weights: ArrayLike | None
+    params: HeadParams, feats: ArrayLike, labels: ArrayLike, weights: ArrayLike | None, num_classes: int | None
 ) -> tuple[LinearHead, Samples]:
     head = linear_head(params)
     samples = flatten_samples(head, feats, labels, weights)
+    num_classes = head.num_outputs if num_classes is None else num_classes
     if num_classes < 2:
         raise ValueError(f"num_classes is {num_classes}; there is nothing between fewer than 2 classes")
     if num_classes != head.num_outputs:

@@ -39,7 +39,6 @@ def squared_error_decomposition(
     means: Float[ArrayLike, "C m"],
     within_covariance: Float[ArrayLike, "m m"],
     masses: Real[ArrayLike, " C"],
-    *,
     weight_decay: ArrayLike = 0.0,
 ) -> SquaredErrorDecomposition:
     """The three parts of a mean squared error against one-hot targets y, from the classes' moments alone.
@@ -55,8 +54,7 @@ def squared_error_decomposition(
     directions in which the means differ, is taken to be as large.
 
     Args:
-        params: the head as Flax keeps it: a mapping with `kernel` (m, C) or `embedding` (C, m), and `bias` (C,); one
-            without bias has the bias 0.
+        params: the head of C outputs, as for `relative_flatness`; one without bias has the bias 0.
         means: μ_c (C, m). Those of classes of mass 0 may hold anything.
         within_covariance: Σ_W = Σ_i ω_i (h_i − μ_c(i))(h_i − μ_c(i))ᵀ / Σ_i ω_i (m, m), over all samples.
         masses: n_c or Σω of each class (C,), in any unit.
@@ -108,9 +106,8 @@ def squared_error_decomposition(
     )
 
 
-def central_path(
-    moments: ClassMoments, params: HeadParams, *, weight_decay: ArrayLike = 0.0
-) -> SquaredErrorDecomposition:
+@metric
+def central_path(moments: ClassMoments, params: HeadParams, weight_decay: ArrayLike = 0.0) -> SquaredErrorDecomposition:
     """`squared_error_decomposition` of a head on the features of a stream, which all count, of small classes too.
 
     Args:
@@ -144,7 +141,6 @@ def least_squares_head(
     means: Float[ArrayLike, "C m"],
     within_covariance: Float[ArrayLike, "m m"],
     masses: Real[ArrayLike, " C"],
-    *,
     weight_decay: ArrayLike = 0.0,
 ) -> dict[str, Float[Array, "..."]]:
     """The head of the least mean squared error ½ E‖Wh + b − y‖² + ½λ(‖W‖² + ‖b‖²), y one-hot.

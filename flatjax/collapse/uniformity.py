@@ -10,7 +10,7 @@ from flatjax.collapse.geometry import mean_cosine, rows_to_measure, safe_sqrt, u
 from flatjax.collapse.moments import ClassMoments
 from flatjax.collapse.pairs import sum_over_distances
 from flatjax.heads import HeadParams
-from flatjax.metric import compiled_metric
+from flatjax.metric import metric
 
 
 class Uniformity(NamedTuple):
@@ -21,7 +21,7 @@ class Uniformity(NamedTuple):
     """Standard deviation over the magnitude of the mean."""
 
 
-@compiled_metric
+@metric
 def gnc2(
     moments: ClassMoments,
     params: HeadParams | None = None,

@@ -9,11 +9,11 @@ from jaxtyping import Array, Float
 from flatjax.collapse.class_means import AxisName, ClassMeans, class_means
 from flatjax.collapse.moments import ClassMoments, check_moments
 from flatjax.collapse.pairs import sum_over_distances
-from flatjax.metric import compiled_metric
+from flatjax.metric import metric
 from flatjax.sharding import sum_over_devices
 
 
-@compiled_metric
+@metric
 def cdnv(
     moments: ClassMoments,
     *,
@@ -58,7 +58,7 @@ def cdnv(
     return classes.defined(sum_of_cdnv(classes, tile_size) / (classes.count * (classes.count - 1)))
 
 
-@compiled_metric
+@metric
 def ncc(
     moments: ClassMoments,
     *,
@@ -91,7 +91,7 @@ def ncc(
     return classes.defined(sum_of_cdnv(classes, tile_size))
 
 
-@compiled_metric
+@metric
 def nc1(
     moments: ClassMoments, *, min_count: int = 2, divided: bool = True, axis_name: AxisName = None
 ) -> Float[Array, ""]:

@@ -19,8 +19,8 @@ def cross_entropy_and_flatness(
     params: HeadParams,
     feats: Float[ArrayLike, "*n m"],
     labels: Integer[ArrayLike, "*n"],
-    *,
     weights: Shaped[ArrayLike, "*n"] | None = None,
+    *,
     tile_size: int | None = None,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -41,8 +41,8 @@ def cross_entropy_and_flatness(
     Where samples hesitate between rows near to each other κ loses some, as for `relative_flatness`, which κ equals.
 
     Args:
-        params: the head as Flax keeps it: a mapping (or `nnx.State`) with `kernel` (m, d), or `embedding` (d, m) if it
-            is tied, and optionally `bias` (d,), of any floating dtypes: products are summed in float32, or float64.
+        params: the head, as for `relative_flatness`, of any floating dtypes: products are summed in float32, or
+            float64.
         feats: features (..., m), what enters the head.
         labels: integer classes (...,), of all rows, also where a device has only some of them. A sample of the label
             −100 is ignored, whatever it holds.

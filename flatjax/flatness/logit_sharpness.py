@@ -13,7 +13,7 @@ from flatjax.flatness.parts import map_parts, split
 from flatjax.flatness.tiles import check_tile_size, rows_of, tile, tile_indices
 from flatjax.flatness.vocabulary import FEWEST_ROWS, LOGITS_AT_ONCE
 from flatjax.heads import HeadParams, LinearHead, linear_head
-from flatjax.metric import compiled_metric
+from flatjax.metric import metric
 from flatjax.samples import Samples, check_one_class_a_sample, flatten_samples, mark_class_labels
 from flatjax.sharding import varying_like
 
@@ -29,7 +29,7 @@ class LogitSharpness(NamedTuple):
     """100 · rise / (1 + loss), the form in which sharpness over a box is often published."""
 
 
-@compiled_metric
+@metric
 def logit_sharpness(
     logits: Float[ArrayLike, "*n d"],
     labels: Integer[ArrayLike, "*n"],
@@ -93,7 +93,7 @@ def logit_sharpness(
     return _means(samples, *others.rise_and_loss(of_label, radius))
 
 
-@compiled_metric
+@metric
 def head_logit_sharpness(
     params: HeadParams,
     feats: Float[ArrayLike, "*n m"],
@@ -109,7 +109,7 @@ def head_logit_sharpness(
     gradient makes the logits again.
 
     Args:
-        params: the head as Flax keeps it, as for `relative_flatness`.
+        params: the head, as for `relative_flatness`.
         feats: features (..., m), what enters the head.
         labels: integer classes (...,). A sample of the label −100 is padding, whatever it holds.
         weights: sample weights (...,), 1 by default; 0 is padding.

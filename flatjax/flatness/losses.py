@@ -105,10 +105,13 @@ def _mark_labels(samples: Samples, num_outputs: int) -> Samples:
     labels = samples.labels
     if labels.ndim == 1:
         if not jnp.issubdtype(labels.dtype, jnp.integer):
-            raise TypeError(
-                f"labels has dtype {labels.dtype} and one entry a sample, wanted integer classes (labels.astype(int)), "
-                f"or targets of shape (..., {num_outputs}) (for one output labels[..., None])"
-            )
+            wanted = f"integer classes (labels.astype(int)), or targets of shape (..., {num_outputs})"
+            if num_outputs == 1:
+                wanted = (
+                    "labels[..., None] with loss='squared_error', or, of 0 and 1, 'sigmoid_cross_entropy', as the head "
+                    "has one output"
+                )
+            raise TypeError(f"labels has dtype {labels.dtype} and one entry a sample, wanted {wanted}")
         return mark_class_labels(samples, num_outputs)
     if labels.shape[1] != num_outputs:
         raise ValueError(

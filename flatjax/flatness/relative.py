@@ -15,9 +15,9 @@ def relative_flatness(
     params: HeadParams,
     feats: Float[ArrayLike, "*n m"],
     labels: Shaped[ArrayLike, "*n"] | Shaped[ArrayLike, "*n k"],
+    weights: Shaped[ArrayLike, "*n"] | None = None,
     *,
     loss: Loss = "softmax_cross_entropy",
-    weights: Shaped[ArrayLike, "*n"] | None = None,
     tile_size: int | None = None,
 ) -> Float[Array, ""]:
     r"""Relative flatness κ of a linear head: larger is sharper.
@@ -35,16 +35,16 @@ def relative_flatness(
     the spread of all these rows: 1e-4 to 1e-3 for ρ = 1 %. κ does not depend on which labels are right.
 
     Args:
-        params: the head as Flax keeps it: a mapping (or `nnx.State`) with `kernel` (m, d), or `embedding` (d, m) if it
-            is tied, and optionally `bias` (d,).
+        params: the head: a mapping (or `nnx.State`) with `kernel` (m, d), as Flax keeps it, `weight` (d, m), as PyTorch
+            and Equinox do, or `embedding` (d, m) if it is tied, and optionally `bias` (d,); or the layer itself.
         feats: features (..., m), what enters the head. Any leading shape; the mean is over all of it.
         labels: integer classes (...,), or targets (..., d). For softmax cross-entropy these are probabilities; if they
             do not sum to 1, a sample's part of κ is scaled by their sum, as its loss is.
+        weights: sample weights ω (...,), all 1 by default. A sample of weight 0, or of the class −100, is padding,
+            whatever it holds.
         loss: "softmax_cross_entropy", "squared_error" (½‖z − y‖²), "sigmoid_cross_entropy" (summed over the outputs),
             all in closed form; or any twice differentiable `(logits (d,), label) -> scalar`, in at most min(d, m)
             forward-over-reverse products in logit space. Static: `jax.jit(relative_flatness, static_argnames="loss")`.
-        weights: sample weights ω (...,), all 1 by default. A sample of weight 0, or of the class −100, is padding,
-            whatever it holds.
         tile_size: of a softmax head, so many rows are read at a time, and the logits of all samples are never in memory
             at once; 2 products of matrices, n·d·m each. The spread of the rows in play, of which ρ is a share, is then
             that around the mean row which eight of the samples predict. Static. By default it is the shapes that
@@ -83,9 +83,9 @@ def simplified_relative_flatness(
     params: HeadParams,
     feats: Float[ArrayLike, "*n m"],
     labels: Shaped[ArrayLike, "*n"] | Shaped[ArrayLike, "*n k"],
+    weights: Shaped[ArrayLike, "*n"] | None = None,
     *,
     loss: Loss = "softmax_cross_entropy",
-    weights: Shaped[ArrayLike, "*n"] | None = None,
     tile_size: int | None = None,
 ) -> Float[Array, ""]:
     """Simplified relative flatness κ̂ of a linear head, a bound κ ≤ κ̂ where the loss is convex in the logits.
@@ -117,9 +117,9 @@ def max_relative_flatness(
     params: HeadParams,
     feats: Float[ArrayLike, "*n m"],
     labels: Shaped[ArrayLike, "*n"] | Shaped[ArrayLike, "*n k"],
+    weights: Shaped[ArrayLike, "*n"] | None = None,
     *,
     loss: Loss = "softmax_cross_entropy",
-    weights: Shaped[ArrayLike, "*n"] | None = None,
 ) -> Float[Array, ""]:
     """Maximum-eigenvalue relative flatness κ_max of a linear head.
 
@@ -163,9 +163,9 @@ def row_block_traces(
     params: HeadParams,
     feats: Float[ArrayLike, "*n m"],
     labels: Shaped[ArrayLike, "*n"] | Shaped[ArrayLike, "*n k"],
+    weights: Shaped[ArrayLike, "*n"] | None = None,
     *,
     loss: Loss = "softmax_cross_entropy",
-    weights: Shaped[ArrayLike, "*n"] | None = None,
 ) -> Float[Array, "d d"]:
     """Traces T[s, s'] = Tr H_{s,s'} of the blocks of the Hessian that belong to two rows of W.
 

@@ -18,13 +18,13 @@ def feature_robustness(
     params: HeadParams,
     feats: Float[ArrayLike, "*n m"],
     labels: Shaped[ArrayLike, "*n"] | Shaped[ArrayLike, "*n k"],
-    *,
     delta: float | Float[ArrayLike, ""],
     key: Key[Array, ""],
+    weights: Shaped[ArrayLike, "*n"] | None = None,
+    *,
     distribution: str = "orthogonal",
     num_samples: int = 64,
     loss: Loss = "softmax_cross_entropy",
-    weights: Shaped[ArrayLike, "*n"] | None = None,
 ) -> Estimate:
     r"""Feature robustness E_F(δ) of a linear head: the mean rise of its loss under random changes of the features.
 
@@ -39,16 +39,16 @@ def feature_robustness(
     the named losses it keeps its digits however small δ is, and the loss.
 
     Args:
-        params: the head as Flax keeps it, as for `relative_flatness`.
+        params: the head, as for `relative_flatness`.
         feats: features (..., m), what enters the head. Any leading shape; the mean is over all of it.
         labels: integer classes (...,), or targets (..., d).
         delta: δ, the size of the change relative to the features.
         key: of the draws.
+        weights: sample weights ω (...,), all 1 by default. A sample of weight 0, or of the class −100, is padding.
         distribution: of A: "orthogonal", uniform over the orthogonal matrices, or "normal", of independent entries of
             variance 1. Static.
         num_samples: how many draws, each used with both signs; at least 2. Static.
         loss: as for `relative_flatness`. Static.
-        weights: sample weights ω (...,), all 1 by default. A sample of weight 0, or of the class −100, is padding.
 
     Returns:
         value and standard_error in the unit of the loss, and how many draws there were. NaN as for `relative_flatness`.

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from flatjax.metric import metric
 from flatjax.representations.projections import Projections
 
 
@@ -20,6 +21,7 @@ class ResidualAlignment(NamedTuple):
     """The mean of `forward` over i ≠ j; NaN of one block."""
 
 
+@metric
 def residual_alignment(projections: Projections) -> ResidualAlignment:
     """Residual alignment (RA2) between all pairs of blocks.
 
@@ -55,6 +57,7 @@ def residual_alignment(projections: Projections) -> ResidualAlignment:
     return ResidualAlignment(forward, backward, between / num_pairs if num_pairs else jnp.full_like(between, jnp.nan))
 
 
+@metric
 def numerical_ranks(singular_values: Float[ArrayLike, "*l k"], *, tolerance: float) -> Int[Array, "*l"]:
     """How many singular values are above `tolerance` times the largest: RA3 is that they are at most the classes.
 
@@ -84,6 +87,7 @@ class LineFit(NamedTuple):
     """1 is a line; NaN of two points."""
 
 
+@metric
 def inverse_norm_growth(singular_values: Float[ArrayLike, "l k"]) -> LineFit:
     """The line through 1/σ_1(J_l) over the depth (RA4), by least squares.
 

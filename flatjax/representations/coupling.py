@@ -5,12 +5,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from flatjax.curvature.vectors import sum_dtype
-from flatjax.metric import compiled_metric
+from flatjax.metric import metric
 from flatjax.representations.jacobians import SingularTriplets
 from flatjax.representations.projections import Projections
 
 
-@compiled_metric
+@metric
 def block_coupling(first: Float[ArrayLike, "m m"], second: Float[ArrayLike, "m m"], *, top: int) -> Float[Array, ""]:
     """The coupling m_K of two residual Jacobians: 0 where they share their top K singular vectors, about 1 where none.
 
@@ -55,6 +55,7 @@ def block_coupling(first: Float[ArrayLike, "m m"], second: Float[ArrayLike, "m m
     return _distance(U[:, :top].T @ first @ V_transposed[:top].T, sizes)
 
 
+@metric
 def block_couplings(triplets: SingularTriplets, projections: Projections) -> Float[Array, "l l"]:
     """m_K(J_i, J_j) of all pairs of blocks, at [i, j]; 0 where i = j.
 

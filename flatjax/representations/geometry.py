@@ -7,12 +7,12 @@ from jaxtyping import Array, Float, Integer, Shaped
 
 from flatjax.curvature.vectors import sum_dtype
 from flatjax.heads import LinearHead
-from flatjax.metric import compiled_metric
+from flatjax.metric import metric
 from flatjax.representations.spectrum import FIT_RANGE, RepresentationGeometry, geometry_of_spectrum
 from flatjax.samples import Samples, flatten_samples
 
 
-@compiled_metric
+@metric
 def representation_geometry(
     feats: Float[ArrayLike, "*n m"],
     weights: Shaped[ArrayLike, "*n"] | None = None,
@@ -67,7 +67,7 @@ def representation_geometry(
     return geometry_of_spectrum(sizes, m**0.5 * epsilon, jnp.sum(samples.counts), fit_range)
 
 
-@compiled_metric
+@metric
 def geometry_of_covariance(
     covariance: Float[ArrayLike, "m m"],
     num_samples: Integer[ArrayLike, ""] | int,

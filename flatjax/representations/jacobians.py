@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer, Key
 
-from flatjax.metric import compiled_metric
+from flatjax.metric import metric
 from flatjax.representations.operators import (
     Block,
     Point,
@@ -128,7 +128,7 @@ def residual_jacobians(
     return stacked([_iterated(point, key, **options) for point, key in zip(at, keys, strict=True)])
 
 
-@compiled_metric
+@metric
 def _exact(point: Point, *, top: int, chunk_size: int) -> SingularTriplets:
     J = ResidualJacobian(point).matrix(chunk_size)
     U, S, V, sound = _svd(J)
@@ -136,7 +136,7 @@ def _exact(point: Point, *, top: int, chunk_size: int) -> SingularTriplets:
     return _marked(triplets, sound)
 
 
-@compiled_metric
+@metric
 def _iterated(point: Point, key: Key[Array, ""], *, top: int, num_iterations: int, chunk_size: int) -> SingularTriplets:
     jacobian = ResidualJacobian(point)
     start = jax.random.normal(key, (jacobian.num_features, top + OVERSAMPLING), jacobian.dtype)

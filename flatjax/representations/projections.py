@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
 
-from flatjax.metric import compiled_metric
+from flatjax.metric import metric
 from flatjax.representations.jacobians import SingularTriplets
 from flatjax.representations.operators import (
     Block,
@@ -28,7 +28,7 @@ class Projections(NamedTuple):
     """V_jᵀ J_i U_j."""
 
 
-@compiled_metric
+@metric
 def projections(jacobians: Float[ArrayLike, "l m m"], triplets: SingularTriplets) -> Projections:
     """Of Jacobians as matrices: `residual_jacobians(...).matrices()` of the exact method.
 
@@ -88,7 +88,7 @@ def residual_projections(
     return stacked([_of_block(point, triplets, chunk_size=chunk_size) for point in at])
 
 
-@compiled_metric
+@metric
 def _of_block(point: Point, triplets: SingularTriplets, *, chunk_size: int) -> Projections:
     jacobian = ResidualJacobian(point)
     products = jacobian.times(jnp.concatenate([_columns(triplets.V), _columns(triplets.U)], axis=1), chunk_size)

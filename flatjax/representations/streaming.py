@@ -8,16 +8,15 @@ other: a sum of squares that is never squared.
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from flatjax.double import Double
-from flatjax.metric import compiled_metric, metric
+from flatjax.metric import metric
 from flatjax.representations.geometry import read_features
 from flatjax.representations.spectrum import FIT_RANGE, RepresentationGeometry, geometry_of_spectrum
-from flatjax.sharding import automatic, num_devices
+from flatjax.sharding import num_devices
 
 
 class FeatureSpectrum(NamedTuple):
@@ -69,6 +68,7 @@ class FeatureSpectrum(NamedTuple):
             num_bad=jnp.zeros((), jnp.int32),
         )
 
+    @metric(is_update=True)
     def update(
         self, feats: Float[ArrayLike, "*n m"], weights: Shaped[ArrayLike, "*n"] | None = None
     ) -> "FeatureSpectrum":
@@ -84,8 +84,9 @@ class FeatureSpectrum(NamedTuple):
         if feats.dtype.itemsize > dtype.itemsize:
             raise TypeError(f"feats has dtype {feats.dtype}, but the spectrum is {dtype}: cast one of them")
         weights = None if weights is None else jnp.asarray(weights).astype(dtype)
-        return automatic(_updated, like=self)(self, feats.astype(dtype), weights)
+        return _updated(self, feats.astype(dtype), weights)
 
+    @metric(is_update=True)
     def merge(self, other: "FeatureSpectrum") -> "FeatureSpectrum":
         """Of the samples of both; the order changes nothing beyond rounding.
 
@@ -94,24 +95,18 @@ class FeatureSpectrum(NamedTuple):
         """
         if self.triangle.shape != other.triangle.shape:
             raise ValueError(f"spectra of {len(self.triangle)} and {len(other.triangle)} features cannot be merged")
-        return automatic(_merged, like=self)(self, other)
+        return _merged(self, other)
 
+    @metric
     def geometry(self, *, fit_range: tuple[int, int] = FIT_RANGE) -> RepresentationGeometry:
         """As `representation_geometry` of all samples; NaN of fewer than 2."""
-        return _geometry(self, fit_range=fit_range)
+        triangle = self.triangle / jnp.sqrt(jnp.where(self.mass > 0, self.mass, 1))
+        sound = (self.num_bad == 0) & jnp.all(jnp.isfinite(triangle))
+        sizes = jnp.linalg.svd(jnp.where(sound, triangle, 0), compute_uv=False)
+        resolution = len(triangle) ** 0.5 * float(jnp.finfo(triangle.dtype).eps)
+        return geometry_of_spectrum(jnp.where(sound, sizes, jnp.nan), resolution, self.count, fit_range)
 
 
-@compiled_metric
-def _geometry(spectrum: FeatureSpectrum, *, fit_range: tuple[int, int]) -> RepresentationGeometry:
-    triangle = spectrum.triangle / jnp.sqrt(jnp.where(spectrum.mass > 0, spectrum.mass, 1))
-    sound = (spectrum.num_bad == 0) & jnp.all(jnp.isfinite(triangle))
-    sizes = jnp.linalg.svd(jnp.where(sound, triangle, 0), compute_uv=False)
-    resolution = len(triangle) ** 0.5 * float(jnp.finfo(triangle.dtype).eps)
-    return geometry_of_spectrum(jnp.where(sound, sizes, jnp.nan), resolution, spectrum.count, fit_range)
-
-
-@jax.jit
-@metric
 def _updated(
     spectrum: FeatureSpectrum, feats: Float[Array, "*n m"], weights: Float[Array, "*n"] | None
 ) -> FeatureSpectrum:
@@ -140,8 +135,6 @@ def _updated(
     )
 
 
-@jax.jit
-@metric
 def _merged(one: FeatureSpectrum, other: FeatureSpectrum) -> FeatureSpectrum:
     return _joined(one, other.triangle, count=other.count, mass=other.mass, mean=other.mean, num_bad=other.num_bad)
 

@@ -5,8 +5,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from flatjax.curvature.vectors import sum_dtype
+from flatjax.metric import metric
 
 
+@metric
 def line_shape_score(stream: Float[ArrayLike, "l *n m"]) -> Float[Array, "*n"]:
     """How far the steps of each token point in different directions: 1 if all point in one, √L if at right angles.
 
@@ -42,6 +44,7 @@ def line_shape_score(stream: Float[ArrayLike, "l *n m"]) -> Float[Array, "*n"]:
     return len(steps) / jnp.linalg.norm(jnp.sum(directions, axis=0), axis=-1)
 
 
+@metric
 def spacing_variation(stream: Float[ArrayLike, "l *n m"]) -> Float[Array, "*n"]:
     """Coefficient of variation, over the blocks, of the length ‖x_{l+1} − x_l‖ of a token's steps: 0 if all are equal.
 
@@ -57,6 +60,7 @@ def spacing_variation(stream: Float[ArrayLike, "l *n m"]) -> Float[Array, "*n"]:
     return _variation(jnp.linalg.norm(_steps(stream, 2), axis=-1))
 
 
+@metric
 def growth_variation(stream: Float[ArrayLike, "l *n m"]) -> Float[Array, "*n"]:
     """Coefficient of variation, over the blocks, of log(‖x_{l+1}‖/‖x_l‖): 0 if a token's size grows exponentially.
 

@@ -1,0 +1,103 @@
+"""What callers have for arrays: JAX's and NumPy's, lists, and live tensors of frameworks that are not imported here."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def as_arrays(name: str, value: Any, *, are_classes: bool = False) -> Any:
+    """A tree of arrays that `jax.jit` takes; what is one already stays the object that it is.
+
+    Integers of 64 bits that JAX has no room for would wrap around there: classes are cut to the range, which leaves
+    them out of that of any head, and other numbers become floating.
+
+    Raises:
+        TypeError: text, objects, or a tensor that is not dense and in reach.
+        ValueError: a list that is ragged.
+    """
+    if value is None or isinstance(value, jax.Array | bool | int | float | complex):
+        return value
+    if isinstance(value, np.ndarray | np.generic):
+        return _in_range_of_jax(_of_numbers(name, value), are_classes)
+    if hasattr(value, "__jax_array__"):
+        return jnp.asarray(value)
+    if hasattr(value, "__dlpack__") or hasattr(value, "__array__"):
+        return _in_range_of_jax(_of_numbers(name, _of_tensor(name, value)), are_classes)
+    if type(value) in (list, tuple):
+        return as_arrays(name, _of_sequence(name, value, are_classes), are_classes=are_classes)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(value)
+    if len(leaves) == 1 and leaves[0][1] is value:
+        wanted = "integers" if are_classes else "an array"
+        raise TypeError(f"{name} is a {type(value).__name__}, wanted {wanted}{_AS_CLASSES if are_classes else ''}")
+    read = [as_arrays(name + jax.tree_util.keystr(path), leaf, are_classes=are_classes) for path, leaf in leaves]
+    is_same = all(new is old for new, (_, old) in zip(read, leaves, strict=True))
+    return value if is_same else structure.unflatten(read)
+
+
+_AS_CLASSES = (
+    ": number the classes as the outputs of the head are, {name: i for i, name in enumerate(names)}, or as they are "
+    "sorted, np.unique(labels, return_inverse=True)[1]"
+)
+
+
+def _of_numbers(name: str, array: Any) -> Any:
+    kind = array.dtype.kind
+    if kind == "O" and any(isinstance(entry, str | bytes) for entry in array.flat):
+        kind = "U"
+    if kind in "UST":
+        raise TypeError(f"{name} holds text, {str(array.flat[0])!r} first, wanted numbers{_AS_CLASSES}")
+    if kind in "OMm":
+        raise TypeError(f"{name} has dtype {array.dtype}, wanted numbers: {name}.astype(...) of what they are")
+    return array
+
+
+def _in_range_of_jax(array: Any, are_classes: bool) -> Any:
+    if array.dtype.kind not in "iu" or jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype:
+        return array
+    lowest, highest = max(-(2**31), np.iinfo(array.dtype).min), 2**31 - 1
+    if are_classes:
+        return np.clip(array, lowest, highest)
+    fits = array.size == 0 or (np.min(array) >= lowest and np.max(array) <= highest)
+    return array if fits else array.astype(np.float32)
+
+
+def _of_tensor(name: str, tensor: Any) -> Any:
+    """A copy in NumPy, as training goes on and changes the tensor; of one on a device that JAX shares, what lies there.
+
+    Raises:
+        TypeError: it is neither dense nor in reach.
+    """
+    try:
+        # What is trained does not give itself away.
+        tensor = tensor.detach() if hasattr(tensor, "detach") else tensor
+        if not hasattr(tensor, "__dlpack__"):
+            return np.array(tensor)
+        if int(tensor.__dlpack_device__()[0]) != _CPU:
+            return jnp.from_dlpack(tensor)
+        try:
+            return np.array(np.from_dlpack(tensor))
+        except (RuntimeError, BufferError):  # NumPy has no bfloat16 of its own
+            return np.array(jnp.from_dlpack(tensor))
+    except Exception as error:
+        where = getattr(tensor, "device", "an unknown device")
+        raise TypeError(
+            f"{name} is a {type(tensor).__name__} on {where} that JAX cannot read, wanted a dense one on the CPU: "
+            f"{name}.detach().cpu()"
+        ) from error
+
+
+_CPU = 1
+"""As DLPack numbers devices."""
+
+
+def _of_sequence(name: str, values: list[Any] | tuple[Any, ...], are_classes: bool) -> Any:
+    """One array of numbers, or of arrays that are stacked."""
+    leaves = jax.tree.leaves(values)
+    if not all(isinstance(leaf, bool | int | float | complex | str | bytes) for leaf in leaves):
+        values = jax.tree.map(lambda leaf: as_arrays(name, leaf, are_classes=are_classes), values)
+    try:
+        return (jnp if any(isinstance(leaf, jax.Array) for leaf in leaves) else np).asarray(values)
+    except ValueError as error:
+        raise ValueError(f"{name} is a {type(values).__name__} of parts of several shapes, wanted one shape") from error
