@@ -22,6 +22,8 @@ from flatjax.representations.jacobians import residual_jacobians
 from flatjax.training.collapse_reg import collapse_reg
 from flatjax.training.flat_reg import flat_reg
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ClassMoments",
     "CollapseReport",

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Shaped
 
+from flatjax import results
 from flatjax.collapse.class_means import ClassMeans, class_means, classifier
 from flatjax.collapse.moments import ClassMoments
 from flatjax.heads import HeadParams, LinearHead
@@ -23,6 +24,9 @@ class Decisions(NamedTuple):
     """Of samples where network and nearest class mean are of different classes."""
     total: Float[Array, ""]
     """Of all samples whose class is kept."""
+
+    to_dict = results.to_dict
+    __str__ = results.to_table
 
     @property
     def share(self) -> Float[Array, ""]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Integer, Key, Shaped
 
+from flatjax import results
 from flatjax.collapse.geometry import row_norms
 from flatjax.heads import HeadParams, linear_head
 from flatjax.metric import metric
@@ -34,6 +35,9 @@ class MixupGeometry(NamedTuple):
     num_pairs: Int[Array, ""]
     num_parallel: Int[Array, ""]
     num_undefined: Int[Array, ""]
+
+    to_dict = results.to_dict
+    __str__ = results.to_table
 
 
 @metric

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from flatjax import results
 from flatjax.collapse.class_means import AxisName, ClassMeans, class_means, classifier
 from flatjax.collapse.duality import duality_variation, self_duality
 from flatjax.collapse.geometry import cosine_statistics, distance_to_etf, least_distance_to_etf, norm_variation
@@ -61,6 +62,9 @@ class CollapseReport(NamedTuple):
     gnc2_variation_classifier: Float[Array, ""] | None = None
     nc3: Float[Array, ""] | None = None
     unc3: Float[Array, ""] | None = None
+
+    to_dict = results.to_dict
+    __str__ = results.to_table
 
 
 @metric

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Integer, Shaped
 
+from flatjax import results
 from flatjax.collapse.class_means import class_means
 from flatjax.collapse.decisions import disagreements
 from flatjax.collapse.moments import ClassMoments
@@ -58,6 +59,9 @@ class NeuralCollapse(NamedTuple):
     num_classes_kept: Int[Array, ""]
     num_classes_empty: Int[Array, ""]
     num_classes_single: Int[Array, ""]
+
+    to_dict = results.to_dict
+    __str__ = results.to_table
 
 
 @metric

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Real
 
+from flatjax import results
 from flatjax.collapse.moments import ClassMoments, check_moments
 from flatjax.heads import HeadParams, linear_head
 from flatjax.metric import metric
@@ -26,6 +27,9 @@ class SquaredErrorDecomposition(NamedTuple):
     nc1: Float[Array, ""]
     nc2_and_nc3: Float[Array, ""]
     perpendicular: Float[Array, ""]
+
+    to_dict = results.to_dict
+    __str__ = results.to_table
 
     @property
     def total(self) -> Float[Array, ""]:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from flatjax import results
 from flatjax.collapse.class_means import AxisName, ClassMeans
 from flatjax.collapse.geometry import mean_cosine, rows_to_measure, safe_sqrt, unit_rows
 from flatjax.collapse.moments import ClassMoments
@@ -19,6 +20,9 @@ class Uniformity(NamedTuple):
     mean: Float[Array, ""]
     variation: Float[Array, ""]
     """Standard deviation over the magnitude of the mean."""
+
+    to_dict = results.to_dict
+    __str__ = results.to_table
 
 
 @metric

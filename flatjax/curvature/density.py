@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Key
 
+from flatjax import results
 from flatjax.curvature.estimate import check_num_probes, mean_of
 from flatjax.curvature.lanczos import Tridiagonal, lanczos
 from flatjax.curvature.products import Curvature
@@ -26,6 +27,9 @@ class SpectralDensity(NamedTuple):
     broadening: Float[Array, ""]
     """σ, the standard deviation of the Gaussians."""
     num_probes: Integer[Array, ""]
+
+    to_dict = results.to_dict
+    __str__ = results.to_table
 
 
 def spectral_density(

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
+from flatjax import results
+
 
 class Estimate(NamedTuple):
     """An estimate; exact if no probes were needed. Of several numbers at once, value and error are trees of arrays."""
@@ -15,6 +17,9 @@ class Estimate(NamedTuple):
     """Of the value, as a standard deviation over repetitions; 0 if it is exact."""
     num_probes: Integer[Array, ""]
     """How many random draws it is the mean of; 0 if it is exact."""
+
+    to_dict = results.to_dict
+    __str__ = results.to_table
 
 
 @jax.jit

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer, Shaped
 
+from flatjax import results
 from flatjax.flatness.other_outputs import OtherOutputs
 from flatjax.flatness.parts import map_parts, split
 from flatjax.flatness.tiles import check_tile_size, rows_of, tile, tile_indices
@@ -27,6 +28,9 @@ class LogitSharpness(NamedTuple):
     """E ℓ(z)."""
     relative: Float[Array, ""]
     """100 · rise / (1 + loss), the form in which sharpness over a box is often published."""
+
+    to_dict = results.to_dict
+    __str__ = results.to_table
 
 
 @metric

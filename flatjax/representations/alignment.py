@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from flatjax import results
 from flatjax.metric import metric
 from flatjax.representations.projections import Projections
 
@@ -19,6 +20,9 @@ class ResidualAlignment(NamedTuple):
     """Of |V_jᵀ J_i U_j|."""
     score: Float[Array, ""]
     """The mean of `forward` over i ≠ j; NaN of one block."""
+
+    to_dict = results.to_dict
+    __str__ = results.to_table
 
 
 @metric
@@ -85,6 +89,9 @@ class LineFit(NamedTuple):
     """At the first layer."""
     r_squared: Float[Array, ""]
     """1 is a line; NaN of two points."""
+
+    to_dict = results.to_dict
+    __str__ = results.to_table
 
 
 @metric

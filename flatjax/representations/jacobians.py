@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer, Key
 
+from flatjax import results
 from flatjax.metric import metric
 from flatjax.representations.operators import (
     Block,
@@ -30,6 +31,9 @@ class SingularTriplets(NamedTuple):
     V: Float[Array, "l m k"]
     residuals: Float[Array, "l k"]
     """‖J v − s u‖, where Jᵀu = s v: so far from s, at most, there is a singular value of J."""
+
+    to_dict = results.to_dict
+    __str__ = results.to_table
 
     def top(self, num_triplets: int) -> "SingularTriplets":
         """The largest.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
 
+from flatjax import results
 from flatjax.metric import metric
 from flatjax.representations.jacobians import SingularTriplets
 from flatjax.representations.operators import (
@@ -26,6 +27,9 @@ class Projections(NamedTuple):
     """U_jᵀ J_i V_j, diagonal where i = j."""
     backward: Float[Array, "l l k k"]
     """V_jᵀ J_i U_j."""
+
+    to_dict = results.to_dict
+    __str__ = results.to_table
 
 
 @metric

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from flatjax import results
+
 FIT_RANGE = (11, 98)
 """Of the eigenvalues, counted from 1, to which α-ReQ is fitted by default: that of the published code."""
 
@@ -39,6 +41,9 @@ class RepresentationGeometry(NamedTuple):
     """N, of weight above 0."""
     is_rank_limited: Bool[Array, ""]
     """N < 10 m: then the spectrum is one of the sample, and the measures are too low for the distribution."""
+
+    to_dict = results.to_dict
+    __str__ = results.to_table
 
 
 def geometry_of_spectrum(
