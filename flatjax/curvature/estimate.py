@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from flatjax import results
+from flatjax.units import unit_near
 
 
 class Estimate(NamedTuple):
@@ -31,8 +32,10 @@ def mean_of(samples: Float[Array, "k ..."]) -> Estimate:
     """
     num_probes = len(samples)
     check_num_probes(num_probes)
-    standard_error = jnp.std(samples, axis=0, ddof=1) / num_probes**0.5
-    return Estimate(jnp.mean(samples, axis=0), standard_error, jnp.asarray(num_probes, jnp.int32))
+    unit = unit_near(jnp.max(jnp.abs(samples), axis=0))
+    scaled = samples / unit[None]
+    standard_error = unit * jnp.std(scaled, axis=0, ddof=1) / num_probes**0.5
+    return Estimate(unit * jnp.mean(scaled, axis=0), standard_error, jnp.asarray(num_probes, jnp.int32))
 
 
 def exactly(value: Float[Array, "..."]) -> Estimate:

@@ -30,7 +30,7 @@ def estimated(
     """
     check_num_probes(num_probes)
     if relative_error is not None:
-        if relative_error <= 0:
+        if not relative_error > 0:
             raise ValueError(f"relative_error is {relative_error}, wanted it above 0, or None for num_probes probes")
         if max_probes < num_probes:
             raise ValueError(f"max_probes is {max_probes}, wanted at least num_probes, which is {num_probes}")

@@ -13,7 +13,8 @@ from flatjax.curvature.leaves import Tree
 from flatjax.curvature.probes import estimated
 from flatjax.curvature.products import Curvature
 from flatjax.curvature.vectors import inner_product, rademacher_like, sum_dtype
-from flatjax.curvature.xtrace import empty_sketch, extended, leave_one_out_traces
+from flatjax.curvature.xtrace import empty_sketch, extended, trace_of
+from flatjax.units import root_of_squares
 
 
 def trace(
@@ -80,7 +81,7 @@ def trace(
     if method == "xtrace":
         return estimated(
             lambda sketch, keys: extended(curvature, sketch, keys, chunk_size=chunk_size),
-            lambda sketch: mean_of(leave_one_out_traces(sketch)),
+            trace_of,
             empty_sketch(curvature.like),
             key,
             **options,
@@ -138,18 +139,19 @@ def diagonal(
 
 
 class _Moments(NamedTuple):
-    """Of draws of a tree: how many, their mean, and the sum of the squared distances from it."""
+    """Of draws of a tree: how many, their mean, and how far they are from it."""
 
     count: Array
     mean: Tree
-    squares: Tree
+    distances: Tree
+    """√Σ (x − mean)², and never its square, which of small curvatures is 0 and of large ones infinite."""
 
     def estimate(self) -> Estimate:
-        def standard_error(squares: Array) -> Array:
-            count = self.count.astype(squares.dtype)
-            return jnp.sqrt(squares / (count * (count - 1)))
+        def standard_error(distance: Array) -> Array:
+            count = self.count.astype(distance.dtype)
+            return distance / jnp.sqrt(count * (count - 1))
 
-        return Estimate(self.mean, jax.tree.map(standard_error, self.squares), self.count)
+        return Estimate(self.mean, jax.tree.map(standard_error, self.distances), self.count)
 
 
 def _add_probes(products: Callable[[Tree], Tree], moments: _Moments, keys: Key[Array, " k"]) -> _Moments:
@@ -173,12 +175,12 @@ def _merged(moments: _Moments, vectors: Tree, products: Tree) -> _Moments:
     def mean(old: Array, new: Array) -> Array:
         return old + (new - old) * (more / (count + more)).astype(old.dtype)
 
-    def squares(squares: Array, old: Array, new: Array, draws: Array) -> Array:
-        between = (new - old) ** 2 * (count * more / (count + more)).astype(old.dtype)
-        return squares + jnp.sum((draws - new[None]) ** 2, axis=0) + between
+    def distance(distance: Array, old: Array, new: Array, draws: Array) -> Array:
+        between = (new - old) * jnp.sqrt(count * more / (count + more)).astype(old.dtype)
+        return root_of_squares(jnp.concatenate([draws - new[None], between[None], distance[None]]))
 
     return _Moments(
         count + more,
         jax.tree.map(mean, moments.mean, means),
-        jax.tree.map(squares, moments.squares, moments.mean, means, draws),
+        jax.tree.map(distance, moments.distances, moments.mean, means, draws),
     )

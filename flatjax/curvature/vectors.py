@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Integer, Key
 
 from flatjax.curvature.leaves import Tree
 from flatjax.sharding import explicit_mesh, placed_like
+from flatjax.units import unit_near
 
 
 def num_entries(like: Tree) -> int:
@@ -152,10 +153,8 @@ def _in_units_of_the_largest(x: Tree) -> tuple[Float[Array, ""], Tree]:
     """The unit, and x in it: numbers of which the squares can be summed."""
     dtype = sum_dtype(x)
     sizes = [jnp.max(jnp.abs(leaf), initial=0).astype(dtype) for leaf in jax.tree.leaves(x)]
-    largest = functools.reduce(jnp.maximum, sizes, jnp.zeros((), dtype))
-    # Of numbers near the largest of all the reciprocal, by which a compiler multiplies, underflows.
-    size = jnp.where(largest == 0, 1, jnp.minimum(largest, jnp.finfo(dtype).max / 16))
-    return size, jax.tree.map(lambda leaf: leaf.astype(dtype) / size, x)
+    unit = unit_near(functools.reduce(jnp.maximum, sizes, jnp.zeros((), dtype)))
+    return unit, jax.tree.map(lambda leaf: leaf.astype(dtype) / unit, x)
 
 
 def _drawn(draw: Callable[[Key[Array, ""], Array], Array], like: Tree, key: Key[Array, ""]) -> Tree:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from flatjax.curvature.estimate import Estimate, mean_of
 from flatjax.curvature.leaves import Tree
 from flatjax.curvature.products import Curvature
 from flatjax.curvature.vectors import (
@@ -20,6 +21,7 @@ from flatjax.curvature.vectors import (
     with_vector,
     zeros_stack,
 )
+from flatjax.units import unit_near
 
 
 class Sketch(NamedTuple):
@@ -53,33 +55,41 @@ def extended(curvature: Curvature, sketch: Sketch, keys: Key[Array, " l"], *, ch
 
 
 @jax.jit
+def trace_of(sketch: Sketch) -> Estimate:
+    """The mean over which vector is left out; without an error where the others already span the whole space."""
+    k, n = len(sketch.factor), sum(leaf[0].size for leaf in jax.tree.leaves(sketch.vectors))
+    if k < n:
+        return mean_of(leave_one_out_traces(sketch))
+    # Q is square, and what is left of a vector is rounding errors.
+    value = jnp.trace(inner_products(sketch.basis, sketch.products))
+    return Estimate(value, jnp.where(jnp.isfinite(value), jnp.zeros_like(value), jnp.nan), jnp.asarray(k, jnp.int32))
+
+
 def leave_one_out_traces(sketch: Sketch) -> Float[Array, " k"]:
     """tr(P_i C) + (n − k + 1) uᵢᵀ C u_i, with P_i the projection on the images of all ω_j but ω_i.
 
     u_i is the direction of (1 − P_i) ω_i, uniform among those that are left. P_i = Q (1 − s_i s_iᵀ) Qᵀ, where s_i is
     column i of R⁻ᵀ, normalised; (1 − P_i) ω_i = ω_i − Q x_i; C ω_i = Q r_i.
     """
-    R = sketch.factor
-    k = len(R)
-    n = sum(leaf[0].size for leaf in jax.tree.leaves(sketch.vectors))
+    # Near underflow the products of what follows are 0: bring the largest entry to about 1.
+    unit = unit_near(jnp.max(jnp.abs(sketch.factor)))
+    R = sketch.factor / unit
+    k, n = len(R), sum(leaf[0].size for leaf in jax.tree.leaves(sketch.vectors))
     with jax.default_matmul_precision("highest"):
         # A column that depends on those before it has no pivot: any small one tells its direction.
-        sizes = jnp.max(jnp.abs(R), axis=0)
-        floor = jnp.finfo(R.dtype).eps * jnp.where(jnp.max(sizes) == 0, 1, jnp.max(sizes))
+        floor = jnp.finfo(R.dtype).eps
         pivots = jnp.where(jnp.diag(R) <= floor, floor, jnp.diag(R))
         triangle = R - jnp.diag(jnp.diag(R)) + jnp.diag(pivots)
         S = jax.scipy.linalg.solve_triangular(triangle, jnp.eye(k, dtype=R.dtype), trans=1)
         S = S / jnp.max(jnp.abs(S), axis=0, keepdims=True)
         S = S / jnp.linalg.norm(S, axis=0, keepdims=True)
 
-        H = inner_products(sketch.basis, sketch.products)
-        if k == n:  # Q is square, and what is left of a vector is rounding errors
-            return jnp.broadcast_to(jnp.trace(H), (k,))
+        H = inner_products(sketch.basis, sketch.products) / unit
         W = inner_products(sketch.basis, sketch.vectors)
         X = W - S * jnp.sum(S * W, axis=0)[None, :]
         on_range = jnp.trace(H) - jnp.sum(S * (H @ S), axis=0)
         left = jnp.sum(W * R - 2 * X * R + X * (H @ X), axis=0) / (n - jnp.sum(X**2, axis=0))
-        return on_range + (n - k + 1) * left
+        return unit * (on_range + (n - k + 1) * left)
 
 
 # Of the leaves only the types are used: were they left out, so were their devices.

@@ -63,6 +63,19 @@ def test_a_spectrum_of_one_point_is_one_gaussian(matrix):
     assert np.max(estimate.standard_error) < 1e-6 * np.max(want)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_a_float32_density_of_any_size_has_the_errors_of_one_of_size_1(size):
+    matrix, _ = cases.matrix_with(np.linspace(-1, 3, 12), dtype=np.float32)
+    got, want = (
+        spectral_density(cases.matrix_curvature(matrix * np.float32(scale)), KEY, num_probes=3, num_steps=6)
+        for scale in (size, 1)
+    )
+    np.testing.assert_allclose(np.asarray(got.grid, float) / size, want.grid, rtol=1e-3, atol=1e-3)
+    for name in ("density", "standard_error"):
+        value, wanted = (np.asarray(getattr(x, name), float) for x in (got, want))
+        np.testing.assert_allclose(value * size, wanted, rtol=0.02, atol=1e-3 * np.max(wanted))
+
+
 def test_the_broadening_is_a_hundredth_of_the_spectrum_by_default():
     matrix, _ = cases.matrix_with(np.linspace(-1, 3, 12))
     estimate = spectral_density(cases.matrix_curvature(matrix), KEY, num_probes=2, num_steps=12)

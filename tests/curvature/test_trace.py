@@ -82,12 +82,28 @@ def test_xtrace_is_closer_than_hutchinson_at_the_same_number_of_products_where_t
     assert errors[0] < errors[1] / 10
 
 
-@pytest.mark.parametrize("n", [2, 5])
-def test_xtrace_is_exact_for_a_matrix_smaller_than_the_number_of_probes(n):
+@pytest.mark.parametrize("n", [1, 2, 5, 8])
+def test_xtrace_is_exact_for_a_matrix_no_larger_than_the_number_of_probes(n):
     matrix, _ = cases.matrix_with(power_law(n, 1))
     estimates = traces(cases.matrix_curvature(matrix), jax.random.split(KEY, 50), 8, "xtrace")
     assert np.all(estimates.num_probes == n)
+    assert np.all(estimates.standard_error == 0)
     np.testing.assert_allclose(estimates.value, np.trace(matrix), rtol=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("options", [{}, {"relative_error": 0.01}, {"num_probes": 2, "chunk_size": 2}])
+def test_one_parameter_has_the_second_derivative_as_its_trace_without_an_error(method, options):
+    for params in (jnp.array(3.0), jnp.array([3.0]), {"w": jnp.array([[3.0]], jnp.bfloat16)}):
+        hessian = Hessian(lambda params: jnp.sum(jax.tree.leaves(params)[0].astype(float) ** 3), params)
+        estimate = trace(hessian, KEY, method=method, **options)
+        np.testing.assert_allclose(estimate[:2], [18, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fewer_probes_than_two_are_named_as_they_were_given(method):
+    with helpers.raises(ValueError, "num_probes is 1, wanted at least 2"):
+        trace(Hessian(lambda w: w**2, jnp.array(3.0)), KEY, num_probes=1, method=method)
 
 
 def test_xtrace_is_exact_for_a_multiple_of_the_identity():
@@ -176,6 +192,56 @@ def test_a_diagonal_under_jit_is_that_outside():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-8), got, want)
 
 
+# Of any size.
+
+SIZES = (1e-30, 1e-25, 1e-19, 1e19, 1e30)
+
+
+def hessian_of_size(size):
+    matrix, _ = cases.matrix_with(power_law(20, 0.5), dtype=np.float32)
+    return cases.matrix_curvature(matrix * np.float32(size))
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def traces_and_diagonals(curvature, keys, method):
+    return jax.vmap(lambda key: (trace(curvature, key, method=method), diagonal(curvature, key)))(keys)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", SIZES)
+def test_a_float32_hessian_of_any_size_has_the_errors_of_one_of_size_1(size, method):
+    keys = jax.random.split(KEY, 3)
+    got, want = (traces_and_diagonals(hessian_of_size(scale), keys, method) for scale in (size, 1))
+    for a, b in zip(jax.tree.leaves([x[:2] for x in got]), jax.tree.leaves([x[:2] for x in want]), strict=True):
+        assert np.all(b != 0)
+        np.testing.assert_allclose(np.asarray(a, float) / size, b, rtol=1e-3, atol=1e-4 * np.max(np.abs(b)))
+
+
+@pytest.mark.parametrize("function", [trace, functools.partial(trace, method="xtrace"), diagonal])
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_probes_are_added_at_any_size_as_at_size_1(function, size):
+    options = {"num_probes": 2, "relative_error": 0.02, "max_probes": 32}
+    got, want = (function(hessian_of_size(scale), KEY, **options) for scale in (size, 1))
+    assert got.num_probes == want.num_probes > 2
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_mean_of_many_numbers_at_once_has_the_error_of_each_at_its_own_size(size):
+    rng = np.random.default_rng(0)
+    draws = (rng.normal(size=(10, 3, 2)) * size * np.array([1.0, 1e-3])).astype(np.float32)
+    for got in (mean_of(jnp.asarray(draws)), jax.vmap(mean_of, in_axes=1)(jnp.asarray(draws))):
+        np.testing.assert_allclose(got.value, np.mean(draws.astype(float), axis=0), rtol=1e-4)
+        np.testing.assert_allclose(got.standard_error, np.std(draws.astype(float), axis=0, ddof=1) / 10**0.5, rtol=1e-5)
+
+
+def test_a_mean_of_zeros_has_no_error_and_a_gradient():
+    zeros = jnp.zeros((4, 2), jnp.float32)
+    assert all(np.all(x == 0) for x in mean_of(zeros)[:2])
+    np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(mean_of(x).value))(zeros), 0.25)
+    draws = jnp.float32(1e-25) * jnp.arange(8, dtype=jnp.float32).reshape(4, 2)
+    np.testing.assert_allclose(jax.grad(lambda x: jnp.sum(mean_of(x).value))(draws), 0.25, rtol=1e-6)
+
+
 # Bad values and arguments.
 
 
@@ -195,6 +261,7 @@ def test_what_is_not_a_number_stays_so():
     [
         ({"num_probes": 1}, "num_probes is 1, wanted at least 2"),
         ({"relative_error": 0.0}, "relative_error is 0.0, wanted it above 0"),
+        ({"relative_error": np.nan}, "relative_error is nan, wanted it above 0"),
         ({"relative_error": 0.1, "max_probes": 8}, "max_probes is 8, wanted at least num_probes, which is 16"),
         ({"chunk_size": 0}, "chunk_size is 0"),
         ({"method": "exact"}, "method is 'exact'"),
