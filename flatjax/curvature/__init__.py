@@ -1,5 +1,6 @@
 """Curvature of any network: products, estimates and spectra."""
 
+from flatjax.curvature.counts import num_samples as num_samples
 from flatjax.curvature.density import SpectralDensity as SpectralDensity
 from flatjax.curvature.density import spectral_density as spectral_density
 from flatjax.curvature.estimate import Estimate as Estimate

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from flatjax.curvature.convolutions import with_convolutions_in_order
@@ -133,7 +134,10 @@ class Hessian(_Linearised):
         return _like(self.params, self.leaves)
 
     def linearised(self) -> Callable[[Tree], Tree]:
-        gradient = jax.grad(lambda chosen: self.loss_fn(_with_chosen(self.params, chosen, self.leaves), *self.batch))
+        def loss(chosen: Tree) -> jax.Array:
+            return checked_scalar(self.loss_fn(_with_chosen(self.params, chosen, self.leaves), *self.batch))
+
+        gradient = jax.grad(loss)
         return with_convolutions_in_order(jax.linearize(gradient, self.like)[1])
 
 
@@ -176,8 +180,22 @@ class GaussNewton(_Linearised):
 
         predicted, forward = jax.linearize(outputs, self.like)
         backward = jax.linear_transpose(forward, self.like)
-        curve = jax.linearize(jax.grad(lambda z: self.loss_fn(z, *self.batch)), predicted)[1]
+        curve = jax.linearize(jax.grad(lambda z: checked_scalar(self.loss_fn(z, *self.batch))), predicted)[1]
         return with_convolutions_in_order(lambda vector: backward(curve(forward(vector)))[0])
+
+
+def checked_scalar(value: Any, of: str = "loss_fn") -> jax.Array:
+    """What a loss returned, to be differentiated.
+
+    Raises:
+        TypeError: it is no scalar of a floating dtype: there is an aux beside it, say.
+    """
+    is_array = isinstance(value, jax.Array | np.ndarray | np.generic | float)
+    if is_array and jnp.shape(value) == () and jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        return jnp.asarray(value)
+    got = f"{jnp.result_type(value)}{jnp.shape(value)}" if is_array else type(value).__name__
+    hint = f"the mean over the samples; and where there is aux besides, lambda *args: {of}(*args)[0]"
+    raise TypeError(f"{of} returned {got}, wanted a scalar of a floating dtype: {hint}")
 
 
 @functools.partial(jax.jit, static_argnames=("draw", "form", "chunk_size"))

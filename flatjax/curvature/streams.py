@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from flatjax.curvature.counts import counted
 from flatjax.curvature.leaves import Tree
 from flatjax.curvature.products import Curvature, given, itself
 
@@ -22,12 +23,13 @@ class Streamed:
             function for all batches, or each is compiled anew.
         batches: tuples of arrays; they are gone through once for each call of `products`, so no iterator that is used
             up by then: a list, a loader.
-        count: `(*batch) -> n_b`, by default the length of the batch's first array. Where the loss leaves samples out,
-            that of those which count.
+        count: `(*batch) -> n_b`, of which the loss is the mean; by default what `flatjax.curvature.num_samples` reads
+            off a batch: labels that are not −100, by their weights if there are any, else the length of the first
+            array that is no key of random numbers.
 
     Raises:
         TypeError: `batches` is an iterator.
-        ValueError: there is no batch, or a batch of no samples alone.
+        ValueError: there is no batch, or none with a sample that counts.
     """
 
     of_batch: Callable[..., Curvature]
@@ -54,17 +56,17 @@ class Streamed:
         *,
         chunk_size: int = 1,
     ) -> Tree:
-        total, total_count = None, 0.0
+        total, total_count = None, 0
         for batch in self.batches:
-            count = num_samples(batch, self.count)
+            count = counted(batch, self.count)
             forms = self.of_batch(*batch).forms(draw, form, keys, chunk_size=chunk_size)
             total = _scaled(count, forms) if total is None else _plus_scaled(total, count, forms)
             total_count += count
         if total is None:
             raise ValueError("batches is empty, wanted at least one batch")
-        if total_count == 0:
+        if not isinstance(total_count, jax.core.Tracer) and total_count == 0:
             raise ValueError("batches holds no samples that count, wanted at least one")
-        return _scaled(1 / total_count, total)
+        return jax.tree.map(lambda leaf: leaf / jnp.asarray(total_count, leaf.dtype), total)
 
     def loop(self, step: Callable[[Callable[[Tree], Tree], Any, Any], Any], state: Any, xs: Any) -> Any:
         def products(vectors: Tree) -> Tree:
@@ -84,25 +86,12 @@ def check_batches(batches: Iterable[tuple[Any, ...]]) -> None:
         )
 
 
-def num_samples(batch: Sequence[Any], count: Callable[..., Any] | None = None) -> float:
-    """That a batch's loss is the mean of: what `count` makes of it, or the length of its first array.
-
-    Raises:
-        ValueError: there is no array with an axis of samples in the batch.
-    """
-    if count is not None:
-        return float(count(*batch))
-    for leaf in jax.tree.leaves(batch):
-        if jnp.ndim(leaf):
-            return float(jnp.shape(leaf)[0])
-    raise ValueError("a batch holds no array with an axis of samples: give a count, `(*batch) -> number of samples`")
-
-
 @jax.jit
 def _scaled(factor: ArrayLike, tree: Tree) -> Tree:
-    return jax.tree.map(lambda leaf: jnp.asarray(factor, leaf.dtype) * leaf, tree)
+    """0 times what is no number is 0: the mean of no samples."""
+    return jax.tree.map(lambda leaf: jnp.where(factor == 0, 0, jnp.asarray(factor, leaf.dtype) * leaf), tree)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _plus_scaled(total: Tree, factor: ArrayLike, tree: Tree) -> Tree:
-    return jax.tree.map(lambda total, leaf: total + jnp.asarray(factor, leaf.dtype) * leaf, total, tree)
+    return jax.tree.map(jnp.add, total, _scaled(factor, tree))

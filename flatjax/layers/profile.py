@@ -10,9 +10,9 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
+from flatjax.curvature.counts import num_samples
 from flatjax.curvature.estimate import Estimate, exactly
 from flatjax.curvature.leaves import Tree, leaves_by_path
-from flatjax.curvature.streams import num_samples
 from flatjax.layers.kernels import Layer, find_kernel, find_layers
 from flatjax.layers.routes import Draws, Prober, plan_routes
 
@@ -91,7 +91,8 @@ def flatness_profile(
             is probed as if it were the only one.
         max_probes: of a layer and batch, in whole blocks of half of `num_probes`.
         route: as above. Which one "auto" takes depends on timings: name one for the same numbers on every run.
-        count: `(*batch) -> n_b`, how many samples its loss is the mean of; by default the length of its first array.
+        count: `(*batch) -> n_b`, how many samples its loss is the mean of; by default as many as its labels say, other
+            than −100, times weights of their shape if there are any, see `flatjax.curvature.num_samples`.
         report: called after each batch with what is known by then, to show progress.
 
     Returns:

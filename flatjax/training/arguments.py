@@ -1,9 +1,13 @@
 """The arguments that an update cannot do without, and the wrappers in a chain that lose them."""
 
+import inspect
+import numbers
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def check_given(name: str, params: Any, given: Mapping[str, Any], call: Mapping[str, str]) -> None:
@@ -60,10 +64,47 @@ _FORGETFUL = {
 
 def _around(wrappers: Mapping[str, str]) -> str | None:
     """The innermost of some wrappers that calls this: only its frame tells that arguments were lost in it."""
+    return next((wrappers[module] for module, _ in _callers() if module in wrappers), None)
+
+
+def _callers() -> Iterator[tuple[str, FrameType]]:
+    """The frames that call this, from the innermost on, by their modules."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        name = str(frame.f_globals.get("__name__"))
-        if name in wrappers:
-            return wrappers[name]
+        yield str(frame.f_globals.get("__name__")), frame
         frame = frame.f_back
-    return None
+
+
+def with_static_arguments(factory: F) -> F:
+    """Has `optax.inject_hyperparams` of a factory of transforms refused where it is not told what is static.
+
+    It takes each further function for a schedule, and each number for a hyperparameter: what it then raises comes from
+    inside the caller's own function. Of a factory it calls nothing before that but `bind` of its signature.
+    """
+    signature = inspect.signature(factory)
+    checked: Any = factory
+    checked.__signature__ = _Signature(
+        list(signature.parameters.values()), return_annotation=signature.return_annotation
+    )
+    return factory
+
+
+class _Signature(inspect.Signature):
+    def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+        bound = super().bind(*args, **kwargs)
+        injecting = next((frame for module, frame in _callers() if module == "optax.schedules._inject"), None)
+        if injecting is not None and "static_args" in injecting.f_locals:
+            bound.apply_defaults()
+            _check_static(injecting.f_locals["static_args"], bound.arguments, injecting.f_locals["inner_factory"])
+        return bound
+
+
+def _check_static(static: Collection[str], arguments: Mapping[str, Any], factory: Callable[..., Any]) -> None:
+    further = list(arguments.items())[1:]
+    wanted = tuple(name for name, value in further if callable(value) or isinstance(value, numbers.Number))
+    if taken := [name for name in wanted if name not in static]:
+        given, name = repr(wanted[0] if len(wanted) == 1 else wanted), getattr(factory, "__name__", "factory")
+        raise TypeError(
+            f"optax.inject_hyperparams takes {' and '.join(taken)} for schedules or hyperparameters, wanted them among "
+            f"its static_args: optax.inject_hyperparams({name}, static_args={given})"
+        )

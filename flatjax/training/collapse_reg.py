@@ -8,7 +8,8 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from flatjax.collapse.snapshot import neural_collapse
-from flatjax.training.injection import Strength, injection, of_penalty
+from flatjax.training.arguments import with_static_arguments
+from flatjax.training.injection import Strength, check_strength, injection, of_penalty
 
 
 class CollapseRegState(NamedTuple):
@@ -20,6 +21,7 @@ class CollapseRegState(NamedTuple):
     """The penalty at the last update, in float32, without λ. NaN before the first."""
 
 
+@with_static_arguments
 def collapse_reg(
     strength: Strength,
     penalty: Callable[[Any, Any], Any] | None = None,
@@ -28,6 +30,7 @@ def collapse_reg(
     num_classes: int | None = None,
     metric: str | None = None,
     axis_name: str | tuple[str, ...] | None = None,
+    count: Callable[..., Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds the exact gradient of λ times neural collapse to the updates: λ > 0 collapses the classes, λ < 0 spreads.
 
@@ -42,21 +45,22 @@ def collapse_reg(
     backward pass, it is `loss + strength * neural_collapse(head, feats, labels, num_classes=C).ncc`.
 
     Args:
-        strength: λ, a number or a schedule, 0 as for `flat_reg`. NCC is C(C − 1) times CDNV: a λ does not carry over.
+        strength: λ, a finite number or a schedule, 0 as for `flat_reg`. NCC is C(C − 1) times CDNV: a λ does not carry
+            over.
         penalty: `(params, batch) -> scalar`, differentiable, a measure of collapse of your own; instead of `features`.
         features: `(params, batch) -> (feats (..., m), labels (...,))`.
         num_classes: C of the labels, with `features`.
         metric: "ncc", the default, or "cdnv", with `features`.
         axis_name: as for `flat_reg`; each device then measures its own samples, whose means are fewer than all.
+        count: as for `flat_reg`, a function of the batch.
 
     Returns:
         A transformation whose state is a `CollapseRegState`; of several in a chain as for `flat_reg`.
 
     Raises:
-        TypeError: an argument of `update` is missing, or was lost in a wrapper, which is named; or the penalty is no
-            scalar.
+        TypeError: as `flat_reg`.
         ValueError: parameters that are hidden, neither or both of `penalty` and `features`, no
-            `num_classes`, an unknown metric, or one besides a penalty, or a strength that is no number.
+            `num_classes`, an unknown metric, or one besides a penalty, or a strength that is no finite number.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -79,6 +83,7 @@ def collapse_reg(
         Galanti, György, Hutter: *On the Role of Neural Collapse in Transfer Learning*, 2022 (CDNV).
         Han, Kamp: *Flattening the Path to Generalization in LLMs*, a talk (NCC, the sum, as a penalty).
     """
+    check_strength("collapse_reg", strength)
     if (penalty is None) == (features is None):
         raise ValueError(
             "collapse_reg has neither or both of penalty and features, wanted one of them: features with "
@@ -98,5 +103,5 @@ def collapse_reg(
         head = {"kernel": jnp.eye(jnp.shape(feats)[-1], num_classes, dtype=feats.dtype)}  # has no part in either
         return getattr(neural_collapse(head, feats, labels, num_classes=num_classes), metric or "ncc")
 
-    gradient = of_penalty(of_features if penalty is None else penalty, "collapse_reg", axis_name)
+    gradient = of_penalty(of_features if penalty is None else penalty, "collapse_reg", axis_name, count)
     return injection("collapse_reg", strength, gradient, ("batch",), CollapseRegState)

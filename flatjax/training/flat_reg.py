@@ -7,9 +7,19 @@ import jax
 import optax
 from jaxtyping import Array, Float, Int
 
+from flatjax.curvature.counts import counted
 from flatjax.curvature.leaves import Tree, leaf_path, leaves_by_path
 from flatjax.flatness.relative import relative_flatness
-from flatjax.training.injection import Gradient, Strength, averaged, check_unmasked, injection, of_penalty
+from flatjax.training.arguments import with_static_arguments
+from flatjax.training.injection import (
+    Gradient,
+    Strength,
+    averaged,
+    check_strength,
+    check_unmasked,
+    injection,
+    of_penalty,
+)
 
 
 class FlatRegState(NamedTuple):
@@ -21,6 +31,7 @@ class FlatRegState(NamedTuple):
     """The penalty at the last update, in float32: κ, without λ. NaN before the first."""
 
 
+@with_static_arguments
 def flat_reg(
     strength: Strength,
     penalty: Callable[[Any, Any], Any] | None = None,
@@ -28,6 +39,7 @@ def flat_reg(
     head: str | None = None,
     metric: Callable[..., Any] | None = None,
     axis_name: str | tuple[str, ...] | None = None,
+    count: Callable[..., Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds λ∇κ, the exact gradient of relative flatness, to the updates: λ > 0 pushes flat, λ < 0 sharp.
 
@@ -45,26 +57,46 @@ def flat_reg(
     that they change in ‖φ‖ and in how certain the head is, and they may undo what the head does. It costs no
     backward pass, but products of the features with the head; any part of the batch will do, `feats[:, ::4]` say.
 
-    Both work inside `optax.chain`, `named_chain`, `apply_if_finite`, `inject_hyperparams` (penalty, head, metric and
-    axis_name being among its static_args), in `nnx.Optimizer` (`optimizer.update(model, grads, batch=batch)`), under
-    `jit`, `lax.scan` and donation. `optax.MultiSteps` uses only the last batch of those it accumulates if this is
-    inside: put it before, `optax.chain(flat_reg(...), optax.MultiSteps(...).gradient_transformation())`. A Linen
+    Both work inside `optax.chain`, `named_chain`, `apply_if_finite`, in `nnx.Optimizer` (`optimizer.update(model,
+    grads, batch=batch)`), under `jit`, `lax.scan` and donation, and in `optax.inject_hyperparams(flat_reg,
+    static_args="penalty")`, where the functions that are given are all named, ("penalty", "count") say.
+    `optax.MultiSteps` uses only the last batch of those it accumulates if this is inside: put it before,
+    `optax.chain(flat_reg(...), optax.MultiSteps(...).gradient_transformation())`. A Linen
     `TrainState.apply_gradients` passes no arguments on; these two lines do:
     `updates, opt_state = state.tx.update(grads, state.opt_state, state.params, batch=batch)` and `state =
     state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)`.
     `optax.masked` and `partition` hide parameters, and `flatten` and `lookahead` do not fit: put this before them.
 
+    What is held fixed while κ is measured, the penalty says. The statistics of a batch make its samples interact, so
+    that κ depends on which of them are together: normalise by the running ones. Dropout draws a new mask at every call:
+    switch it off, or give it the same key. In Linen these are
+
+        model.apply({"params": params, "batch_stats": batch_stats}, x, train=False)
+        model.apply({"params": params}, x, deterministic=False, rngs={"dropout": key})
+
+    with `train` or `deterministic` as the model calls it, and in NNX, after `model.eval()` and `graphdef, params, rest
+    = nnx.split(model, nnx.Param, ...)`,
+
+        nnx.merge(graphdef, params, rest, copy=True)(x)
+
+    After `model.train()` instead, it is by the statistics of the batch, and with the same mask at every call, as what
+    is drawn from are the keys in `rest`; `copy=True` has statistics and keys written to a copy, as flax refuses to have
+    those outside of a derivative written to in it. Running statistics go with the batch: `batch=(rest, x, labels)`.
+
     Args:
-        strength: λ, a number or a schedule; κ has the unit of the loss. While it is 0, as at the start of a warm-up, a
-            gradient that is not finite adds nothing; κ is measured nonetheless, and not hidden where it is NaN.
+        strength: λ, a finite number or a schedule, a function of the number of updates; κ has the unit of the loss.
+            While it is 0, as at the start of a warm-up, a gradient that is not finite adds nothing; κ is measured
+            nonetheless, and not hidden where it is NaN.
         penalty: `(params, batch) -> scalar`, differentiable; of any layer, by `relative_flatness` of the features that
             enter it.
         head: where the head is among the parameters, "decoder/head"; by default they are a head. Without `penalty`.
         metric: `(head, feats, labels) -> scalar`, by default `relative_flatness`; `simplified_relative_flatness` for κ̂.
             Without `penalty`.
         axis_name: inside a `jax.shard_map`, the axis or axes along which the samples are split: the gradient is the
-            mean over its devices, so each should have as many samples that are no padding. Not for a penalty that is
-            averaged over them already. Under `jit` of sharded arrays leave it out.
+            mean over its devices, by how many samples of each count. Not for a penalty that is averaged over them
+            already. Under `jit` of sharded arrays leave it out.
+        count: how many that are, a function of the batch, or of features and labels without `penalty`. By default what
+            `flatjax.curvature.num_samples` reads off them: labels that are not −100, by their weights if there are any.
 
     Returns:
         A transformation whose state is a `FlatRegState`. Of several in a chain `optax.tree.get(state, "kappa")` finds
@@ -72,10 +104,10 @@ def flat_reg(
         `optax.tree.get(state, "flat").kappa`.
 
     Raises:
-        TypeError: an argument of `update` is missing, or was lost in a wrapper, which is named; or the penalty is no
-            scalar.
+        TypeError: an argument of `update` is missing, or was lost in a wrapper, which is named; the penalty is no
+            scalar, or stands where the strength belongs; or `optax.inject_hyperparams` is not told what is static.
         ValueError: parameters that are hidden, no head where `head` says, a `head` or a `metric` besides
-            a `penalty`, a strength that is no number, or samples that are split along an axis that is not named.
+            a `penalty`, a strength that is no finite number, or samples that are split along an axis that is not named.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -105,18 +137,24 @@ def flat_reg(
         Petzka, Kamp, Adilova, Sminchisescu, Boley: *Relative Flatness and Generalization*, NeurIPS 2021 (κ).
         Adilova, Abourayya, Li, Dada, Petzka, Egger, Kleesiek, Kamp: *FAM: Relative Flatness Aware Minimization*, 2023.
     """
+    check_strength("flat_reg", strength)
     if penalty is None:
-        gradient = _of_head(head, metric or relative_flatness, axis_name)
+        gradient = _of_head(head, metric or relative_flatness, axis_name, count)
         return injection("flat_reg", strength, gradient, ("feats", "labels"), FlatRegState)
     if head is not None or metric is not None:
         raise ValueError(
             f"flat_reg has a penalty besides head={head!r} and metric={metric!r}, wanted one or the other: a penalty "
             "finds its own head and is its own metric"
         )
-    return injection("flat_reg", strength, of_penalty(penalty, "flat_reg", axis_name), ("batch",), FlatRegState)
+    return injection("flat_reg", strength, of_penalty(penalty, "flat_reg", axis_name, count), ("batch",), FlatRegState)
 
 
-def _of_head(head: str | None, metric: Callable[..., Any], axis_name: str | tuple[str, ...] | None) -> Gradient:
+def _of_head(
+    head: str | None,
+    metric: Callable[..., Any],
+    axis_name: str | tuple[str, ...] | None,
+    count: Callable[..., Any] | None,
+) -> Gradient:
     def gradient(params: Tree, *, feats: Any, labels: Any) -> tuple[Float[Array, ""], Tree]:
         paths = _paths_of_head(params, head)
         leaves = leaves_by_path(params)
@@ -124,7 +162,8 @@ def _of_head(head: str | None, metric: Callable[..., Any], axis_name: str | tupl
         def of(head_params: dict[str, Array]) -> Float[Array, ""]:
             return metric(head_params, jax.lax.stop_gradient(feats), labels)
 
-        value, by_name = averaged(jax.value_and_grad(of), axis_name)({key: leaves[paths[key]] for key in paths})
+        mean = averaged(jax.value_and_grad(of), axis_name, lambda: counted((feats, labels), count))
+        value, by_name = mean({key: leaves[paths[key]] for key in paths})
         by_path = {paths[key]: by_name[key] for key in paths}
         return value, jax.tree_util.tree_map_with_path(lambda keys, _: by_path.get(leaf_path(keys)), params)
 

@@ -1,5 +1,6 @@
 """The gradient of a penalty added to the updates in an optimizer chain: what `flat_reg` and `collapse_reg` share."""
 
+import inspect
 import numbers
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -11,7 +12,10 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from flatjax.curvature.counts import counted
 from flatjax.curvature.leaves import Tree
+from flatjax.curvature.products import checked_scalar
+from flatjax.curvature.vectors import sum_dtype
 from flatjax.sharding import axis_names, varying_along, varying_axes
 from flatjax.training.arguments import check_fits, check_given
 
@@ -33,8 +37,6 @@ def injection(
 
     The state is made of the number of updates and of the last value, in float32: NaN before the first.
     """
-    if not callable(strength) and not _is_real_number(strength):
-        raise ValueError(f"strength is {strength!r}, wanted a real number or a schedule")
 
     def init(params: Tree) -> Any:
         check_fits(name)
@@ -44,39 +46,77 @@ def injection(
         check_given(name, params, extra_args, {each: each for each in needed})
         value, gradients = gradient(params, **{each: extra_args[each] for each in needed})
         rate = strength(state.count) if callable(strength) else strength
+        if not _is_real_number(rate):
+            raise ValueError(f"strength(count) is {rate!r}, wanted a schedule that returns a real number")
         count = jnp.asarray(optax.safe_increment(state.count))
         return _added(updates, rate, gradients), new_state(count, value.astype(jnp.float32))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def check_strength(name: str, strength: Any) -> None:
+    """Checks the λ that a transform `name` was given.
+
+    Raises:
+        TypeError: it is a function of more than the number of updates, as a penalty is.
+        ValueError: it is no real number, or one that is known and not finite.
+    """
+    if callable(strength):
+        if not _takes_one_argument(strength):
+            raise TypeError(
+                f"strength is a function of {inspect.signature(strength)}, wanted a number, or a schedule: a function "
+                f"of the number of updates alone. A penalty comes second, {name}(strength, penalty)"
+            )
+        return
+    if not _is_real_number(strength):
+        raise ValueError(f"strength is {strength!r}, wanted a real number or a schedule")
+    if not isinstance(strength, jax.core.Tracer) and not np.isfinite(strength):
+        raise ValueError(f"strength is {strength}, wanted a finite number or a schedule")
+
+
+def _takes_one_argument(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind(0)
+    except TypeError:
+        return False
+    except ValueError:  # of what is compiled there may be no signature
+        return True
+    return True
+
+
 def _is_real_number(value: Any) -> bool:
-    is_array = isinstance(value, np.ndarray | np.generic | jax.Array)
-    return isinstance(value, numbers.Real) or (is_array and value.ndim == 0 and jnp.isrealobj(value))
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return value.ndim == 0 and any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer))
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def of_penalty(penalty: Callable[..., Any], name: str, axis_name: str | tuple[str, ...] | None) -> Gradient:
+def of_penalty(
+    penalty: Callable[..., Any],
+    name: str,
+    axis_name: str | tuple[str, ...] | None,
+    count: Callable[[Any], Any] | None = None,
+) -> Gradient:
     """That of `penalty(params, batch)` in all parameters, averaged over the devices along an axis."""
+    if not callable(penalty):
+        raise TypeError(f"penalty is {penalty!r}, wanted a function, (params, batch) -> scalar")
 
     def gradient(params: Tree, *, batch: Any) -> tuple[Float[Array, ""], Tree]:
         check_unmasked(params, name)
 
         def scalar(params: Tree) -> Float[Array, ""]:
-            value = penalty(params, batch)
-            if not (isinstance(value, jax.Array) and value.shape == () and jnp.issubdtype(value.dtype, jnp.floating)):
-                got = f"{value.dtype}{value.shape}" if isinstance(value, jax.Array) else type(value).__name__
-                raise TypeError(f"penalty returned {got}, wanted a scalar of a floating dtype")
-            return value
+            return checked_scalar(penalty(params, batch), "penalty")
 
-        return averaged(jax.value_and_grad(scalar), axis_name)(params)
+        return averaged(jax.value_and_grad(scalar), axis_name, lambda: counted((batch,), count))(params)
 
     return gradient
 
 
 def averaged(
-    value_and_gradient: Callable[[Tree], tuple[Float[Array, ""], Tree]], axis_name: str | tuple[str, ...] | None
+    value_and_gradient: Callable[[Tree], tuple[Float[Array, ""], Tree]],
+    axis_name: str | tuple[str, ...] | None,
+    count: Callable[[], ArrayLike],
 ) -> Callable[[Tree], tuple[Float[Array, ""], Tree]]:
-    """The mean of what the devices along an axis of a `jax.shard_map` find, each on its own samples."""
+    """The mean of what the devices along an axis of a `jax.shard_map` find, by how many samples of each count."""
     names = axis_names(axis_name)
 
     def mean(params: Tree) -> tuple[Float[Array, ""], Tree]:
@@ -96,7 +136,14 @@ def averaged(
                 f"the penalty is the same on all devices along {axis_name!r}, which it must have been averaged over: "
                 "leave axis_name out"
             )
-        return jax.lax.pmean((value, gradient), names)
+        own = varying_along(jnp.asarray(count(), sum_dtype((value, gradient))), names)
+        total = jax.lax.psum(own, names)
+
+        def weighed(x: Array) -> Array:
+            # Of a device that has padding alone the mean is 0/0, and counts nowhere; of all of them it is NaN.
+            return jnp.where((own == 0) & (total != 0), 0, (own / total).astype(x.dtype) * x)
+
+        return jax.lax.psum(jax.tree.map(weighed, (value, gradient)), names)
 
     return mean
 

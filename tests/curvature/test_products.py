@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from flatjax.curvature.products import Curvature, GaussNewton, Hessian, product
-from flatjax.curvature.streams import Streamed, num_samples
+from flatjax.curvature.streams import Streamed
 from flatjax.curvature.vectors import inner_product, rademacher_like
 
 from . import cases
@@ -173,11 +173,36 @@ def test_no_batches_and_no_samples_are_refused():
         _ = streamed([]).like
     with helpers.raises(ValueError, "no samples that count"):
         streamed([cases.samples(2)], count=lambda x, y: 0).products(vectors)
-    with helpers.raises(ValueError, "no array with an axis of samples"):
-        num_samples((np.float32(1), {}))
 
 
 # Precision, memory, errors.
+
+
+@pytest.mark.parametrize(
+    ("returned", "match"),
+    [
+        (
+            lambda loss, w: (loss, w),
+            r"loss_fn returned tuple, wanted a scalar .* lambda \*args: loss_fn\(\*args\)\[0\]",
+        ),
+        (lambda loss, w: {"loss": loss}, "loss_fn returned dict, wanted a scalar"),
+        (lambda loss, w: w, r"loss_fn returned float64\(3,\), wanted a scalar .* the mean over the samples"),
+        (lambda loss, w: jnp.sum(w > 0), r"loss_fn returned int64\(\), wanted a scalar of a floating dtype"),
+        (lambda loss, w: None, "loss_fn returned NoneType, wanted a scalar"),
+    ],
+)
+def test_a_loss_that_is_no_scalar_is_refused_with_what_to_do(returned, match):
+    w = jnp.arange(3.0)
+    curvatures = (
+        Hessian(lambda w: returned(jnp.sum(w**2), w), w),
+        GaussNewton(lambda w: w, lambda z: returned(jnp.sum(z**2), z), w),
+    )
+    for curvature in curvatures:
+        with helpers.raises(TypeError, match):
+            curvature.products(w[None])
+    first = Hessian(lambda w: returned(jnp.sum(w**2), w)[0], w) if "tuple" in match else Hessian(lambda w: 3.0, w)
+    want = 2 * w if "tuple" in match else 0 * w
+    np.testing.assert_array_equal(first.products(w[None])[0], want)
 
 
 def test_bfloat16_leaves_have_products_in_float32_as_exact_as_the_network_is():
@@ -244,7 +269,7 @@ def test_memory_does_not_grow_with_the_number_of_vectors(make):
         ({"leaves": ()}, ValueError, "no leaf of params is chosen"),
         ({"leaves": "head/kernel"}, TypeError, "leaves is 'head/kernel', wanted a tuple of paths"),
         ({"params": {"step": np.arange(2)}}, TypeError, "'step' a leaf of dtype int64, wanted a floating dtype"),
-        ({"loss_fn": cases.predict}, TypeError, "scalar-output"),
+        ({"loss_fn": cases.predict}, TypeError, r"loss_fn returned float64\(7, 2\), wanted a scalar"),
     ],
 )
 def test_what_has_no_hessian_is_refused(change, error, match):

@@ -1,18 +1,33 @@
 """What the transforms have in common: how they are called, several in a chain, and none at a strength of 0."""
 
+import functools
 import inspect
+import re
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax.training.train_state import TrainState
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from flatjax import collapse_reg, flat_reg
 from flatjax.training import sharpness_aware
 
-from .cases import added, assert_trees_close, dense_penalty, features, network, penalty, samples, some_updates
+from .cases import (
+    added,
+    assert_trees_close,
+    dense_kappa,
+    dense_penalty,
+    features,
+    network,
+    penalty,
+    samples,
+    some_updates,
+)
 
 
 def size(params, batch):
@@ -98,6 +113,168 @@ def test_of_flatness_and_collapse_each_value_has_a_name_of_its_own():
     np.testing.assert_allclose(optax.tree.get(state, "collapse"), size(params, batch), rtol=1e-6)
 
 
+# In a shard_map, by what counts.
+
+
+def masked_loss(params, batch):
+    """The mean of a loss over the samples that count, 0/0 where none does."""
+    x, labels, weights = batch
+    weights = jnp.where(labels == -100, 0, weights)
+    return jnp.sum(weights * jnp.sum(features(params, x) ** 2, axis=1)) / jnp.sum(weights)
+
+
+def padded(num_samples=24):
+    """Each third of a device's samples more padding than that of the one before, and of one device all."""
+    x, labels = samples(num_samples)
+    number = jnp.arange(num_samples)
+    labels = jnp.where((number % 3 >= 2 - number // 12) | (number // 3 == 5), -100, labels)
+    return x.at[number // 3 == 5].set(jnp.nan), labels, 0.5 + (number % 2).astype(x.dtype)
+
+
+def in_a_shard_map(tx, params, *, check_vma, **needed):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    def step(params, needed):
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params, **needed)
+        return updates, state[1]
+
+    specs = {"in_specs": (P(), P("data")), "out_specs": (P(), P())}
+    return jax.jit(jax.shard_map(step, mesh=mesh, check_vma=check_vma, **specs))(params, needed)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("transform", [flat_reg, collapse_reg])
+def test_devices_of_unequal_padding_have_together_the_gradient_of_one(transform, check_vma):
+    params, batch = network(), padded()
+    # As a `where` hides what is NaN from a sum, but not from its derivative.
+    whole = jnp.where(jnp.isnan(batch[0]), 0, batch[0]), *batch[1:]
+    got, value = in_a_shard_map(transform(0.3, masked_loss, axis_name="data"), params, check_vma=check_vma, batch=batch)
+    want = jax.grad(masked_loss)(params, whole)
+    assert_trees_close(got, jax.tree.map(lambda leaf: 0.3 * leaf, want), 1e-12)
+    np.testing.assert_allclose(value, masked_loss(params, whole), rtol=1e-6)
+    by_labels = transform(0.3, masked_loss, axis_name="data", count=lambda batch: jnp.sum(batch[1] != -100))
+    other, _ = in_a_shard_map(by_labels, params, check_vma=check_vma, batch=batch)
+    assert np.max(np.abs(other["body"]["kernel"] - got["body"]["kernel"])) > 1e-4
+
+
+def test_the_head_on_devices_of_unequal_padding_has_the_gradient_of_one():
+    params, (x, labels, _) = network(), padded()
+    feats = features(params, jnp.nan_to_num(x))
+    tx = flat_reg(0.3, head="head", axis_name="data")
+    got, value = in_a_shard_map(tx, params, check_vma=True, feats=feats, labels=labels)
+    counts = labels != -100
+    want = jax.grad(dense_kappa)(params["head"], feats[counts], labels[counts])
+    assert_trees_close(got["head"], jax.tree.map(lambda leaf: 0.3 * leaf, want), 1e-12)
+    np.testing.assert_allclose(value, dense_kappa(params["head"], feats[counts], labels[counts]), rtol=1e-6)
+
+
+def test_devices_of_padding_alone_have_no_gradient():
+    x, labels, weights = padded()
+    tx = flat_reg(0.3, masked_loss, axis_name="data")
+    got, value = in_a_shard_map(tx, network(), check_vma=True, batch=(x, jnp.full_like(labels, -100), weights))
+    assert np.isnan(value)
+    assert all(np.all(np.isnan(leaf)) for leaf in jax.tree.leaves(got["body"]))
+
+
+def test_a_batch_that_shows_no_samples_asks_for_a_count():
+    params = network()
+
+    def kappa(count):
+        tx = flat_reg(0.3, lambda params, batch: batch * size(params, None), axis_name="i", count=count)
+        update = jax.vmap(lambda batch: tx.update(params, tx.init(params), params, batch=batch)[1], axis_name="i")
+        return update(jnp.arange(2.0)).kappa
+
+    with pytest.raises(ValueError, match="no array with an axis of samples: give a count"):
+        kappa(None)
+    np.testing.assert_allclose(kappa(lambda batch: 1), size(params, None) / 2, rtol=1e-6)
+    np.testing.assert_allclose(kappa(lambda batch: 1 + 2 * batch), size(params, None) * 3 / 4, rtol=1e-6)
+
+
+# What is no strength.
+
+
+@pytest.mark.parametrize("transform", [flat_reg, collapse_reg])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *(np.nan, np.inf, -np.inf, np.float32(np.nan), np.array(np.inf), jnp.array(jnp.nan), jnp.float32(-jnp.inf)),
+        *(True, np.False_, np.array(True), jnp.array(False), 1j, "0.1", None, jnp.ones(1)),
+    ],
+    ids=repr,
+)
+def test_what_is_no_finite_number_is_no_strength(transform, bad):
+    with helpers.raises(ValueError, r"strength is .*, wanted a (real|finite) number or a schedule"):
+        transform(bad, penalty)
+
+
+@pytest.mark.parametrize("good", [0, -1, 0.5, np.float32(0.1), np.int64(2), np.array(0.1), jnp.float32(0.1)], ids=repr)
+def test_a_finite_number_of_any_kind_is_a_strength(good):
+    params, batch = network(), samples()
+    for transform in (flat_reg, collapse_reg):
+        tx = transform(good, size)
+        got, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params, batch=batch)
+        assert_trees_close(got, jax.tree.map(lambda leaf: float(good) * leaf, params), 1e-6)
+    for schedule in (optax.linear_schedule(0.0, 1.0, 10), lambda count, scale=0.1: scale, jax.jit(lambda count: 0.1)):
+        flat_reg(schedule, size).update(params, flat_reg(schedule, size).init(params), params, batch=batch)
+
+
+@pytest.mark.parametrize("transform", [flat_reg, collapse_reg])
+def test_a_penalty_in_the_place_of_the_strength_is_named(transform):
+    message = rf"strength is a function of \(params, batch\), wanted .* {transform.__name__}\(strength, penalty\)"
+    for arguments in ((size,), (size, 0.1), (size, size)):
+        with helpers.raises(TypeError, message):
+            transform(*arguments)
+    for no_function in (0.1, "head"):
+        with helpers.raises(TypeError, r"penalty is .*, wanted a function, \(params, batch\) -> scalar"):
+            transform(0.1, no_function)
+
+
+def test_a_schedule_of_no_number_is_named():
+    tx = flat_reg(lambda count: jnp.ones(2), size)
+    with pytest.raises(ValueError, match=r"strength\(count\) is .*, wanted a schedule that returns a real number"):
+        tx.update(network(), tx.init(network()), network(), batch=samples())
+
+
+def labelled_features(params, batch):
+    return features(params, batch[0]), batch[1]
+
+
+@pytest.mark.parametrize(
+    ("transform", "arguments", "options", "static"),
+    [
+        (flat_reg, (penalty,), {}, "penalty"),
+        (flat_reg, (), {"penalty": penalty}, "penalty"),
+        (flat_reg, (penalty,), {"count": lambda batch: 1}, ("penalty", "count")),
+        (collapse_reg, (), {"features": labelled_features, "num_classes": 4}, ("features", "num_classes")),
+    ],
+)
+def test_inject_hyperparams_is_told_what_is_static(transform, arguments, options, static):
+    params, batch = network(), samples()
+    name = transform.__name__
+    with pytest.raises(TypeError, match=re.escape(f"optax.inject_hyperparams({name}, static_args={static!r})")):
+        optax.inject_hyperparams(transform)(0.1, *arguments, **options)
+    for strength in (0.1, lambda count: 0.1):
+        tx = optax.inject_hyperparams(transform, static_args=static)(strength, *arguments, **options)
+        got, _ = jax.jit(tx.update)(some_updates(params), tx.init(params), params, batch=batch)
+        plain = transform(0.1, *arguments, **options)
+        want, _ = jax.jit(plain.update)(some_updates(params), plain.init(params), params, batch=batch)
+        assert_trees_close(got, want, 1e-6)
+
+
+def test_inject_hyperparams_needs_no_static_arguments_without_functions():
+    params, (x, labels) = network(), samples()
+    tx = optax.inject_hyperparams(flat_reg)(0.1, head="head")
+    got, _ = tx.update(some_updates(params), tx.init(params), params, feats=features(params, x), labels=labels)
+    assert_trees_close(got["body"], some_updates(params)["body"])
+    with pytest.raises(ValueError, match="strength is True"):
+        optax.inject_hyperparams(flat_reg)(True, head="head").init(params)
+    bound = functools.partial(flat_reg, penalty=penalty)
+    with pytest.raises(TypeError, match=r"inject_hyperparams\(factory, static_args='penalty'\)"):
+        optax.inject_hyperparams(bound)(0.1)
+    optax.inject_hyperparams(bound, static_args="penalty")(0.1).init(params)
+    assert list(inspect.signature(flat_reg).parameters)[:2] == ["strength", "penalty"]
+
+
 # At a strength of 0.
 
 
@@ -131,7 +308,7 @@ def test_at_a_strength_of_zero_a_bad_gradient_adds_nothing_but_its_value_is_not_
 
 def test_a_strength_that_is_nan_is_not_zero():
     params, batch = network(), samples()
-    tx = flat_reg(jnp.nan, penalty)
+    tx = flat_reg(lambda count: jnp.nan, penalty)
     got, _ = tx.update(some_updates(params), tx.init(params), params, batch=batch)
     assert all(np.all(np.isnan(leaf)) for leaf in jax.tree.leaves(got))
 

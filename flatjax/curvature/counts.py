@@ -1,0 +1,84 @@
+"""How many samples of a batch count: what its mean is to be weighed by, among those of other batches or devices."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Shaped
+
+from flatjax.metric import metric
+from flatjax.samples import IGNORED_LABEL, widened
+
+
+def num_samples(batch: Any, count: Callable[..., Any] | None = None) -> float:
+    """How many samples of a batch count: `count(*batch)`, or what the batch itself shows.
+
+    A loss is the mean of what counts. The mean of such means is that of all samples if each is weighed by its number.
+    It is read off the arrays of a batch, in their order, from their dtypes and shapes; keys of random numbers, raw
+    ones (uint32 of the shape of a key) too, are passed over:
+
+    1. The last array of integers is taken for the labels. As many samples count as it has entries that are not −100.
+    2. The first array after it that is floating or boolean, and of exactly the shape of the labels, is taken for sample
+       weights. Then the sum of those weights counts whose labels are not −100.
+    3. Without integers it is the length of the first array.
+
+    So of tokens each one counts, and of images each label. A mask of integers, or one that comes before the labels, is
+    not seen, nor are weights of another shape: give a `count`.
+
+    Args:
+        batch: a tuple of arrays, or any tree; of a dictionary the order is that of its keys, sorted.
+        count: `(*batch) -> number`, instead.
+
+    Raises:
+        ValueError: there is no array with an axis of samples in the batch.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flatjax.curvature import num_samples
+        >>> x, labels, weights = jnp.ones((4, 3)), jnp.array([2, 0, -100, 1]), jnp.array([1.0, 0.5, 1.0, 0.0])
+        >>> num_samples((x, labels)), num_samples((x, labels, weights)), num_samples((jax.random.PRNGKey(0), x))
+        (3.0, 1.5, 4.0)
+    """
+    return float(counted(batch, count))
+
+
+def counted(batch: Any, count: Callable[..., Any] | None = None) -> ArrayLike:
+    """`num_samples`, that may be traced."""
+    if count is not None:
+        return count(*batch)
+    arrays = [leaf for leaf in jax.tree.leaves(batch) if jnp.ndim(leaf) and not _is_key(leaf)]
+    if not arrays:
+        raise ValueError(
+            "a batch holds no array with an axis of samples: give a count, the function of a batch that says how many "
+            "of its samples count"
+        )
+    are_integers = [jnp.issubdtype(_dtype(leaf), jnp.integer) for leaf in arrays]
+    if not any(are_integers):
+        return float(jnp.shape(arrays[0])[0])
+    place = len(arrays) - 1 - are_integers[::-1].index(True)
+    labels = arrays[place]
+    same_shape = [leaf for leaf in arrays[place + 1 :] if jnp.shape(leaf) == jnp.shape(labels)]
+    return _total(labels, *same_shape[:1])
+
+
+@jax.jit
+@metric
+def _total(labels: Shaped[ArrayLike, "..."], weights: Shaped[ArrayLike, "..."] | None = None) -> Float[Array, ""]:
+    counts = widened(jnp.asarray(labels)) != IGNORED_LABEL
+    if weights is None:
+        return jnp.sum(counts, dtype=jnp.int32).astype(jnp.float32)
+    weights = jnp.asarray(weights)
+    wide = weights.astype(jnp.float64 if weights.dtype == jnp.float64 else jnp.float32)
+    return jnp.sum(jnp.where(counts, wide, 0))
+
+
+def _is_key(leaf: Any) -> bool:
+    dtype = _dtype(leaf)
+    is_raw = dtype == jnp.uint32 and jnp.shape(leaf)[-1:] == jax.eval_shape(jax.random.PRNGKey, 0).shape
+    return is_raw or jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def _dtype(leaf: Any) -> Any:
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
