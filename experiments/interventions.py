@@ -175,7 +175,8 @@ def with_defaults(config: Config) -> Config:
         for name in defaults
         if (config.weight_decay is None if name == "weight_decay" else not getattr(config, name))
     ]
-    return dataclasses.replace(config, **{name: defaults[name] for name in left})
+    changes: dict[str, Any] = {name: defaults[name] for name in left}
+    return dataclasses.replace(config, **changes)
 
 
 def _more(name: str, value: Any) -> Any:
@@ -288,7 +289,7 @@ class Experiment:
                     progress.done("measurement", note=one_line(arm, records[-config.seeds :]))
                 if step % config.checkpoint_every == 0 or done:
                     checkpoints.save(step, state)
-        progress.spared("measurement", counted)
+        progress.were_done({"measurement": counted})
 
     def _measure(self, arm: Arm, state: State, step: int) -> list[Record]:
         measured = self.program(BASELINE.rule).measure(state)

@@ -46,7 +46,7 @@ class Progress:
         self._bar.set_postfix_str(", ".join(filter(None, [left, of_kind, note])))
 
     def were_done(self, pieces: Mapping[str, int]) -> None:
-        """That so many pieces of some kinds had been done before."""
+        """Takes so many pieces of some kinds off the work: they were done before, or are not needed."""
         self._since = time.monotonic()
         for kind, number in pieces.items():
             self._advance(kind, number)

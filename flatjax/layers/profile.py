@@ -14,28 +14,10 @@ from flatjax.curvature.counts import num_samples
 from flatjax.curvature.estimate import Estimate, exactly
 from flatjax.curvature.leaves import Tree, leaves_by_path
 from flatjax.layers.kernels import Layer, find_kernel, find_layers
+from flatjax.layers.program import Program
+from flatjax.layers.readings import as_call, readable_kernels
+from flatjax.layers.record import FlatnessProfile
 from flatjax.layers.routes import Draws, Prober, plan_routes
-
-
-class FlatnessProfile(dict[str, Estimate]):
-    """κ of every layer by its name; a stack is found by its path too, κ of its layers in one array.
-
-    Attributes:
-        unread: why a kernel could not be read, by its path; its κ is NaN.
-    """
-
-    unread: dict[str, str]
-
-    def __init__(self, estimates: Iterable[tuple[str, Estimate]] = (), unread: Mapping[str, str] | None = None):
-        super().__init__(estimates)
-        self.unread = dict(unread or {})
-
-    def __missing__(self, path: str) -> Estimate:
-        layers = [estimate for name, estimate in self.items() if name.startswith(f"{path}[")]
-        if not layers:
-            raise KeyError(path)
-        values, errors, _ = zip(*layers, strict=True)
-        return Estimate(jnp.stack(values), jnp.stack(errors), layers[0].num_probes)
 
 
 def flatness_profile(
@@ -138,20 +120,20 @@ def flatness_profile(
         raise ValueError(f"relative_error is {relative_error}, wanted it above 0, or None for num_probes probes")
     if isinstance(layers, str | Layer):
         raise ValueError(f"layers is {layers!r}, wanted several, as [{layers!r}]")
-    named = list(find_layers(params)) if layers is None else list(layers)
-    if not named:
-        raise ValueError(f"params has no layers: {_NO_NAMES}")
-    for layer in named:
-        find_kernel(params, layer)
-    paths = [layer if isinstance(layer, str) else layer.path for layer in named]
-    if len(set(paths)) < len(paths):
-        raise ValueError("layers names a leaf twice, wanted one reading of each at a time")
     rest = iter(batches)
     first = next(rest, None)
     if first is None:
         raise ValueError("batches is empty, wanted at least one batch")
     if not isinstance(first, tuple):
         raise TypeError(f"a batch is a {type(first).__name__}, wanted a tuple of what loss_fn takes: batches=[(x, y)]")
+    named = list(find_layers(params)) if layers is None else list(layers)
+    if not named:
+        raise ValueError(_no_names(Program.of(loss_fn, params, first)))
+    for layer in named:
+        find_kernel(params, layer)
+    paths = [layer if isinstance(layer, str) else layer.path for layer in named]
+    if len(set(paths)) < len(paths):
+        raise ValueError("layers names a leaf twice, wanted one reading of each at a time")
     prober = Prober(loss_fn, params, first, named, num_probes // 2, key)
     if not prober.layers:
         raise ValueError("no kernel of params can be read:\n" + "\n".join(prober.unread.values()))
@@ -205,10 +187,14 @@ def _profile(
     return FlatnessProfile(estimates.items(), unread)
 
 
-_NO_NAMES = (
-    "none of its leaves is called 'kernel' or 'embedding'; for one of another name give "
-    "layers=[flatjax.Layer(path, feature_axes=...)]"
-)
+def _no_names(program: Program) -> str:
+    given = ", ".join(map(as_call, readable_kernels(program))) or "Layer(path, feature_axes=...)"
+    return (
+        "params has no layers that are found by their names: none of its leaves is called 'kernel' or 'embedding'. "
+        f"Give layers=[{given}], with flatjax.Layer"
+    )
+
+
 _USUAL_ERROR = 0.1
 """That routes are compared at if none is asked for."""
 

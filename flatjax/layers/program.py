@@ -9,6 +9,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 
 from flatjax.curvature.leaves import Tree, leaves_by_path
+from flatjax.curvature.products import checked_scalar
 
 CALLS = ("jit", "pjit", "checkpoint", "remat", "remat2", "closed_call", "core_call", "custom_jvp_call",
          "custom_vjp_call", "custom_vjp_call_jaxpr", "shard_map", "custom_lin")  # fmt: skip
@@ -28,12 +29,6 @@ class Program:
     def of(cls, loss_fn: Callable[..., Any], params: Tree, batch: tuple[Any, ...]) -> "Program":
         arguments, tree = jax.tree.flatten((params, batch))
         traced = jax.make_jaxpr(lambda *leaves: _call(loss_fn, tree, leaves))(*arguments)
-        if [result.shape for result in traced.out_avals] != [()]:
-            shapes = ", ".join(str(result.shape) for result in traced.out_avals)
-            raise TypeError(
-                f"loss_fn returns {len(traced.out_avals)} arrays, of shapes {shapes}, wanted one scalar: of a loss "
-                "with further results give lambda *arguments: loss_fn(*arguments)[0], one function for all calls"
-            )
         return cls(traced, arguments, {path: place for place, path in enumerate(leaves_by_path(params))})
 
     @functools.cached_property
@@ -117,4 +112,4 @@ def _reached(program: Jaxpr, start: Sequence[Var]) -> frozenset[Var]:
 
 def _call(loss_fn: Callable[..., Any], tree: Any, leaves: Sequence[Any]) -> Any:
     params, batch = jax.tree.unflatten(tree, leaves)
-    return loss_fn(params, *batch)
+    return checked_scalar(loss_fn(params, *batch))

@@ -52,6 +52,20 @@ def read_layer(program: Program, layer: str | Layer) -> Layer:
     )
 
 
+def readable_kernels(program: Program) -> list[Layer]:
+    """All parameters that the program multiplies with features, whatever they are called."""
+    layers: list[Layer] = []
+    for path, place in program.places.items():
+        kernel = program.arguments[place]
+        if jnp.ndim(kernel) < 2 or not jnp.issubdtype(jnp.result_type(kernel), jnp.floating):
+            continue
+        try:
+            layers += [read_layer(program, path)] if uses_of(program, path).telling else []
+        except MisreadKernelError:
+            continue
+    return layers
+
+
 def _confirmed(layer: Layer, shape: tuple[int, ...], uses: tuple[Use, ...]) -> Layer:
     """A layer is one that some use reads as it was given, unless no use can be read."""
     readings = list(dict.fromkeys(reading for use in uses for reading in use.readings))
@@ -83,8 +97,11 @@ def _may_be_networks(reading: Reading, ndim: int) -> bool:
     return bool(outputs and features) and outputs[0] < features[0] and outputs[-1] > features[-1]
 
 
+def as_call(layer: Layer) -> str:
+    """A layer as one would write it."""
+    stack = f", stack_axes={layer.stack_axes}" if layer.stack_axes else ""
+    return f"Layer({layer.path!r}, feature_axes={layer.feature_axes}{stack})"
+
+
 def _call(path: str, reading: Reading | None) -> str:
-    if reading is None:
-        return f"Layer({path!r}, feature_axes=...)"
-    stack = f", stack_axes={reading.stack_axes}" if reading.stack_axes else ""
-    return f"Layer({path!r}, feature_axes={reading.feature_axes}{stack})"
+    return f"Layer({path!r}, feature_axes=...)" if reading is None else as_call(Layer(path, *reading))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flatjax import flatness_profile, layer_relative_flatness
 from flatjax.curvature.leaves import leaves_by_path, with_leaves
@@ -199,6 +200,73 @@ def test_a_kernel_that_cannot_be_read_does_not_keep_the_others_from_being_measur
     np.testing.assert_allclose(profile["head/kernel"].value, dense_kappas(case, Layer("head/kernel", (0,))), rtol=1e-10)
     with pytest.raises(ValueError, match="no kernel of params can be read"):
         flatness_profile(case.loss_fn, case.params, [case.batch], key=jax.random.key(0), layers=["body/kernel"])
+
+
+def test_kernels_of_unusual_names_are_listed_as_they_are_to_be_given():
+    def loss(params, x, y):
+        return cross_entropy(jnp.tanh(x @ params["first"]) @ params["out"].T, y)
+
+    params = {"first": jnp.eye(3), "out": jnp.ones((4, 3)), "scale": jnp.ones(3), "table": jnp.ones((2, 2))}
+    batch = USES["masked"].case().batch
+    given = r"layers=\[Layer\('first', feature_axes=\(0,\)\), Layer\('out', feature_axes=\(1,\)\)\]"
+    with pytest.raises(ValueError, match=given):
+        flatness_profile(loss, params, [batch], key=jax.random.key(0))
+
+
+def test_a_loss_with_further_results_is_named():
+    case = USES["masked"].case()
+    with pytest.raises(TypeError, match=r"lambda \*args: loss_fn\(\*args\)\[0\]"):
+        flatness(case._replace(loss_fn=lambda *arguments: (case.loss_fn(*arguments), 1)), PATH)
+
+
+@pytest.mark.parametrize("method", ["probes", "outputs", "weights"])
+@pytest.mark.parametrize(
+    ("axis_type", "split"),
+    [
+        (AxisType.Auto, PartitionSpec("model")),
+        (AxisType.Auto, PartitionSpec(None, None, "model")),
+        (AxisType.Explicit, PartitionSpec(None, None, "model")),  # of others JAX has no scan
+    ],
+    ids=str,
+)
+def test_kappa_of_a_sharded_stack_is_that_of_one_device(axis_type, method, split):
+    rng = np.random.default_rng(0)
+    params = {"blocks": {"kernel": jnp.asarray(rng.normal(size=(4, 4, 4)) / 2)}}
+    batch = jnp.asarray(rng.normal(size=(8, 4))), jnp.asarray(rng.integers(0, 4, 8))
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
+    options = {"layer": "blocks/kernel", "method": method, "key": jax.random.key(0)}
+    want = layer_relative_flatness(of_stack, params, *batch, **options)
+    with jax.set_mesh(mesh):
+        got = layer_relative_flatness(
+            of_stack,
+            jax.device_put(params, NamedSharding(mesh, split)),
+            *jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data"))),
+            **options,
+        )
+    np.testing.assert_allclose(got.value, want.value, rtol=1e-10)
+
+
+def of_stack(params, x, y):
+    def block(x, kernel):
+        whole = (
+            jax.sharding.reshard(kernel, PartitionSpec()) if jax.typeof(kernel).sharding.mesh.explicit_axes else kernel
+        )
+        return x + jnp.tanh(x @ whole), None
+
+    return cross_entropy(jax.lax.scan(block, x, params["blocks"]["kernel"])[0], y)
+
+
+@pytest.mark.parametrize("method", ["probes", "outputs", "weights"])
+def test_kappa_of_a_stack_in_float32_is_exported_for_accelerators(method):
+    case = USES["scanned"].case().astype(jnp.float32)
+    key = jax.random.key(0)
+    measure = jax.jit(
+        lambda params, *batch: flatness(case._replace(params=params, batch=batch), PATH, method=method, key=key)
+    )
+    exported = jax.export.export(measure, platforms=("cpu", "cuda", "tpu"))(case.params, *case.batch)
+    got = exported.call(case.params, *case.batch).value
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, measure(case.params, *case.batch).value, rtol=1e-5)
 
 
 def test_data_that_a_loss_has_closed_over_is_data():
