@@ -44,7 +44,7 @@ def num_samples(batch: Any, count: Callable[..., Any] | None = None) -> float:
     return float(counted(batch, count))
 
 
-def counted(batch: Any, count: Callable[..., Any] | None = None) -> ArrayLike:
+def counted(batch: Any, count: Callable[..., Any] | None = None) -> Any:
     """`num_samples`, that may be traced."""
     if count is not None:
         return count(*batch)

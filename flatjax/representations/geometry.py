@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Integer, Shaped
+from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from flatjax.curvature.vectors import sum_dtype
+from flatjax.double import Double
 from flatjax.heads import LinearHead
 from flatjax.metric import metric
 from flatjax.representations.spectrum import FIT_RANGE, RepresentationGeometry, geometry_of_spectrum
@@ -25,7 +26,8 @@ def representation_geometry(
 
     The features are centred, and never multiplied with themselves: a σ_i is known to about ε σ_1, where through a
     covariance it would be to √ε σ_1. In float32 that is 1e-7 against 3e-4, and in language models, where a few
-    directions are a thousand times as large as most, it decides.
+    directions are a thousand times as large as most, it decides. A feature that differs between samples by no more
+    than the rounding of its own size is constant.
 
     Args:
         feats: features (..., m). The leading shape is that of N samples; tokens, say.
@@ -60,7 +62,8 @@ def representation_geometry(
     """
     samples = read_features(feats, weights)
     shares, sound = _sound_shares(samples)
-    rows = jnp.sqrt(shares)[:, None] * _centred(samples.feats, shares)
+    centre, offsets = centred(samples.feats, shares, samples.counts)
+    rows = jnp.sqrt(shares)[:, None] * without_rounding(offsets, jnp.max(jnp.abs(offsets), axis=0), centre)
     (n, m), epsilon = rows.shape, float(jnp.finfo(rows.dtype).eps)
     sizes = jnp.linalg.svd(rows, compute_uv=False)
     sizes = jnp.where(sound, jnp.concatenate([sizes, jnp.zeros(max(0, m - n), rows.dtype)]), jnp.nan)
@@ -143,8 +146,25 @@ def _sound_shares(samples: Samples) -> tuple[Float[Array, " n"], Array]:
     return jnp.where(sound, samples.shares, 1 / len(samples.feats)), sound
 
 
-def _centred(feats: Float[Array, "n m"], shares: Float[Array, " n"]) -> Float[Array, "n m"]:
-    """Less their weighted mean, twice: what the first mean was rounded by is of the size of the mean."""
+def centred(
+    feats: Float[Array, "n m"], shares: Float[Array, " n"], counts: Bool[Array, " n"]
+) -> tuple[Double, Float[Array, "n m"]]:
+    """The weighted mean, and the features less it, to rounding of the differences between samples.
+
+    From one of the samples first: a mean is rounded to ε times its size, and of features that are all the same that
+    would be left as a spread.
+    """
+    is_first = counts & (jnp.arange(len(feats)) == jnp.argmax(counts))
+    # Summed, not sliced: of samples split among devices a slice is cut once all are gathered.
+    origin = jnp.sum(jnp.where(is_first[:, None], feats, 0), axis=0)
+    offsets, centre = feats - origin[None, :], Double(origin, jnp.zeros_like(origin))
     for _ in range(2):
-        feats = feats - (shares @ feats)[None, :]
-    return feats
+        shift = shares @ offsets
+        offsets, centre = offsets - shift[None, :], centre.plus(shift)
+    return centre, offsets
+
+
+def without_rounding(rows: Float[Array, "k m"], spread: Float[Array, " m"], centre: Double) -> Float[Array, "k m"]:
+    """The rows, 0 in features that differ by no more than numbers of their size are rounded by: those are constant."""
+    is_rounding = spread <= float(jnp.finfo(rows.dtype).eps) * jnp.abs(centre.high)
+    return jnp.where(is_rounding[None, :], 0, rows)

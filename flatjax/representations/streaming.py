@@ -14,9 +14,10 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from flatjax.double import Double
 from flatjax.metric import metric
-from flatjax.representations.geometry import read_features
+from flatjax.representations.geometry import centred, read_features, without_rounding
 from flatjax.representations.spectrum import FIT_RANGE, RepresentationGeometry, geometry_of_spectrum
 from flatjax.sharding import num_devices
+from flatjax.units import root_of_squares
 
 
 class FeatureSpectrum(NamedTuple):
@@ -101,6 +102,7 @@ class FeatureSpectrum(NamedTuple):
     def geometry(self, *, fit_range: tuple[int, int] = FIT_RANGE) -> RepresentationGeometry:
         """As `representation_geometry` of all samples; NaN of fewer than 2."""
         triangle = self.triangle / jnp.sqrt(jnp.where(self.mass > 0, self.mass, 1))
+        triangle = without_rounding(triangle, root_of_squares(triangle), self.mean)
         sound = (self.num_bad == 0) & jnp.all(jnp.isfinite(triangle))
         sizes = jnp.linalg.svd(jnp.where(sound, triangle, 0), compute_uv=False)
         resolution = len(triangle) ** 0.5 * float(jnp.finfo(triangle.dtype).eps)
@@ -116,11 +118,9 @@ def _updated(
     rows = jnp.where((weights > 0)[:, None], samples.feats, 0)
     mass = jnp.sum(weights)
     shares = weights / jnp.where(mass > 0, mass, 1)
-    origin = shares @ rows
-    # What the mean was rounded by is of its size, which the spread may be far below.
-    offsets = rows - origin[None, :]
-    lacking = shares @ offsets
-    rows = jnp.sqrt(weights)[:, None] * (offsets - lacking[None, :])
+    mean, offsets = centred(rows, shares, weights > 0)
+    # Where samples do not count, they are far off.
+    rows = jnp.where((weights > 0)[:, None], jnp.sqrt(weights)[:, None] * offsets, 0)
     n, m = rows.shape
     num_parts = math.gcd(n, num_devices(feats))
     if num_parts > 1:
@@ -130,7 +130,7 @@ def _updated(
         rows,
         count=jnp.sum(weights > 0, dtype=jnp.int32),
         mass=mass,
-        mean=Double(origin, jnp.zeros_like(origin)).plus(lacking),
+        mean=mean,
         num_bad=(~sound).astype(jnp.int32),
     )
 

@@ -209,6 +209,63 @@ def test_bad_values_and_no_spread_give_no_number(name):
         assert np.all(np.isnan(got.variances))
 
 
+NUMBERS = (0.1, 1.0, 1 / 3, -7.3, 1e6 + 0.3, 1e15, 1e-15, 1e-30)
+
+
+def all_geometries(feats):
+    """At once, in batches, and from the covariance."""
+    n = len(feats)
+    moments = ClassMoments.init(1, feats.shape[1], covariance=True).update(feats, np.zeros(n, int))
+    return [
+        representation_geometry(feats, fit_range=FIT),
+        streamed([(feats,)], jnp.float32).geometry(fit_range=FIT),
+        streamed([(feats[: n // 2],), (feats[n // 2 :],)], jnp.float32).geometry(fit_range=FIT),
+        geometry_of_covariance(moments.covariance, n, fit_range=(1, 3)),
+    ]
+
+
+def assert_no_geometry(got):
+    assert all(np.isnan(getattr(got, name)) for name in SCALARS)
+    assert np.all(np.isnan(got.variances))
+    assert got.num_resolved == 0
+
+
+@pytest.mark.parametrize("num_samples", [2, 8, 10, 100, 1001])
+def test_samples_that_are_all_the_same_have_no_geometry(num_samples):
+    columns = np.resize(np.asarray(NUMBERS, np.float32), M)
+    for row in (columns, columns[::-1] * np.float32(1.7), np.full(M, 0.1, np.float32), np.zeros(M, np.float32)):
+        for got in all_geometries(np.tile(row, (num_samples, 1))):
+            assert_no_geometry(got)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_what_differs_in_its_last_digit_alone_has_no_geometry(number):
+    number = np.float32(number)
+    feats = np.where(np.random.default_rng(0).random((40, M)) < 0.5, number, np.nextafter(number, np.float32(np.inf)))
+    assert len(np.unique(feats)) == 2
+    for got in all_geometries(feats)[:3]:
+        assert_no_geometry(got)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e6, -1e15])
+@pytest.mark.parametrize("size", [1e-15, 1.0, 10.0])
+def test_features_beside_constant_ones_have_the_geometry_of_their_own(offset, size):
+    spread = np.random.default_rng(0).normal(size=(60, 2)) * [1, 0.2]
+    unit = size * max(1, 1e-4 * abs(offset))
+    feats = np.zeros((60, M), np.float32) + np.float32(0.1 * size)
+    feats[:, [1, 3]] = (offset * size + unit * spread).astype(np.float32)
+    rng = np.random.default_rng(1)
+    feats[:, 4] = np.where(
+        rng.random(60) < 0.5, np.float32(3 * size), np.nextafter(np.float32(3 * size), np.float32(9))
+    )
+    variances = np.concatenate([cases.covariance_spectrum(feats[:, [1, 3]].astype(float) / unit, np.ones(60)), [0] * 3])
+    want = cases.geometry_of(variances)
+    for got in all_geometries(feats)[:3]:
+        cases.assert_geometry(got, want, rtol=1e-4)
+        assert got.num_resolved == 2
+        np.testing.assert_allclose(np.asarray(got.variances, float) / unit**2, variances, rtol=1e-4)
+
+
 @pytest.mark.parametrize("covariance", [np.zeros((3, 3)), np.diag([1, -0.1, 1]), np.diag([1, np.nan, 1])], ids=str)
 def test_what_is_no_covariance_gives_no_number(covariance):
     got = geometry_of_covariance(covariance, 100, fit_range=(1, 3))
