@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flatjax.collapse.moments import ClassMoments, check_moments
 from flatjax.heads import HeadParams, LinearHead, linear_head
+from flatjax.integers import whole_number
 from flatjax.sharding import axis_names, sum_over_devices
 
 AxisName = str | tuple[str, ...] | None
@@ -63,6 +64,7 @@ def class_means(moments: ClassMoments, *, min_count: int = 2, ddof: int = 0, axi
     num_classes = moments.num_classes * (jax.lax.axis_size(names) if names else 1)
     if num_classes < 2:
         raise ValueError(f"the moments are of {num_classes} class; there is nothing between fewer than 2")
+    min_count, ddof = whole_number(min_count, "min_count"), whole_number(ddof, "ddof")
     if min_count <= ddof or min_count < 1:
         raise ValueError(f"min_count is {min_count} and ddof {ddof}, wanted min_count at least 1, and more than ddof")
     kept = moments.kept(min_count)

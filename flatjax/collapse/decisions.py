@@ -9,12 +9,11 @@ from jaxtyping import Array, Float, Integer, Shaped
 from flatjax import results
 from flatjax.collapse.class_means import ClassMeans, class_means, classifier
 from flatjax.collapse.moments import ClassMoments
+from flatjax.collapse.pairs import tile_of
 from flatjax.heads import HeadParams, LinearHead
 from flatjax.metric import metric
 from flatjax.pairwise import FEW, squared_distances, squared_distances_between
 from flatjax.sharding import varying_like
-
-TILE_SIZE = 512
 
 
 class Decisions(NamedTuple):
@@ -109,7 +108,7 @@ def disagreements(
     """
     head, feats, residuals = jax.lax.stop_gradient((head, feats, residuals))
     rows, num_classes = jax.lax.stop_gradient(classes.centred), len(classes.centred)
-    tile_size = min(tile_size or TILE_SIZE, num_classes)
+    tile_size = tile_of(tile_size, num_classes)
     own_means = rows[labels]
     table = squared_distances(rows) if num_classes <= FEW else None
     own_alignments = jnp.sum(residuals * own_means, axis=1)[:, None]

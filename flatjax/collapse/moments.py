@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
 from flatjax.collapse.batch import Batch, read_batch
 from flatjax.double import Double
+from flatjax.integers import whole_number
 from flatjax.metric import metric
 from flatjax.sharding import axis_names
 
@@ -84,6 +85,7 @@ class ClassMoments(NamedTuple):
             TypeError: another dtype, or one that JAX has not enabled.
             ValueError: fewer than 1 class or feature.
         """
+        num_classes, num_features = whole_number(num_classes, "num_classes"), whole_number(num_features, "num_features")
         if num_classes < 1 or num_features < 1:
             raise ValueError(f"got {num_classes} classes of {num_features} features, wanted at least one of both")
         if jnp.dtype(dtype) not in (jnp.float32, jnp.float64) or jnp.zeros(0, dtype).dtype != dtype:

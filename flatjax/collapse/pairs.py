@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from flatjax.double import Double
+from flatjax.integers import whole_number
 from flatjax.pairwise import products_between, squared_distances_between
 from flatjax.sharding import num_devices, sum_over_devices, varying_like
 
@@ -53,7 +54,7 @@ def _sum_over_pairs(
     num_rows = len(rows)
     num_parts = 1 if axis_names else math.gcd(num_rows, num_devices(rows))
     size = num_rows // num_parts
-    tile_size = min(tile_size or TILE_SIZE, size)
+    tile_size = tile_of(tile_size, size)
     num_tiles = -(-size // tile_size)
     parts = jax.tree.map(lambda x: x.reshape(num_parts, size, *x.shape[1:]), (rows, columns, use))
 
@@ -105,6 +106,15 @@ def _sum_over_pairs(
         distances = jnp.arange(1, num_places // 2 + 1, dtype=jnp.int32)
         (sums, _), _ = jax.lax.scan(around, (sums, parts), distances)
     return jax.tree.map(lambda x: sum_over_devices(jnp.sum(x.value), axis_names), sums, is_leaf=_is_double)
+
+
+def tile_of(tile_size: int | None, num_rows: int) -> int:
+    """As many rows as were asked for, no more than there are.
+
+    Raises:
+        TypeError, ValueError: it is no whole number, or below 1.
+    """
+    return min(TILE_SIZE if tile_size is None else whole_number(tile_size, "tile_size", least=1), num_rows)
 
 
 def _is_double(x: Any) -> bool:

@@ -13,6 +13,7 @@ from flatjax.collapse.moments import ClassMoments
 from flatjax.collapse.report import class_counts, of_classifier, of_means
 from flatjax.collapse.variability import mean_square_in_means
 from flatjax.heads import HeadParams, LinearHead, linear_head
+from flatjax.integers import whole_number
 from flatjax.metric import metric
 from flatjax.samples import Samples, check_one_class_a_sample, flatten_samples, mark_class_labels
 
@@ -140,7 +141,7 @@ def _classified_samples(
 ) -> tuple[LinearHead, Samples]:
     head = linear_head(params)
     samples = flatten_samples(head, feats, labels, weights)
-    num_classes = head.num_outputs if num_classes is None else num_classes
+    num_classes = head.num_outputs if num_classes is None else whole_number(num_classes, "num_classes")
     if num_classes < 2:
         raise ValueError(f"num_classes is {num_classes}; there is nothing between fewer than 2 classes")
     if num_classes != head.num_outputs:

@@ -11,6 +11,7 @@ from flatjax import results
 from flatjax.curvature.estimate import check_num_probes, mean_of
 from flatjax.curvature.lanczos import Tridiagonal, lanczos
 from flatjax.curvature.products import Curvature
+from flatjax.integers import whole_number
 
 _REACH = 6
 """Of the grid beyond the outermost nodes, in widths of a Gaussian; 1e-9 of its mass is further out."""
@@ -82,9 +83,8 @@ def spectral_density(
         Lin, Saad, Yang: *Approximating spectral densities of large matrices*, SIAM Review 58, 2016.
     """
     check_num_probes(num_probes)
-    if num_points < 2:
-        raise ValueError(f"num_points is {num_points}, wanted at least 2")
-    if isinstance(broadening, float | int) and broadening <= 0:
+    num_points = whole_number(num_points, "num_points", least=2)
+    if not (broadening is None or isinstance(broadening, jax.core.Tracer) or broadening > 0):
         raise ValueError(f"broadening is {broadening}, wanted it above 0, or None for a share of the spectrum's width")
     keys = jax.random.split(key, num_probes)
     rules = [_quadrature(lanczos(curvature, keys[i], num_steps=num_steps)) for i in range(num_probes)]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from flatjax import results
+from flatjax.integers import whole_number
 from flatjax.units import unit_near
 
 
@@ -44,6 +45,6 @@ def exactly(value: Float[Array, "..."]) -> Estimate:
 
 
 def check_num_probes(num_probes: int) -> None:
-    """Raises a ValueError if there are fewer than 2."""
-    if num_probes < 2:
+    """Raises a ValueError if there are fewer than 2, and a TypeError if that is no whole number."""
+    if whole_number(num_probes, "num_probes") < 2:
         raise ValueError(f"num_probes is {num_probes}, wanted at least 2: of one alone there is no standard error")

@@ -22,6 +22,7 @@ from flatjax.curvature.vectors import (
     with_vector,
     zeros_stack,
 )
+from flatjax.integers import whole_number
 
 
 class Tridiagonal(NamedTuple):
@@ -84,8 +85,7 @@ def lanczos(curvature: Curvature, key: Key[Array, ""], *, num_steps: int) -> Tri
         Paige: *Accuracy and effectiveness of the Lanczos algorithm for the symmetric eigenproblem*, Linear Algebra
         Appl. 34, 1980; on why to orthogonalise.
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps is {num_steps}, wanted at least 1")
+    num_steps = whole_number(num_steps, "num_steps", least=1)
     like = curvature.like
     num_steps = min(num_steps, num_entries(like))
     steps = jnp.arange(num_steps)
@@ -133,6 +133,7 @@ def extreme_eigenpairs(
     """
     if which not in ("largest", "smallest", "magnitude"):
         raise ValueError(f"which is {which!r}, wanted 'largest', 'smallest' or 'magnitude'")
+    num_pairs, num_steps = whole_number(num_pairs, "num_pairs"), whole_number(num_steps, "num_steps", least=1)
     most = min(num_steps, num_entries(curvature.like))
     if not 1 <= num_pairs <= most:
         raise ValueError(f"num_pairs is {num_pairs}, wanted 1 to {most}, the number of steps or of a vector's entries")

@@ -10,6 +10,7 @@ from jaxtyping import Array, Key
 
 from flatjax.curvature.estimate import Estimate, check_num_probes
 from flatjax.curvature.vectors import norm
+from flatjax.integers import whole_number
 
 State = TypeVar("State")
 
@@ -29,6 +30,7 @@ def estimated(
     The i-th probe is the same however many there are. An estimate that is not finite does not get better.
     """
     check_num_probes(num_probes)
+    num_probes, max_probes = int(num_probes), whole_number(max_probes, "max_probes")
     if relative_error is not None:
         if not relative_error > 0:
             raise ValueError(f"relative_error is {relative_error}, wanted it above 0, or None for num_probes probes")

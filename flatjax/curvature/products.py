@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from flatjax.curvature.convolutions import with_convolutions_in_order
 from flatjax.curvature.leaves import Tree, chosen_leaves, leaf_path, with_leaves
+from flatjax.integers import whole_number
 
 LossFn = Callable[..., jax.Array]
 """`(params, *batch) -> scalar`, the mean over the samples of a batch."""
@@ -83,9 +84,7 @@ class _Linearised(abc.ABC):
         *,
         chunk_size: int = 1,
     ) -> Tree:
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size is {chunk_size}, wanted at least 1")
-        return _forms(self, draw, form, keys, chunk_size)
+        return _forms(self, draw, form, keys, whole_number(chunk_size, "chunk_size", least=1))
 
     def loop(self, step: Callable[[Callable[[Tree], Tree], Any, Any], Any], state: Any, xs: Any) -> Any:
         return _loop(self, step, state, xs)

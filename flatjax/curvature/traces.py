@@ -14,6 +14,7 @@ from flatjax.curvature.probes import estimated
 from flatjax.curvature.products import Curvature
 from flatjax.curvature.vectors import inner_product, rademacher_like, sum_dtype
 from flatjax.curvature.xtrace import empty_sketch, extended, trace_of
+from flatjax.integers import whole_number
 from flatjax.units import root_of_squares
 
 
@@ -117,8 +118,7 @@ def diagonal(
     References:
         Bekas, Kokiopoulou, Saad: *An estimator for the diagonal of a matrix*, Appl. Numer. Math. 57, 2007.
     """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}, wanted at least 1")
+    chunk_size = whole_number(chunk_size, "chunk_size", least=1)
 
     def add(moments: _Moments, keys: Key[Array, " k"]) -> _Moments:
         whole = len(keys) // chunk_size * chunk_size

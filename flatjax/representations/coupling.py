@@ -5,6 +5,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from flatjax.curvature.vectors import sum_dtype
+from flatjax.integers import whole_number
 from flatjax.metric import metric
 from flatjax.representations.jacobians import SingularTriplets
 from flatjax.representations.projections import Projections
@@ -44,6 +45,7 @@ def block_coupling(first: Float[ArrayLike, "m m"], second: Float[ArrayLike, "m m
     first, second = jnp.asarray(first), jnp.asarray(second)
     if first.ndim != 2 or first.shape[0] != first.shape[1] or first.shape != second.shape:
         raise ValueError(f"first has shape {first.shape} and second {second.shape}, wanted (m, m) of both")
+    top = whole_number(top, "top")
     if not 1 <= top <= len(first):
         raise ValueError(f"top is {top}, wanted 1 to {len(first)}, the features")
     dtype = sum_dtype((first, second))

@@ -9,12 +9,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer, Key
 
 from flatjax import results
+from flatjax.integers import whole_number
 from flatjax.metric import metric
 from flatjax.representations.operators import (
     Block,
     Point,
     ResidualJacobian,
-    check_chunk_size,
     points,
     stacked,
 )
@@ -42,6 +42,7 @@ class SingularTriplets(NamedTuple):
             ValueError: there are not so many.
         """
         most = self.S.shape[-1]
+        num_triplets = whole_number(num_triplets, "num_triplets")
         if not 1 <= num_triplets <= most:
             raise ValueError(f"num_triplets is {num_triplets}, wanted 1 to {most}, of which there are singular values")
         return SingularTriplets(*(x[..., :num_triplets] for x in self))
@@ -115,16 +116,15 @@ def residual_jacobians(
         2024.
         Halko, Martinsson, Tropp: *Finding Structure with Randomness*, SIAM Review 53, 2011 (the iteration).
     """
-    check_chunk_size(chunk_size)
-    if num_iterations < 0:
-        raise ValueError(f"num_iterations is {num_iterations}, wanted 0 or more")
+    chunk_size = whole_number(chunk_size, "chunk_size", least=1)
+    num_iterations = whole_number(num_iterations, "num_iterations", least=0)
     if key is not None and top is None:
         raise ValueError("got a key, but top is None: say how many triplets to look for, or leave the key out")
     at = points(blocks, stream, position, sequence)
     num_features = at[0].inputs.shape[1]
-    if top is not None and not 1 <= top <= num_features:
+    top = num_features if top is None else whole_number(top, "top")
+    if not 1 <= top <= num_features:
         raise ValueError(f"top is {top}, wanted 1 to {num_features}, the features of the stream")
-    top = num_features if top is None else top
     if key is None or top + OVERSAMPLING >= num_features:
         return stacked([_exact(point, top=top, chunk_size=chunk_size) for point in at])
     keys = jax.random.split(key, len(at))

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from flatjax.curvature.vectors import sum_dtype
+from flatjax.integers import known_integer, whole_number
 from flatjax.sharding import gathered
 
 Block = Callable[[Array], Array]
@@ -72,14 +73,12 @@ def points(blocks: Sequence[Block], stream: ArrayLike, position: int | ArrayLike
             f"for what enters each, or {num_blocks + 1} with what leaves the last"
         )
     _, num_sequences, num_positions, _ = stream.shape
+    sequence, known = whole_number(sequence, "sequence"), known_integer(position, "position")
     if not -num_sequences <= sequence < num_sequences:
         raise ValueError(f"sequence is {sequence}, but stream has {num_sequences}: its shape is {stream.shape}")
-    if isinstance(position, int) and not -num_positions <= position < num_positions:
+    if known is not None and not -num_positions <= known < num_positions:
         raise ValueError(f"position is {position}, but stream has {num_positions}: its shape is {stream.shape}")
-    position = jnp.asarray(position)
-    if position.shape != () or not jnp.issubdtype(position.dtype, jnp.integer):
-        raise TypeError(f"position has dtype {position.dtype} and shape {position.shape}, wanted one integer")
-    position = position.astype(jnp.int32)
+    position = jnp.asarray(position).astype(jnp.int32)
     inside = (position >= -num_positions) & (position < num_positions)
     # What is indexed beyond the end is the last, which nobody asked for.
     inputs = gathered(stream)[:, sequence] * jnp.where(inside, 1, jnp.nan).astype(stream.dtype)
@@ -90,12 +89,6 @@ def points(blocks: Sequence[Block], stream: ArrayLike, position: int | ArrayLike
 def stacked(results: Sequence[Any]) -> Any:
     """One for each block, along a first axis."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
-
-
-def check_chunk_size(chunk_size: int) -> None:
-    """Raises a ValueError if it is below 1."""
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}, wanted at least 1")
 
 
 def _as_tree(block: Block) -> Any:

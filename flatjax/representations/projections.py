@@ -8,13 +8,13 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
 
 from flatjax import results
+from flatjax.integers import whole_number
 from flatjax.metric import metric
 from flatjax.representations.jacobians import SingularTriplets
 from flatjax.representations.operators import (
     Block,
     Point,
     ResidualJacobian,
-    check_chunk_size,
     points,
     stacked,
 )
@@ -84,7 +84,7 @@ def residual_projections(
     Raises:
         TypeError, ValueError: as `residual_jacobians`; and where the triplets are of other blocks.
     """
-    check_chunk_size(chunk_size)
+    chunk_size = whole_number(chunk_size, "chunk_size", least=1)
     at = points(blocks, stream, position, sequence)
     wanted = len(at), at[0].inputs.shape[1]
     if triplets.V.shape[:2] != wanted:

@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from flatjax import results
+from flatjax.integers import whole_number
 
 FIT_RANGE = (11, 98)
 """Of the eigenvalues, counted from 1, to which α-ReQ is fitted by default: that of the published code."""
@@ -86,7 +87,7 @@ def geometry_of_spectrum(
 
 def checked_fit_range(fit_range: tuple[int, int]) -> tuple[int, int]:
     """Raises a ValueError for what is no range of three eigenvalues or more."""
-    first, last = fit_range
+    first, last = (whole_number(end, "fit_range") for end in fit_range)
     if first < 1 or last < first + 2:
         raise ValueError(
             f"fit_range is {fit_range}, wanted (first, last), both included and counted from 1, of at least 3 "

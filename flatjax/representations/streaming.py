@@ -13,6 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from flatjax.double import Double
+from flatjax.integers import whole_number
 from flatjax.metric import metric
 from flatjax.representations.geometry import centred, read_features, without_rounding
 from flatjax.representations.spectrum import FIT_RANGE, RepresentationGeometry, geometry_of_spectrum
@@ -57,8 +58,7 @@ class FeatureSpectrum(NamedTuple):
             TypeError: another dtype than float32 or float64, or one that JAX has not enabled.
             ValueError: fewer than 1 feature.
         """
-        if num_features < 1:
-            raise ValueError(f"num_features is {num_features}, wanted at least 1")
+        num_features = whole_number(num_features, "num_features", least=1)
         if jnp.dtype(dtype) not in (jnp.float32, jnp.float64) or jnp.zeros(0, dtype).dtype != dtype:
             raise TypeError(f"dtype is {jnp.dtype(dtype)}, wanted float32, or float64 with jax_enable_x64")
         return cls(

@@ -56,7 +56,7 @@ def trajectory_loss(
     logits, past = jnp.asarray(logits), jnp.asarray(past_logits)
     if logits.shape != past.shape:
         raise ValueError(f"logits has shape {logits.shape} and past_logits {past.shape}, wanted the same")
-    if isinstance(temperature, int | float) and not temperature > 0:
+    if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
         raise ValueError(f"temperature is {temperature}, wanted a positive number")
     dtype = sum_dtype((logits, past))
     temperature = jnp.asarray(temperature, dtype)

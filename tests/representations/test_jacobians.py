@@ -261,7 +261,7 @@ BLOCKS = [jnp.sin] * L
         (lambda: residual_jacobians(BLOCKS, STREAM[0], 0), ValueError, r"stream has shape \(2, 4, 7\)"),
         (lambda: residual_jacobians(BLOCKS, STREAM.astype(int), 0), TypeError, "stream has dtype int64"),
         (lambda: residual_jacobians(BLOCKS, STREAM, T), ValueError, "position is 4, but stream has 4"),
-        (lambda: residual_jacobians(BLOCKS, STREAM, 0.5), TypeError, "position has dtype"),
+        (lambda: residual_jacobians(BLOCKS, STREAM, 0.5), TypeError, "position is 0.5, wanted one integer"),
         (lambda: residual_jacobians(BLOCKS, STREAM, 0, sequence=2), ValueError, "sequence is 2, but stream has 2"),
         (lambda: residual_jacobians([1, 2, 3], STREAM, 0), TypeError, "a block is a int"),
         (lambda: residual_jacobians(BLOCKS, STREAM, 0, top=0), ValueError, "top is 0, wanted 1 to 7"),
