@@ -27,6 +27,8 @@ def as_arrays(name: str, value: Any, *, are_classes: bool = False) -> Any:
         return _in_range_of_jax(_of_numbers(name, _of_tensor(name, value)), are_classes)
     if type(value) in (list, tuple):
         return as_arrays(name, _of_sequence(name, value, are_classes), are_classes=are_classes)
+    if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value)):
+        return value
     leaves, structure = jax.tree_util.tree_flatten_with_path(value)
     if len(leaves) == 1 and leaves[0][1] is value:
         wanted = "integers" if are_classes else "an array"

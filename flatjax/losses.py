@@ -4,7 +4,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
+from flatjax.metric import metric
 
+
+@metric(placed="as it comes")
 def cross_entropy(logits: Float[Array, "*n d"], labels: Integer[Array, "*n"]) -> Float[Array, "*n"]:
     """Softmax cross-entropy of each sample, as a sum over the other classes.
 

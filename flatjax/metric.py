@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar, cast, overload
+from typing import Any, Literal, TypeVar, cast, overload
 
 import jax
 import numpy as np
@@ -14,13 +14,14 @@ from flatjax.heads import head_arrays
 from flatjax.sharding import explicit_mesh
 
 F = TypeVar("F", bound=Callable[..., Any])
+Placement = Literal["replicated", "as the first", "as it comes"]
 
 
 @overload
 def metric(function: F, /) -> F: ...
 @overload
-def metric(*, compiled: bool = True, is_update: bool = False) -> Callable[[F], F]: ...
-def metric(function: Any = None, /, *, compiled: bool = True, is_update: bool = False) -> Any:
+def metric(*, compiled: bool = True, placed: Placement = "replicated") -> Callable[[F], F]: ...
+def metric(function: Any = None, /, *, compiled: bool = True, placed: Placement = "replicated") -> Any:
     """Compiles a metric, once for each shape and each value of its keyword-only arguments, which are static.
 
     All other arguments are arrays and trees of them, however they are sharded: from the second call on with the same
@@ -28,23 +29,25 @@ def metric(function: Any = None, /, *, compiled: bool = True, is_update: bool = 
     is called `params` is a head in any of its layouts, and `labels` and `partners` are classes.
 
     Products of float32 are of float32, which on a GPU or a TPU is not the default, as the sums of metrics cancel. On a
-    mesh with explicit axes the compiler chooses the shardings inside the metric, and the result is replicated.
+    mesh with explicit axes the compiler chooses the shardings inside the metric.
 
     Args:
         function: the metric.
         compiled: False for what has to raise errors that depend on values.
-        is_update: whether the result is the first argument made anew, to be sharded as that is.
+        placed: how the result is sharded on a mesh with explicit axes: replicated, as the first argument, of which it
+            is a newer one, or as it comes, where nothing inside has to be chosen.
     """
     if function is None:
-        return functools.partial(metric, compiled=compiled, is_update=is_update)
+        return functools.partial(metric, compiled=compiled, placed=placed)
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def on_any_mesh(*values: Any, **options: Any) -> Any:
-        mesh = explicit_mesh(values)
+        mesh = None if placed == "as it comes" else explicit_mesh(values)
         if mesh is None:
             return function(*values, **options)
-        like = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, values[0]) if is_update else PartitionSpec()
+        is_newer = placed == "as the first"
+        like = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, values[0]) if is_newer else PartitionSpec()
         with jax.sharding.use_abstract_mesh(mesh):
             automatic = jax.sharding.auto_axes(functools.partial(function, **options), out_sharding=like)
             return cast(Callable[..., Any], automatic)(*values)

@@ -141,7 +141,7 @@ class ClassMoments(NamedTuple):
         """Classes of so many samples or more: one sample is its own mean, and says nothing of the spread around it."""
         return self.counts >= min_count
 
-    @metric(is_update=True)
+    @metric(placed="as the first")
     def update(
         self,
         feats: Float[Any, "*n m"],
@@ -175,7 +175,7 @@ class ClassMoments(NamedTuple):
         """h_i − μ_c(i), to rounding of itself."""
         return batch.feats - self.centres.high[batch.classes] - self.centres.low[batch.classes]
 
-    @metric(is_update=True)
+    @metric(placed="as the first")
     def merge(self, other: "ClassMoments") -> "ClassMoments":
         """Of the samples of both; the order changes nothing beyond rounding.
 

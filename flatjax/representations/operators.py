@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from flatjax.curvature.vectors import sum_dtype
 from flatjax.integers import known_integer, whole_number
-from flatjax.sharding import gathered
+from flatjax.metric import metric
 
 Block = Callable[[Array], Array]
 """(n, t, m) -> (n, t, m). If it is a pytree, as an `nnx.Module` is, its arrays are arguments of what is compiled."""
@@ -78,14 +78,27 @@ def points(blocks: Sequence[Block], stream: ArrayLike, position: int | ArrayLike
         raise ValueError(f"sequence is {sequence}, but stream has {num_sequences}: its shape is {stream.shape}")
     if known is not None and not -num_positions <= known < num_positions:
         raise ValueError(f"position is {position}, but stream has {num_positions}: its shape is {stream.shape}")
-    position = jnp.asarray(position).astype(jnp.int32)
+    position = jnp.asarray(position)
+    if position.shape != () or not jnp.issubdtype(position.dtype, jnp.integer):
+        raise TypeError(f"position has dtype {position.dtype} and shape {position.shape}, wanted one integer")
+    trees = [_as_tree(block) for block in blocks]
+    inputs, position = _entering(stream, position, sequence=sequence)
+    return [Point(block, entering, position) for block, entering in zip(trees, inputs[:num_blocks], strict=True)]
+
+
+@metric
+def _entering(
+    stream: Float[Array, "l n t m"], position: Integer[Array, ""], *, sequence: int
+) -> tuple[list[Float[Array, "t m"]], Int[Array, ""]]:
+    """The stream of one sequence at each layer, and the position counted from the first."""
+    num_positions, position = stream.shape[2], position.astype(jnp.int32)
     inside = (position >= -num_positions) & (position < num_positions)
     # What is indexed beyond the end is the last, which nobody asked for.
-    inputs = gathered(stream)[:, sequence] * jnp.where(inside, 1, jnp.nan).astype(stream.dtype)
-    position = position % num_positions
-    return [Point(_as_tree(block), inputs[layer], position) for layer, block in enumerate(blocks)]
+    inputs = stream[:, sequence] * jnp.where(inside, 1, jnp.nan).astype(stream.dtype)
+    return list(inputs), position % num_positions
 
 
+@jax.jit
 def stacked(results: Sequence[Any]) -> Any:
     """One for each block, along a first axis."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)

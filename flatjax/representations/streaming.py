@@ -69,7 +69,7 @@ class FeatureSpectrum(NamedTuple):
             num_bad=jnp.zeros((), jnp.int32),
         )
 
-    @metric(is_update=True)
+    @metric(placed="as the first")
     def update(
         self, feats: Float[ArrayLike, "*n m"], weights: Shaped[ArrayLike, "*n"] | None = None
     ) -> "FeatureSpectrum":
@@ -87,7 +87,7 @@ class FeatureSpectrum(NamedTuple):
         weights = None if weights is None else jnp.asarray(weights).astype(dtype)
         return _updated(self, feats.astype(dtype), weights)
 
-    @metric(is_update=True)
+    @metric(placed="as the first")
     def merge(self, other: "FeatureSpectrum") -> "FeatureSpectrum":
         """Of the samples of both; the order changes nothing beyond rounding.
 
