@@ -2,6 +2,7 @@
 
     python experiments/benchmark_layers.py probes   # a Hessian-vector product, its memory, and curvlinops beside it
     python experiments/benchmark_layers.py routes   # the flatness of all layers by two routes, and by the one chosen
+    python experiments/benchmark_layers.py stacked  # blocks in one stack that is scanned over, beside blocks one by one
 
 Prints a table and writes the same figures to `runs/benchmark/<name>.json`. Every figure is a median over rounds in
 which the functions take turns; a ratio is taken within a round, and stands with its quartiles. curvlinops is measured
@@ -9,15 +10,17 @@ where it is installed: `pip install torch==2.13.0 curvlinops-for-pytorch`.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
-from harness.networks import Network, perceptron, resnet, transformer
+from flax import nnx
+from harness.networks import Network, decoder, perceptron, resnet, transformer
 from harness.profiles import in_forward_order
 from harness.records import temporary_memory, write_record
 from harness.timing import side_by_side
@@ -154,6 +157,79 @@ NETWORKS: dict[str, Callable[[int], Network]] = {
 }
 
 
+def stacked(
+    depth: int = 12,
+    width: int = 32,
+    batch_size: int = 4,
+    context: int = 16,
+    num_batches: int = 2,
+    num_probes: int = 16,
+    routes: tuple[str, ...] = ("joint",),
+    rounds: int = 3,
+    seed: int = 0,
+    folder: Path = Path("runs/benchmark"),
+) -> None:
+    """The profile of one decoder whose blocks are leaves of their own, or the slices of a stack: seconds, and κ.
+
+    Both are of the same weights, trained for a hundred steps, with probes of their own. The difference of κ of a layer
+    in units of its standard error has the mean square 1, if the two measure the same.
+
+    Args:
+        depth: how many blocks there are.
+        width: of the residual stream.
+        batch_size: sequences a batch.
+        context: tokens a sequence.
+        num_batches: that the profile is of.
+        num_probes: of a layer and batch.
+        routes: by which layers are measured; "layerwise" compiles a program for each leaf.
+        rounds: later calls, of which the median is given.
+        seed: of networks and probes.
+        folder: where the record goes.
+    """
+    sizes = {"depth": depth, "width": width, "batch_size": batch_size, "context": context, "num_batches": num_batches}
+    unrolled = decoder(seed, vocab_size=32, **sizes).trained(100)
+    of_stack = decoder(seed, vocab_size=32, is_stacked=True, **sizes)
+    networks = {"one by one": unrolled, "stacked": of_stack._replace(params=as_stack(unrolled.params))}
+    record: list[dict[str, Any]] = []
+    for route in routes:
+        profiles: dict[str, dict[str, Estimate]] = {}
+        for name, network in networks.items():
+            measure = partial(flatness_profile, network.loss_fn, network.params, network.batches, num_probes=num_probes)
+            first, profiles[name] = timed(measure, route, seed + len(profiles))
+            later = [timed(measure, route, seed + len(profiles))[0] for _ in range(rounds)]
+            print(
+                f"{route:9} {name:10}  first {first:7.2f} s, later {np.median(later):6.2f} s "
+                f"[{min(later):.2f}, {max(later):.2f}], {len(profiles[name])} layers",
+                flush=True,
+            )
+            record.append({"route": route, "blocks": name, "first_seconds": first, "later_seconds": later})
+        differences = in_standard_errors(profiles["one by one"], profiles["stacked"])
+        print(
+            f"{route:9} κ of {len(differences)} estimated layers differs by {np.max(np.abs(differences)):.2f} standard "
+            f"errors at most, mean square {np.mean(np.square(differences)):.2f}"
+        )
+        record.append({"route": route, "differences_in_standard_errors": differences})
+    write_record(folder / "stacked.json", record)
+
+
+def as_stack(params: Any) -> dict[str, Any]:
+    """The parameters of a decoder, those of its blocks stacked."""
+    outer = {name: value for name, value in params.items() if name != "blocks"}
+    blocks = [params["blocks"][i] for i in sorted(params["blocks"])]
+    return {"outer": nnx.State(outer), "blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
+
+
+def in_standard_errors(one_by_one: Mapping[str, Estimate], of_stack: Mapping[str, Estimate]) -> list[float]:
+    """How far κ of each estimated layer of the blocks lies apart."""
+    differences = []
+    for name, (value, error, num_probes) in of_stack.items():
+        if name.startswith("blocks") and num_probes:
+            path, index = name.removesuffix("]").split("[")
+            other = one_by_one[path.replace("blocks", f"blocks/{index}", 1)]
+            differences.append(float((value - other.value) / np.hypot(error, other.standard_error)))
+    return differences
+
+
 def trace_of(loss_fn: Any, num_probes: int, key: jax.Array, params: Any, batch: Any) -> jax.Array:
     return trace(Hessian(loss_fn, params, batch), key, num_probes=max(num_probes, 2)).value
 
@@ -196,4 +272,4 @@ def beside_curvlinops(network: Network, num_probes: int, seed: int, seconds: flo
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"probes": probes, "routes": routes})
+    tyro.extras.subcommand_cli_from_dict({"probes": probes, "routes": routes, "stacked": stacked})

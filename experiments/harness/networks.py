@@ -11,7 +11,7 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 from flatjax import cross_entropy
-from flatjax.models import MLP, ResNet18, Transformer
+from flatjax.models import MLP, Decoder, DecoderConfig, ResNet18, Transformer
 
 
 class Network(NamedTuple):
@@ -69,12 +69,51 @@ def transformer(
         vocab_size=vocab_size, num_outputs=vocab_size, context=context, width=width, depth=depth, normalise=True,
         rngs=nnx.Rngs(seed),
     )  # fmt: skip
+    return _network(model, repeated_tokens(seed, batch_size, num_batches, context, vocab_size))
+
+
+def decoder(
+    seed: int = 0,
+    *,
+    depth: int = 12,
+    width: int = 64,
+    batch_size: int = 16,
+    num_batches: int = 2,
+    context: int = 32,
+    vocab_size: int = 64,
+    is_stacked: bool = False,
+) -> Network:
+    """The transformer's task for a decoder, its blocks one by one or as one stack that is scanned over."""
+    config = DecoderConfig(vocab_size=vocab_size, width=width, depth=depth, num_heads=4, tied=False)
+    model = Decoder(config, rngs=nnx.Rngs(seed))
+    network = _network(model, repeated_tokens(seed, batch_size, num_batches, context, vocab_size))
+    if not is_stacked:
+        return network
+    blocks = [nnx.state(block, nnx.Param) for block in model.blocks]
+    block_graph = nnx.graphdef(model.blocks[0])
+    model.blocks = nnx.List([])
+    graphdef, params = nnx.split(model, nnx.Param)
+
+    def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        outer = nnx.merge(graphdef, params["outer"])
+
+        def forward(x: jax.Array, block: Any) -> tuple[jax.Array, None]:
+            return nnx.merge(block_graph, block)(x), None
+
+        x, _ = jax.lax.scan(forward, outer.embed(x), params["blocks"])
+        return cross_entropy(outer.head(outer.norm(x)), y).mean()
+
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+    return Network(loss_fn, {"outer": params, "blocks": stack}, network.batches)
+
+
+def repeated_tokens(
+    seed: int, batch_size: int, num_batches: int, context: int, vocab_size: int
+) -> list[tuple[jax.Array, jax.Array]]:
+    """Random tokens, and as labels each again two places later."""
     rng = np.random.default_rng(seed)
-    batches = []
-    for _ in range(num_batches):
-        tokens = jnp.asarray(rng.integers(0, vocab_size, (batch_size, context)))
-        batches.append((tokens, jnp.roll(tokens, 2, axis=1)))
-    return _network(model, batches)
+    drawn = [jnp.asarray(rng.integers(0, vocab_size, (batch_size, context))) for _ in range(num_batches)]
+    return [(tokens, jnp.roll(tokens, 2, axis=1)) for tokens in drawn]
 
 
 def _network(model: nnx.Module, batches: list[tuple[jax.Array, jax.Array]]) -> Network:

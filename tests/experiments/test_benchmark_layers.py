@@ -48,3 +48,11 @@ def test_routes_are_recorded(tmp_path, monkeypatch):
     assert [row["route"] for row in rows] == ["layerwise", "joint", "auto"]
     assert all(max(row["largest_relative_errors"]) < 1 for row in rows)
     assert all(min(row["over_the_better"]) >= 1 for row in rows if row["route"] != "auto")
+
+
+def test_a_stack_is_measured_beside_the_same_blocks_one_by_one(tmp_path):
+    benchmark_layers.stacked(depth=2, width=8, batch_size=2, context=4, num_probes=8, rounds=1, folder=tmp_path)
+    *timings, difference = json.loads((tmp_path / "stacked.json").read_text())["rows"]
+    assert [row["blocks"] for row in timings] == ["one by one", "stacked"]
+    assert len(difference["differences_in_standard_errors"]) > 2
+    assert max(map(abs, difference["differences_in_standard_errors"])) < 5
