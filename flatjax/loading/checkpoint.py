@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from flatjax.curvature.leaves import leaf_path, leaves_by_path
+from flatjax.curvature.leaves import leaf_path
 from flatjax.loading.families import depth_key, family_of, read_config
 from flatjax.loading.files import existing, listed, read_object
 from flatjax.loading.folder import find_folder
@@ -130,7 +130,8 @@ class Checkpoint:
             raise ValueError(f"dtype is {dtype}, wanted a floating one")
         abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)))
         graphdef, params = nnx.split(abstract, nnx.Param)
-        shardings = {} if mesh is None else leaves_by_path(decoder_shardings(params, mesh))
+        placed = [] if mesh is None else jax.tree_util.tree_leaves_with_path(decoder_shardings(params, mesh))
+        shardings = {leaf_path(keys): sharding for keys, sharding in placed}
         leaves: dict[str, jax.Array] = {}
         problems: list[str] = []
         for short, name in self.names.items():
