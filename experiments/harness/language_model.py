@@ -124,9 +124,10 @@ def probed(network: Network, penalty: Penalty, params: State, windows: jax.Array
     kernels = {path: leaves[path] for path in penalty.kernels}
     direction = {}
     for i, path in enumerate(kernels):
-        matrix = layers[path].matrix(kernels[path])
-        signs = random_signs(jax.random.fold_in(key, i), (len(matrix), len(matrix)), matrix.dtype)
-        direction[path] = layers[path].kernel(signs @ matrix, kernels[path].shape)
+        matrices = layers[path].matrices(kernels[path])
+        number, size, _ = matrices.shape
+        signs = random_signs(jax.random.fold_in(key, i), (number, size, size), matrices.dtype)
+        direction[path] = layers[path].kernel(signs @ matrices, kernels[path].shape)
 
     def loss(kernels: State) -> jax.Array:
         return network.loss(with_leaves(params, kernels, penalty.kernels), some)

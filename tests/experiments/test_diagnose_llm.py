@@ -39,7 +39,7 @@ DECODER = DecoderConfig(
 OPTIONS = {
     "context": CONTEXT, "max_tokens": 22 * CONTEXT, "batch_size": BATCH, "blocks": BLOCKS, "min_count": MIN_COUNT,
     "radii": (0.01, 0.3), "fit_range": (2, 6), "layers": (KERNEL,), "profile_sequences": 4,
-    "profile_batch": 2, "num_probes": 80, "max_probes": 80, "windows": 3, "window_context": 5, "directions": TOP,
+    "profile_batch": 2, "num_probes": 92, "max_probes": 92, "windows": 3, "window_context": 5, "directions": TOP,
     "name": "d",
 }  # fmt: skip
 
