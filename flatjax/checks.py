@@ -35,7 +35,8 @@ def check_inputs(
 
     Raises:
         checkify.JaxRuntimeError: a feature, a weight or the head is not finite, a label is out of range, a weight is
-            negative, or all are 0.
+            negative, or all are 0. A bias of −∞ leaves its output out, and is named where none is left, or where the
+            loss is "squared_error", of which it is no output.
         TypeError, ValueError: as `relative_flatness`.
 
     Example:
@@ -48,8 +49,12 @@ def check_inputs(
         labels[1] is 7; wanted 0 <= label < 3, or -100 or weight 0 (`check` failed)
     """
     head, samples = read_samples(params, feats, labels, loss, weights)
-    for name, array in {"weight": head.matrix, "bias": head.bias}.items():
-        checkify.check(jnp.all(jnp.isfinite(array)), f"the {name} of the head holds a NaN or an infinity")
+    checkify.check(jnp.all(jnp.isfinite(head.matrix)), "the weight of the head holds a NaN or an infinity")
+    is_left_out = jnp.full_like(head.bias, False, bool) if loss == "squared_error" else head.bias == -jnp.inf
+    good_bias = jnp.isfinite(head.bias) | is_left_out
+    checkify.check(jnp.all(good_bias), "the bias of the head holds a NaN or an infinity")
+    if loss == "softmax_cross_entropy":
+        checkify.check(~jnp.all(is_left_out), "all biases of the head are -inf, which leaves no output")
     checkify.check(jnp.any(samples.counts), "all weights are 0, or all labels ignored")
     for bad, message, details in samples.flaws:
         first = bad.argmax()

@@ -1,9 +1,10 @@
 """What a labelled set of samples is: any leading shape flattened, weights as shares, bad values marked.
 
 A sample of weight 0, or of label −100 where labels are classes, is padding: whatever it holds, NaN included, counts
-nowhere. A bad value elsewhere (a label out of range, a negative weight) turns the share of its sample into NaN, so that
-no mean over the samples can look plausible. Without `jax_enable_x64` JAX cuts what enters a `jax.jit` of your own to 32
-bits before it is seen here: a label 2³² is class 0 there, and bad elsewhere.
+nowhere. How a mean would change with a weight that is 0 can be asked of a sample that holds good values; to all other
+padding nothing is sensitive. A bad value elsewhere (a label out of range, a negative weight) turns the share of its
+sample into NaN, so that no mean over the samples can look plausible. Without `jax_enable_x64` JAX cuts what enters a
+`jax.jit` of your own to 32 bits before it is seen here: a label 2³² is class 0 there, and bad elsewhere.
 """
 
 from typing import NamedTuple
@@ -35,7 +36,7 @@ class Samples(NamedTuple):
     weights: Float[Array, " n"]
     """ω_i; that of a bad sample is NaN."""
     total_weight: Float[Array, ""]
-    """Σω, bad samples included."""
+    """Σω, as if no sample were bad."""
     counts: Bool[Array, " n"]
     """Where ω_i is not 0, nor the label −100: elsewhere is padding."""
     flaws: tuple[Flaw, ...] = ()
@@ -46,10 +47,21 @@ class Samples(NamedTuple):
         return self.weights / self.total_weight
 
     def marked(self, bad: Bool[Array, "..."], message: str, **details: Shaped[Array, " n"]) -> "Samples":
-        """NaN in the weight of a bad sample; padding is none, though it holds a copy of another sample."""
+        """NaN in the weight of a bad sample; one that is padding is none, and nothing is sensitive to its weight."""
+        samples = self.insensitive(bad & ~self.counts)
         bad = bad & self.counts
         flaws = (*self.flaws, Flaw(bad, message, details))
-        return self._replace(weights=jnp.where(bad, jnp.nan, self.weights), flaws=flaws)
+        return samples._replace(weights=jnp.where(bad, jnp.nan, samples.weights), flaws=flaws)
+
+    def insensitive(self, padding: Bool[Array, " n"]) -> "Samples":
+        """To the weights, all of them 0, of some of the padding."""
+        total_weight = self.total_weight - jnp.sum(jnp.where(padding, self.weights, 0))
+        return self._replace(weights=jnp.where(padding, 0, self.weights), total_weight=total_weight)
+
+    def mean(self, values: Float[Array, " n"]) -> Float[Array, ""]:
+        """Σ_i e_i x_i, in which padding has no part, though its x be infinite."""
+        has_none = ~self.counts & ~jnp.isfinite(values)
+        return jnp.sum(self.insensitive(has_none).shares * jnp.where(has_none, 0, values))
 
 
 def flatten_samples(
@@ -59,8 +71,18 @@ def flatten_samples(
     weights: ArrayLike | None,
     *,
     ignored_label: int | None = IGNORED_LABEL,
+    unit: Float[Array, ""] | None = None,
 ) -> Samples:
     """Flattens the leading shape, and casts to the dtype to compute in: float64 if it or the head has it, or float32.
+
+    Args:
+        head: what the features enter.
+        feats: features (..., m).
+        labels: classes (...,), or targets (..., k).
+        weights: ω (...,), all 1 if None.
+        ignored_label: the class of padding; None if labels are no classes, as far as is known.
+        unit: times which the features can be squared, 1 if None. If given, the weights of good samples may be 0 and
+            have a derivative: such a sample has its own values, and all other padding those of one that counts.
 
     Raises:
         TypeError: `feats` is not of a floating dtype, or `weights` not of a real one.
@@ -95,10 +117,15 @@ def flatten_samples(
     n = feats.size // num_features
     feats, weights = feats.astype(dtype).reshape(n, num_features), weights.astype(dtype).reshape(n)
     labels = widened(labels).reshape(n, *labels.shape[len(leading) :])
-    counts = weights != 0
-    if ignored_label is not None and labels.ndim == 1 and jnp.issubdtype(labels.dtype, jnp.integer):
-        counts &= labels != ignored_label
-
+    are_classes = ignored_label is not None and labels.ndim == 1 and jnp.issubdtype(labels.dtype, jnp.integer)
+    is_ignored = labels == ignored_label if are_classes else jnp.zeros(n, bool)
+    counts = (weights != 0) & ~is_ignored
+    squares = jnp.sum((feats if unit is None else feats * unit.astype(dtype)) ** 2, axis=1)
+    is_kept = counts
+    if unit is not None:
+        # Room for the squares of the rows too: what is finite has a derivative, and 0 times that is 0.
+        is_small = squares < float(jnp.finfo(dtype).max) ** 0.5
+        is_kept |= ~is_ignored & is_small & _seem_good(labels, counts, of_any_loss=ignored_label is None)
     is_first = counts & (jnp.arange(n) == jnp.argmax(counts))
 
     def without_padding(values: Shaped[Array, "n ..."]) -> Shaped[Array, "n ..."]:
@@ -106,15 +133,30 @@ def flatten_samples(
         column = (n, *[1] * (values.ndim - 1))
         # Summed, not sliced: of samples split among devices a slice is cut once all are gathered. Zero if none counts.
         first = jnp.sum(jnp.where(is_first.reshape(column), values, jnp.zeros_like(values)), axis=0)
-        return jnp.where(counts.reshape(column), values, first.astype(values.dtype)[None])
+        return jnp.where(is_kept.reshape(column), values, first.astype(values.dtype)[None])
 
-    # To padding nothing is sensitive, its weight included.
-    weights = jnp.where(counts, weights, 0)
+    # To what was replaced nothing is sensitive, its weight included.
+    weights = jnp.where(is_kept, weights, 0)
     samples = Samples(without_padding(feats), without_padding(labels), weights, jnp.sum(weights), counts)
     bad = (weights < 0) | ~jnp.isfinite(samples.total_weight)
     samples = samples.marked(bad, "weights[{i}] is {weight}; wanted 0 or more, and a finite sum", weight=weights)
-    finite = jnp.isfinite(jnp.sum(samples.feats**2, axis=1))
-    return samples.marked(~finite, "feats[{i}] holds a NaN, an infinity, or a number whose square is one")
+    return samples.marked(
+        ~jnp.isfinite(squares), "feats[{i}] holds a NaN, an infinity, or a number whose square is one"
+    )
+
+
+def _seem_good(labels: Shaped[Array, "n ..."], counts: Bool[Array, " n"], *, of_any_loss: bool) -> Bool[Array, " n"]:
+    """Whether a loss may be asked for its value at the labels, those of padding among them."""
+    values = labels.reshape(len(labels), -1)
+    if not of_any_loss:
+        # Whether a class is one of the head's is asked later.
+        return jnp.isfinite(jnp.sum(jnp.abs(values), axis=1))
+    # What is a label to a loss of which nothing is known are those that count, and what lies between them.
+    values = values.astype(jnp.int32) if values.dtype == bool else values
+    info = jnp.finfo(values.dtype) if jnp.issubdtype(values.dtype, jnp.floating) else jnp.iinfo(values.dtype)
+    least = jnp.min(jnp.where(counts[:, None], values, info.max), axis=0)
+    most = jnp.max(jnp.where(counts[:, None], values, info.min), axis=0)
+    return jnp.all((values >= least[None]) & (values <= most[None]), axis=1)
 
 
 def _computing_dtype(*arrays: Shaped[Array, "..."]) -> jnp.dtype:

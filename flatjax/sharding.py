@@ -1,7 +1,7 @@
 """What the types of arrays say of how they are sharded."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -47,6 +47,21 @@ def axis_names(axis_name: str | tuple[str, ...] | None) -> tuple[str, ...]:
 def varying_like(tree: T, like: Any) -> T:
     """`tree`, said to vary along the axes that `like` varies along: as the start of a loop that mixes them."""
     return varying_along(tree, varying_axes(like))
+
+
+def automatic(function: Callable[..., T], like: T) -> Callable[..., T]:
+    """On a mesh with explicit axes the compiler chooses the shardings in `function`, but not the result's: `like`'s."""
+
+    def wrapped(*args: Any) -> T:
+        mesh = explicit_mesh((args, like))
+        if mesh is None:
+            return function(*args)
+        shardings = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, like)
+        with jax.sharding.use_abstract_mesh(mesh):
+            automatic: Callable[..., T] = jax.sharding.auto_axes(function, out_sharding=shardings)  # pyrefly: ignore
+            return automatic(*args)
+
+    return wrapped
 
 
 def gathered(value: Array) -> Array:

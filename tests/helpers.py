@@ -182,7 +182,8 @@ def softmax_flatness_without_cancellation(problem: Problem) -> Flatness:
 
     def largest_eigenvalue(measure):
         # An eigensolver's error is relative to the largest entry, so bring that to 1.
-        return measure.max() * np.linalg.eigvalsh((feats.T * (measure / measure.max())) @ feats)[-1]
+        size = measure.max() or 1
+        return size * np.linalg.eigvalsh((feats.T * (measure / size)) @ feats)[-1]
 
     shares = p * rest / len(feats)
     return Flatness(

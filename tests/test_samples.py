@@ -130,6 +130,79 @@ def test_features_whose_square_overflows_are_bad(feature, bad):
     assert np.isnan(samples.shares[1]) == bad
 
 
+UNIT = jnp.ones((), "float32")
+
+
+def shares_and_slopes(feats, labels, weights, num_classes=5, **options):
+    """Of the sum of the samples' numbers, 1, 2, ..., by their shares."""
+
+    def mean(weights):
+        samples = flatten_samples(HEAD, feats, labels, weights, unit=UNIT, **options)
+        if not options:
+            samples = mark_class_labels(samples, num_classes)
+        return samples.mean(jnp.arange(1.0, len(weights) + 1, dtype="float32")), samples
+
+    slopes, samples = jax.grad(mean, has_aux=True)(jnp.asarray(weights, "float32"))
+    return samples, slopes
+
+
+def test_a_good_sample_of_weight_zero_has_its_own_values_and_the_slope_of_a_mean():
+    feats = np.ones((4, 4), "float32") * np.arange(4)[:, None].astype("float32")
+    samples, slopes = shares_and_slopes(feats, np.array([0, 1, 4, 3]), [1, 3, 0, 0])
+    np.testing.assert_array_equal(samples.feats, feats)
+    np.testing.assert_allclose(samples.shares, [0.25, 0.75, 0, 0])
+    np.testing.assert_allclose(slopes, (np.arange(1, 5) - 1.75) / 4, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("feature", "label"), [(np.nan, 1), (-np.inf, 1), (1e25, 1), (1, 5), (1, -1), (1, -100), (np.nan, -100)]
+)
+def test_padding_that_holds_no_good_sample_has_no_slope_and_leaves_the_others_theirs(feature, label):
+    feats = np.ones((3, 4), "float32")
+    feats[1, 2] = feature
+    samples, slopes = shares_and_slopes(feats, np.array([0, label, 3]), [1, 0, 3])
+    assert np.all(np.isfinite(samples.feats))
+    np.testing.assert_allclose(slopes, [(1 - 2.5) / 4, 0, (3 - 2.5) / 4], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("label", "has_slope"), [(2, True), (1, True), (4, False), (-100, False)])
+@pytest.mark.parametrize("dtype", [int, float])
+def test_to_a_loss_of_which_nothing_is_known_a_label_between_those_that_count_is_good(dtype, label, has_slope):
+    labels = np.array([1, label, 3], dtype)
+    _, slopes = shares_and_slopes(np.ones((3, 4), "float32"), labels, [1, 0, 3], ignored_label=None)
+    assert (slopes[1] != 0) == has_slope
+
+
+@pytest.mark.parametrize(("target", "has_slope"), [(0.7, True), (np.nan, False), (np.inf, False)])
+def test_a_target_of_padding_is_good_if_it_is_finite(target, has_slope):
+    targets = np.full((3, 5), 0.2, "float32")
+    targets[1, 4] = target
+    _, slopes = shares_and_slopes(np.ones((3, 4), "float32"), targets, [1, 0, 3], ignored_label=None)
+    assert (slopes[1] != 0) == (has_slope and target == targets[0, 4])
+
+    def mean(weights):
+        return flatten_samples(HEAD, np.ones((3, 4), "float32"), targets, weights, unit=UNIT).mean(jnp.arange(3.0))
+
+    assert (jax.grad(mean)(jnp.asarray([1.0, 0, 3]))[1] != 0) == has_slope
+
+
+def test_padding_without_a_finite_value_has_no_part_in_a_mean_and_no_slope():
+    def mean(weights):
+        samples = flatten_samples(HEAD, np.ones((3, 4)), np.zeros(3, int), weights, unit=UNIT)
+        return samples.mean(jnp.array([1, np.inf, 3]))
+
+    value, slopes = jax.value_and_grad(mean)(jnp.array([1.0, 0, 3]))
+    np.testing.assert_allclose([value, *slopes], [2.5, -1.5 / 4, 0, 0.5 / 4], rtol=1e-12)
+
+
+@pytest.mark.parametrize("unit", [2.0**-70, 2.0**60])
+def test_features_are_squared_in_their_unit(unit):
+    feats = jnp.full((1, 4), 1 / unit, "float32")
+    assert np.all(np.isfinite(flatten_samples(HEAD, feats, np.zeros(1, int), None, unit=jnp.float32(unit)).shares))
+    huge = jnp.full((1, 4), 2.0**64 / unit if unit > 1 else 2.0**127, "float32")
+    assert np.isnan(flatten_samples(HEAD, huge, np.zeros(1, int), None, unit=jnp.float32(unit)).shares[0]) == (unit > 1)
+
+
 def test_gradients_pass_through_the_shares():
     def third_share(weights):
         return flatten_samples(HEAD, FEATS, LABELS, weights).shares[2]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from flatjax.heads import LinearHead
+from flatjax.scales import power_of_two
 
 _ELEMENTS_IN_FLIGHT = 2**24
 """Directions are vmapped in chunks of so many logits, that memory does not grow with their number."""
@@ -30,18 +31,20 @@ class AutodiffCurvature(NamedTuple):
         """κ = ⟨W Wᵀ, T⟩, or Σ_k w_kᵀ T w_k over the columns of W where those are fewer than its rows."""
         rows = self.head.weight
         directions = rows.T if rows.shape[1] < rows.shape[0] else jnp.eye(len(rows), dtype=rows.dtype)
-        products = self._products(directions)
+        unit, products = self._products(directions)
         if rows.shape[1] < rows.shape[0]:
-            return jnp.sum(directions * products)
-        return jnp.sum((rows @ rows.T) * products)
+            return jnp.sum(unit * directions * products)
+        return jnp.sum(unit * (rows @ rows.T) * products)
 
     def block_traces(self) -> Float[Array, "d d"]:
         """T = Σ_i e_i ‖φ_i‖² G_i."""
-        return self._products(jnp.eye(self.head.num_outputs, dtype=self.feats.dtype))
+        unit, products = self._products(jnp.eye(self.head.num_outputs, dtype=self.feats.dtype))
+        return unit * products
 
-    def trace(self) -> Float[Array, ""]:
-        """Tr H = Σ_s T[s, s]."""
-        return jnp.trace(self.block_traces())
+    def simplified_flatness(self) -> Float[Array, ""]:
+        """κ̂ = ‖W‖_F² Σ_s T[s, s]."""
+        unit, products = self._products(jnp.eye(self.head.num_outputs, dtype=self.feats.dtype))
+        return unit * self.head.squared_norm(self.feats.dtype) * jnp.trace(products)
 
     def diagonal(self) -> Float[Array, "n d"]:
         """G_i[s, s], one product a row s for all samples."""
@@ -56,16 +59,18 @@ class AutodiffCurvature(NamedTuple):
 
         return self._map(second_derivatives, jnp.eye(logits.shape[1], dtype=logits.dtype)).T
 
-    def _products(self, directions: Float[Array, "k d"]) -> Float[Array, "k d"]:
-        """T v for every direction v."""
+    def _products(self, directions: Float[Array, "k d"]) -> tuple[Float[Array, ""], Float[Array, "k d"]]:
+        """A unit, in which small features leave small curvature its digits, and T v in it for every direction v."""
         logits = self.head.logits(self.feats)
         measure = self.shares * jnp.sum(self.feats**2, axis=1)
+        unit = power_of_two(jnp.max(measure))
+        measure = measure / unit
 
         def measured_loss(shift: Float[Array, " d"]) -> Float[Array, ""]:
             return jnp.sum(measure * jax.vmap(self.loss)(logits + shift[None, :], self.labels))
 
         origin = jnp.zeros_like(directions[0])
-        return self._map(lambda v: jax.jvp(jax.grad(measured_loss), (origin,), (v,))[1], directions)
+        return unit, self._map(lambda v: jax.jvp(jax.grad(measured_loss), (origin,), (v,))[1], directions)
 
     def _map(self, product: Callable[[Array], Array], directions: Float[Array, "k d"]) -> Float[Array, "k ..."]:
         chunk = max(1, _ELEMENTS_IN_FLIGHT // (len(self.feats) * directions.shape[1]))

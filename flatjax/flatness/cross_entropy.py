@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer, Shaped
 
+from flatjax.flatness.frame import unit_of
 from flatjax.flatness.vocabulary import read_out
 from flatjax.heads import HeadParams, linear_head
 from flatjax.metric import metric
@@ -84,7 +85,7 @@ def cross_entropy_and_flatness(
     """
     head = linear_head(params)
     row_axes, sample_axes = _split_by(axis_names(axis_name), head.matrix, feats)
-    samples = flatten_samples(head, feats, labels, weights)
+    samples = flatten_samples(head, feats, labels, weights, unit=unit_of(head, row_axes))
     check_one_class_a_sample(samples, labels)
     num_outputs = head.num_outputs * jax.lax.axis_size(row_axes) if row_axes else head.num_outputs
     samples = mark_class_labels(samples, num_outputs)
@@ -92,9 +93,7 @@ def cross_entropy_and_flatness(
     samples = samples._replace(total_weight=jnp.where(jnp.isfinite(total_weight), total_weight, jnp.nan))
 
     readout = read_out(head, samples.feats, samples.labels, tile_size=tile_size, axis_names=row_axes)
-    # Padding is a copy of a sample, whose loss may be infinite.
-    cross_entropy = jnp.sum(samples.shares * jnp.where(samples.shares == 0, 0, readout.losses))
-    kappa = jnp.sum(samples.shares * jnp.sum(samples.feats**2, axis=1) * readout.variances)
+    cross_entropy, kappa = samples.mean(readout.losses), samples.mean(readout.flatness)
     return sum_over_devices(cross_entropy, sample_axes), sum_over_devices(kappa, sample_axes)
 
 

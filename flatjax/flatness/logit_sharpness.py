@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer, Shaped
 
 from flatjax import results
+from flatjax.flatness.frame import frame_of, unit_of
 from flatjax.flatness.other_outputs import OtherOutputs
 from flatjax.flatness.parts import map_parts, split
 from flatjax.flatness.tiles import check_tile_size, rows_of, tile, tile_indices
@@ -85,16 +86,17 @@ def logit_sharpness(
     head = LinearHead(jnp.zeros((num_outputs, 1), logits.dtype), jnp.zeros(num_outputs, logits.dtype))
     samples = _read(head, jnp.zeros((*logits.shape[:-1], 1), logits.dtype), labels, weights, radius)
     logits = logits.astype(samples.feats.dtype).reshape(-1, num_outputs)
-    logits = jnp.where(samples.counts[:, None], logits, 0)
     is_bad = jnp.any(jnp.isnan(logits) | (logits == jnp.inf), axis=1)
+    logits = jnp.where((samples.counts | ~is_bad)[:, None], logits, 0)
     samples = samples.marked(is_bad, "logits[{i}] holds a NaN or an infinity")
 
     outputs = jnp.arange(num_outputs, dtype=samples.labels.dtype)
     is_label = outputs[None, :] == samples.labels[:, None]
     # Summed, not indexed: outputs may be split among devices.
     of_label = jnp.sum(jnp.where(is_label, logits, 0), axis=1)
-    others = OtherOutputs.none(of_label).with_logits(logits, is_label, radius)
-    return _means(samples, *others.rise_and_loss(of_label, radius))
+    offset = jnp.zeros_like(of_label)
+    others = OtherOutputs.none(of_label).with_logits(logits, offset, is_label, radius)
+    return _means(samples, *others.rise_and_loss(of_label, offset, radius))
 
 
 @metric
@@ -138,36 +140,37 @@ def head_logit_sharpness(
     head = linear_head(params)
     samples = _read(head, feats, labels, weights, radius)
     feats, labels = samples.feats, samples.labels
-    no_centre = jnp.zeros_like(feats[0])
     parts = split(head, (), feats)
+    frame = frame_of(parts, feats, unit_of(head))
+    offset = feats @ frame.row + frame.bias
+    feats = feats * frame.unit
     if tile_size is None:
         tile_size = max(FEWEST_ROWS, len(parts.bias) * LOGITS_AT_ONCE // len(feats))
     size = min(-(-int(tile_size) // len(parts.bias)), parts.num_rows)
     bias = jnp.take(head.bias, jnp.clip(labels, 0, head.num_outputs - 1)).astype(feats.dtype)
-    of_label = jnp.sum(rows_of(head, no_centre, labels) * feats, axis=1) + bias
+    of_label = jnp.sum(rows_of(head, frame, labels) * feats, axis=1) + (bias - frame.bias)
     nothing = varying_like(OtherOutputs.none(of_label), (parts, feats, labels))
 
     def of_part(head: LinearHead, first_output: Array) -> OtherOutputs:
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def step(others: OtherOutputs, i: Array) -> tuple[OtherOutputs, None]:
-            read = tile(head, no_centre, feats, first_output, size, i)
-            return others.with_logits(read.logits, read.is_output(labels), radius), None
+            read = tile(head, frame, feats, first_output, size, i)
+            return others.with_logits(read.logits, offset, read.is_output(labels), radius), None
 
         return jax.lax.scan(step, nothing, tile_indices(head, size, labels.dtype))[0]
 
     others = OtherOutputs.merged(map_parts(of_part, (parts,), parts.first_outputs(labels.dtype)))
-    return _means(samples, *others.rise_and_loss(of_label, radius))
+    return _means(samples, *others.rise_and_loss(of_label, offset, radius))
 
 
 def _read(head: LinearHead, feats: ArrayLike, labels: ArrayLike, weights: ArrayLike | None, radius: float) -> Samples:
     if radius < 0:
         raise ValueError(f"radius is {radius}, wanted 0 or more")
-    samples = flatten_samples(head, feats, labels, weights)
+    samples = flatten_samples(head, feats, labels, weights, unit=unit_of(head))
     check_one_class_a_sample(samples, labels)
     return mark_class_labels(samples, head.num_outputs)
 
 
 def _means(samples: Samples, rise: Float[Array, " n"], loss: Float[Array, " n"]) -> LogitSharpness:
-    # Padding is a copy of a sample, whose loss may be infinite.
-    rise, loss = (jnp.sum(samples.shares * jnp.where(samples.shares == 0, 0, x)) for x in (rise, loss))
+    rise, loss = samples.mean(rise), samples.mean(loss)
     return LogitSharpness(rise, loss, 100 * rise / (1 + loss))

@@ -6,9 +6,10 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from flatjax.flatness.autodiff import AutodiffCurvature
+from flatjax.flatness.frame import unit_of
 from flatjax.flatness.separable import SeparableCurvature, sigmoid_cross_entropy, squared_error
 from flatjax.flatness.softmax import SoftmaxCurvature, TiledSoftmaxCurvature, reads_in_tiles
 from flatjax.heads import HeadParams, LinearHead, linear_head
@@ -31,7 +32,7 @@ def summed_curvature(
     weights: ArrayLike | None,
     tile_size: int | None,
 ) -> LogitCurvature | TiledSoftmaxCurvature:
-    """The curvature where κ and the trace alone are asked for: of a large softmax head, without its logits.
+    """The curvature where κ and κ̂ alone are asked for: of a large softmax head, without its logits.
 
     Raises:
         ValueError: `tile_size` is below 1, or the loss is not softmax cross-entropy; and as `read_samples`.
@@ -41,18 +42,18 @@ def summed_curvature(
     head, samples = read_samples(params, feats, labels, loss, weights)
     if loss == "softmax_cross_entropy" and reads_in_tiles(head, len(samples.feats), tile_size):
         return TiledSoftmaxCurvature(head, samples.feats, samples.shares, tile_size)
-    return _curvature(head, samples, loss)
+    return logit_curvature(head, samples, loss, unit_of(head))
 
 
-def logit_curvature(
-    params: HeadParams, feats: ArrayLike, labels: ArrayLike, loss: Loss, weights: ArrayLike | None
-) -> LogitCurvature:
-    """The curvature of the loss of a head on its samples; errors are those of `read_samples`."""
-    return _curvature(*read_samples(params, feats, labels, loss, weights), loss)
+def logit_curvature(head: LinearHead, samples: Samples, loss: Loss, unit: Float[Array, ""]) -> LogitCurvature:
+    """The curvature of the loss of a head on its samples, as `read_samples` gives them.
 
-
-def _curvature(head: LinearHead, samples: Samples, loss: Loss) -> LogitCurvature:
-    head = head.astype(samples.feats.dtype)
+    The weights are divided by `unit` and the features multiplied by it, so that their squares do not overflow.
+    """
+    dtype = samples.feats.dtype
+    unit = unit.astype(dtype)
+    head = LinearHead(head.matrix.astype(dtype) / unit, head.bias.astype(dtype), head.rows_axis)
+    samples = samples._replace(feats=samples.feats * unit)
     if callable(loss):
         return AutodiffCurvature(loss, head, samples.feats, samples.labels, samples.shares)
     closed_form = {
@@ -75,7 +76,7 @@ def read_samples(
     head = linear_head(params)
     # Of what a label means to a callable nothing is known.
     ignored_label = None if callable(loss) else IGNORED_LABEL
-    samples = flatten_samples(head, feats, labels, weights, ignored_label=ignored_label)
+    samples = flatten_samples(head, feats, labels, weights, ignored_label=ignored_label, unit=unit_of(head))
     if callable(loss):
         logits = jax.typeof(head.bias.astype(samples.feats.dtype))
         shape = jax.eval_shape(loss, logits, jax.typeof(samples.labels[0])).shape

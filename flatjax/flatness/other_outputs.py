@@ -34,11 +34,14 @@ class OtherOutputs(NamedTuple):
         lowest = jnp.full_like(zeros, jnp.finfo(zeros.dtype).min)
         return cls(lowest, zeros, zeros, lowest, zeros, zeros)
 
-    def with_logits(self, logits: Float[Array, "n t"], is_label: Bool[Array, "n t"], radius: float) -> "OtherOutputs":
+    def with_logits(
+        self, logits: Float[Array, "n t"], offset: Float[Array, " n"], is_label: Bool[Array, "n t"], radius: float
+    ) -> "OtherOutputs":
+        """Takes in the logits of a tile, which are less than z by what each sample's have in common."""
         is_other = ~is_label & (logits != -jnp.inf)
         z = jnp.where(is_other, logits, 0)
         lowest = jnp.finfo(logits.dtype).min
-        shift = radius * (jnp.abs(z) + 1)
+        shift = radius * (jnp.abs(z + offset[:, None]) + 1)
         moved = z + shift
 
         def largest_of(values: Array) -> Array:
@@ -75,7 +78,7 @@ class OtherOutputs(NamedTuple):
         )
 
     def rise_and_loss(
-        self, of_label: Float[Array, " n"], radius: float
+        self, of_label: Float[Array, " n"], offset: Float[Array, " n"], radius: float
     ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
         """Of each sample: with M = log Σ_{j≠y} exp(z_j) − z_y, ℓ is log(1 + e^M).
 
@@ -85,7 +88,7 @@ class OtherOutputs(NamedTuple):
         mass = jnp.where(is_none, 1, self.mass)
         margin = jnp.where(is_none, -jnp.inf, self.largest - of_label + jnp.log(mass))
         loss = jax.nn.softplus(margin)
-        shift = radius * (jnp.abs(of_label) + 1)
+        shift = radius * (jnp.abs(of_label + offset) + 1)
         is_near = (self.farthest <= 1) & (shift <= 1)
         change = jnp.where(is_near, shift + jnp.log1p(self.gain / mass), 0)
         near = jnp.log1p(jax.nn.sigmoid(margin) * jnp.expm1(change))

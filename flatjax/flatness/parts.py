@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ class SplitHead:
         device = jax.lax.axis_index(self.axis_names).astype(dtype) if self.axis_names else 0
         return (device * num_parts + jnp.arange(num_parts, dtype=dtype)) * self.num_rows
 
-    def predicted_row(self, feats: Float[Array, "n m"]) -> Float[Array, " m"]:
+    def predicted(self, feats: Float[Array, "n m"]) -> "Predicted":
         """The mean of the rows under the probabilities of a few samples, as well as the head's dtype knows it.
 
         NaN where logits overflow.
@@ -64,12 +64,28 @@ class SplitHead:
         largest = total_max(jnp.max(logits, axis=2), self.axis_names)
         e = jnp.exp(logits - largest[None, :, None])
         mass = total(jnp.sum(e, axis=2), self.axis_names)
+        # The largest is left out, not subtracted; of several largest logits all but one are among the rest.
+        is_largest = logits == largest[None, :, None]
+        rest = total(jnp.sum(jnp.where(is_largest, 0, e), axis=2), self.axis_names)
+        rest += total(jnp.sum(is_largest, axis=2, dtype=dtype), self.axis_names) - 1
+        bias = self.bias.astype(dtype)
+        biases = jnp.einsum("knp,kp->kn", e, jnp.where(bias == -jnp.inf, 0, bias))
         e = e.astype(self.matrix.dtype)
         if self.rows_axis:
             rows = jnp.transpose(product("mkp,knp->kmn", self.matrix, e), (0, 2, 1))
         else:
             rows = product("knp,kpm->knm", e, self.matrix)
-        return jnp.mean(total(rows, self.axis_names) / mass[:, None], axis=0)
+        rows, biases = total(rows, self.axis_names), total(biases, self.axis_names)
+        return Predicted(rows / mass[:, None], biases / mass, rest / mass)
+
+
+class Predicted(NamedTuple):
+    """Of a few samples, means under their probabilities."""
+
+    rows: Float[Array, "n m"]
+    biases: Float[Array, " n"]
+    rest: Float[Array, " n"]
+    """What is left of the probability beside the largest."""
 
 
 def split(head: LinearHead, axis_names: AxisNames, like: Any) -> SplitHead:

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
-from flatjax.flatness.losses import Loss, logit_curvature, summed_curvature
+from flatjax.flatness.frame import unit_for, unit_of
+from flatjax.flatness.losses import Loss, logit_curvature, read_samples, summed_curvature
 from flatjax.heads import HeadParams
 from flatjax.metric import metric
 
@@ -108,8 +109,7 @@ def simplified_relative_flatness(
     References:
         Adilova, Abourayya, Li, Dada, Petzka, Egger, Kleesiek, Kamp: *FAM: Relative Flatness Aware Minimization*, 2023.
     """
-    curvature = summed_curvature(params, feats, labels, loss, weights, tile_size)
-    return curvature.head.squared_norm(curvature.feats.dtype) * curvature.trace()
+    return summed_curvature(params, feats, labels, loss, weights, tile_size).simplified_flatness()
 
 
 @metric
@@ -142,20 +142,25 @@ def max_relative_flatness(
     References:
         Petzka, Kamp, Adilova, Sminchisescu, Boley: *Relative Flatness and Generalization*, NeurIPS 2021.
     """
-    curvature = logit_curvature(params, feats, labels, loss, weights)
+    head, samples = read_samples(params, feats, labels, loss, weights)
+    curvature = logit_curvature(head, samples, loss, unit_of(head))
     measures = curvature.shares[:, None] * curvature.diagonal()
+    unit = unit_for(curvature.feats)
+    feats = curvature.feats * unit
 
     def largest_eigenvalue(measure: Float[Array, " n"]) -> Float[Array, ""]:
         # An eigensolver squares what it is given: bring 1e-30 to 1 first.
         size = jax.lax.stop_gradient(jnp.max(jnp.abs(measure)))
         flat = size == 0
         size = jnp.where(flat, 1, size)
-        block = curvature.feats.T @ ((measure / size)[:, None] * curvature.feats)
+        block = feats.T @ ((measure / size)[:, None] * feats)
         # Equal eigenvalues have no second derivative: a row without curvature takes no part.
         block = jnp.where(flat, jnp.diag(jnp.arange(len(block), dtype=block.dtype)), block)
         return jnp.where(flat, 0, size * jnp.linalg.eigvalsh(block)[-1])
 
-    return jnp.sum(jnp.sum(curvature.head.weight**2, axis=1) * jax.lax.map(largest_eigenvalue, measures.T))
+    # In an order that keeps a small eigenvalue.
+    row_norms = jnp.sum((curvature.head.weight / unit) ** 2, axis=1)
+    return jnp.sum(row_norms * jax.lax.map(largest_eigenvalue, measures.T))
 
 
 @metric
@@ -187,4 +192,6 @@ def row_block_traces(
     References:
         Petzka, Kamp, Adilova, Sminchisescu, Boley: *Relative Flatness and Generalization*, NeurIPS 2021.
     """
-    return logit_curvature(params, feats, labels, loss, weights).block_traces()
+    head, samples = read_samples(params, feats, labels, loss, weights)
+    unit = unit_for(samples.feats)
+    return logit_curvature(head, samples, loss, unit).block_traces() / unit / unit

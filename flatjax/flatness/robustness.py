@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, Shaped
 
 from flatjax.curvature.estimate import Estimate, mean_of
+from flatjax.flatness.frame import framed
 from flatjax.flatness.losses import Loss, read_samples
 from flatjax.heads import HeadParams
 from flatjax.metric import metric
@@ -76,8 +77,10 @@ def feature_robustness(
     if num_samples < 2:
         raise ValueError(f"num_samples is {num_samples}, wanted at least 2: of one there is no standard error")
     head, samples = read_samples(params, feats, labels, loss, weights)
-    head = head.astype(samples.feats.dtype)
     num_features, dtype = head.num_features, samples.feats.dtype
+    head = head.astype(dtype)
+    if loss == "softmax_cross_entropy":
+        head = framed(head, samples.feats)
     logits = head.logits(samples.feats)
     rise = _RISES[loss] if isinstance(loss, str) else _rise_of(loss, samples.labels)
 
@@ -87,8 +90,7 @@ def feature_robustness(
         else:
             matrix = jax.random.normal(key, (num_features, num_features), dtype)
         change = jnp.asarray(delta, dtype) * (samples.feats @ (head.weight @ matrix).T)
-        # Of padding the loss may be infinite.
-        return jnp.sum(samples.shares * jnp.where(samples.shares == 0, 0, rise(logits, change)))
+        return samples.mean(rise(logits, change))
 
     return mean_of(jax.lax.map(draw, jax.random.split(key, num_samples)))
 

@@ -19,22 +19,23 @@ class SeparableCurvature(NamedTuple):
 
     def relative_flatness(self) -> Float[Array, ""]:
         """κ = Σ_i e_i ‖φ_i‖² Σ_s g_is ‖w_s‖²."""
-        return jnp.sum(self._traces() * jnp.sum(self.head.weight**2, axis=1))
+        return jnp.sum(self._measure() * (self.second_derivatives @ jnp.sum(self.head.weight**2, axis=1)))
 
     def block_traces(self) -> Float[Array, "d d"]:
         """T = Σ_i e_i ‖φ_i‖² diag(g_i)."""
-        return jnp.diag(self._traces())
+        return jnp.diag(self._measure() @ self.second_derivatives)
 
-    def trace(self) -> Float[Array, ""]:
-        """Tr H = Σ_i e_i ‖φ_i‖² Σ_s g_is."""
-        return jnp.sum(self._traces())
+    def simplified_flatness(self) -> Float[Array, ""]:
+        """κ̂ = Σ_i e_i ‖φ_i‖² ‖W‖_F² Σ_s g_is, in an order that keeps a small g."""
+        squared_norm = self.head.squared_norm(self.feats.dtype)
+        return jnp.sum(squared_norm * self._measure() * jnp.sum(self.second_derivatives, axis=1))
 
     def diagonal(self) -> Float[Array, "n d"]:
         """G_i[s, s] = g_is."""
         return self.second_derivatives
 
-    def _traces(self) -> Float[Array, " d"]:
-        return (self.shares * jnp.sum(self.feats**2, axis=1)) @ self.second_derivatives
+    def _measure(self) -> Float[Array, " n"]:
+        return self.shares * jnp.sum(self.feats**2, axis=1)
 
 
 def squared_error(head: LinearHead, feats: Float[Array, "n m"], shares: Float[Array, " n"]) -> SeparableCurvature:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
+from flatjax.flatness.frame import framed, mean_by_importance, unit_of
 from flatjax.flatness.tiles import check_tile_size
 from flatjax.flatness.vocabulary import Readout, read_out
 from flatjax.heads import LinearHead
@@ -42,14 +43,18 @@ class SoftmaxCurvature(NamedTuple):
 
     def variances_over_pairs(self) -> Float[Array, " n"]:
         """v_i = ½ Σ_{s,t} p_s p_t ‖w_s − w_t‖²."""
-        relative = _relative_to_largest(self._logits())
+        head = framed(self.head, self.feats)
+        logits = head.logits(self.feats)
+        relative = _relative_to_largest(logits)
         total = jnp.sum(relative, axis=1)
-        distances = squared_distances_around(self.head.weight, self._mean_row(relative / total[:, None]))
+        others = jnp.sum(jnp.where(_row_mask(jnp.argmax(logits, axis=1), logits), 0, relative), axis=1)
+        distances = squared_distances_around(head.weight, self._mean_row(head, relative / total[:, None], others))
         return jnp.sum((relative @ distances) * relative, axis=1) / (2 * total**2)
 
     def variances_around_the_largest(self) -> Float[Array, " n"]:
         """v_i = n̄ + q‖w_j‖² − 2⟨r, w_j⟩ − ‖r − q w_j‖² with n̄ = Σ p_s‖w_s‖², r = Σ p_s w_s over s ≠ j."""
-        logits = self._logits()
+        head = framed(self.head, self.feats)
+        logits = head.logits(self.feats)
         j = jnp.argmax(logits, axis=1)
         largest = _row_mask(j, logits)
         # In units of the second largest probability, that no sum underflows before the result does.
@@ -62,7 +67,7 @@ class SoftmaxCurvature(NamedTuple):
         total = 1 + unit * jnp.sum(others, axis=1)
         unit = unit / total
         p = jnp.where(largest, 1 / total[:, None], unit[:, None] * others)
-        rows = self.head.weight - self._mean_row(p)[None, :]
+        rows = head.weight - self._mean_row(head, p, unit * jnp.sum(others, axis=1))[None, :]
         row_norms = jnp.sum(rows**2, axis=1)
         q, r = jnp.sum(others, axis=1), others @ rows
         second_moment = others @ row_norms + q * row_norms[j] - 2 * jnp.sum(r * rows[j], axis=1)
@@ -74,31 +79,30 @@ class SoftmaxCurvature(NamedTuple):
         measured = self._measure()[:, None] * p
         return jnp.where(jnp.eye(p.shape[1], dtype=bool), jnp.diag(jnp.sum(measured * rest, axis=0)), -(measured.T @ p))
 
-    def trace(self) -> Float[Array, ""]:
-        """Tr H = Σ_i e_i ‖φ_i‖² Σ_s p_s (1 − p_s)."""
-        return jnp.sum(self._measure() * jnp.sum(self.diagonal(), axis=1))
+    def simplified_flatness(self) -> Float[Array, ""]:
+        """κ̂ = Σ_i e_i ‖φ_i‖² ‖W‖_F² Σ_s p_s (1 − p_s), in an order that keeps a small p."""
+        squared_norm = self.head.squared_norm(self.feats.dtype)
+        return jnp.sum(squared_norm * self._measure() * jnp.sum(self.diagonal(), axis=1))
 
     def diagonal(self) -> Float[Array, "n d"]:
         """G_i[s, s] = p_s (1 − p_s)."""
         p, rest = self._probabilities()
         return p * rest
 
-    def _logits(self) -> Float[Array, "n d"]:
-        """The logits, each sample's up to a constant: what all rows share would cost them digits."""
-        weight = self.head.weight
-        centred = LinearHead(weight - jnp.mean(weight, axis=0, keepdims=True), self.head.bias)
-        return centred.logits(self.feats)
+    def _mean_row(self, head: LinearHead, p: Float[Array, "n d"], rest: Float[Array, " n"]) -> Float[Array, " m"]:
+        """Where the rows that matter are: their variance does not know it, and their rounding errors do.
 
-    def _mean_row(self, p: Float[Array, "n d"]) -> Float[Array, " m"]:
-        """Where the rows that matter are: their variance does not know it, and their rounding errors do."""
-        return jax.lax.stop_gradient(jnp.mean(p, axis=0) @ self.head.weight)
+        Those matter that samples hesitate between, each of which leaves its largest probability a `rest`.
+        """
+        importance = rest * jnp.sum(self.feats**2, axis=1)
+        return jax.lax.stop_gradient(mean_by_importance(p, importance) @ head.weight)
 
     def _measure(self) -> Float[Array, " n"]:
         return self.shares * jnp.sum(self.feats**2, axis=1)
 
     def _probabilities(self) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
         """p and 1 − p, the latter as the sum of the other rows where the difference would cancel."""
-        logits = self._logits()
+        logits = framed(self.head, self.feats).logits(self.feats)
         relative = _relative_to_largest(logits)
         largest = _row_mask(jnp.argmax(logits, axis=1), relative)
         others = jnp.sum(jnp.where(largest, 0, relative), axis=1, keepdims=True)
@@ -116,14 +120,15 @@ class TiledSoftmaxCurvature(NamedTuple):
 
     def relative_flatness(self) -> Float[Array, ""]:
         """κ = Σ_i e_i ‖φ_i‖² v_i."""
-        return self._measured(self._readout().variances)
+        return jnp.sum(self.shares * self._readout().flatness)
 
-    def trace(self) -> Float[Array, ""]:
-        """Tr H = Σ_i e_i ‖φ_i‖² tr G_i."""
-        return self._measured(self._readout().traces)
-
-    def _measured(self, values: Float[Array, " n"]) -> Float[Array, ""]:
-        return jnp.sum(self.shares * jnp.sum(self.feats**2, axis=1) * values)
+    def simplified_flatness(self) -> Float[Array, ""]:
+        """κ̂ = Σ_i e_i ‖φ_i‖² ‖W‖_F² tr G_i."""
+        dtype = self.feats.dtype
+        unit = unit_of(self.head).astype(dtype)
+        squared_norm = jnp.sum((self.head.matrix.astype(dtype) / unit) ** 2)
+        squares = jnp.sum((self.feats * unit) ** 2, axis=1)
+        return jnp.sum(self.shares * (squares * squared_norm) * self._readout().traces)
 
     def _readout(self) -> Readout:
         any_label = jnp.zeros_like(self.feats[:, 0], int)

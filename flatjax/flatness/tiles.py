@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
+from flatjax.flatness.frame import Frame
 from flatjax.heads import LinearHead
 
 
@@ -38,18 +39,18 @@ class Tile(NamedTuple):
 
 def tile(
     head: LinearHead,
-    centre: Float[Array, " m"],
+    frame: Frame,
     feats: Float[Array, "n m"],
     first_output: Integer[Array, ""],
     tile_size: int,
     i: Integer[Array, ""],
 ) -> Tile:
-    """Tile `i` of a head whose rows are of the outputs from `first_output` on, the rows less `centre`."""
+    """Tile `i`, in the frame that `feats` are in, of a head whose rows are of the outputs from `first_output` on."""
     start = _start(head, tile_size, i)
     rows, bias = take_rows(head, tile_size, i, feats.dtype)
-    rows = rows - centre[None, :]
+    rows = (rows - frame.row[None, :]) / frame.unit
     num_read = i * tile_size - start
-    bias = jnp.where(jnp.arange(tile_size, dtype=num_read.dtype) >= num_read, bias, -jnp.inf)
+    bias = jnp.where(jnp.arange(tile_size, dtype=num_read.dtype) >= num_read, bias - frame.bias, -jnp.inf)
     return Tile(rows, feats @ rows.T + bias[None, :], first_output + start, num_read)
 
 
@@ -63,11 +64,12 @@ def take_rows(
     return (rows.T if head.rows_axis else rows), bias
 
 
-def rows_of(head: LinearHead, centre: Float[Array, " m"], outputs: Integer[Array, " n"]) -> Float[Array, "n m"]:
-    """The rows of some outputs, less `centre`, and 0 for an output that the head has not."""
+def rows_of(head: LinearHead, frame: Frame, outputs: Integer[Array, " n"]) -> Float[Array, "n m"]:
+    """The rows of some outputs, in the frame, and 0 for an output that the head has not."""
     inside = (outputs >= 0) & (outputs < head.num_outputs)
-    rows = jnp.take(head.matrix, jnp.clip(outputs, 0, head.num_outputs - 1), axis=head.rows_axis).astype(centre.dtype)
-    return jnp.where(inside[:, None], (rows.T if head.rows_axis else rows) - centre[None, :], 0)
+    rows = jnp.take(head.matrix, jnp.clip(outputs, 0, head.num_outputs - 1), axis=head.rows_axis)
+    rows = (rows.T if head.rows_axis else rows).astype(frame.row.dtype)
+    return jnp.where(inside[:, None], (rows - frame.row[None, :]) / frame.unit, 0)
 
 
 def tile_indices(head: LinearHead, tile_size: int, dtype: jnp.dtype) -> Integer[Array, " _"]:

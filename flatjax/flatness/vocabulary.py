@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
+from flatjax.flatness.frame import Frame, frame_of, unit_of
 from flatjax.flatness.online_softmax import OnlineSoftmax, merged
 from flatjax.flatness.parts import AxisNames, SplitHead, map_parts, split, total
 from flatjax.flatness.tiles import Tile, check_tile_size, rows_of, take_rows, tile, tile_indices
@@ -22,8 +23,6 @@ LOGITS_AT_ONCE = 2**22
 """A device's, unless the rows of a tile were then too few for a product of matrices to be fast."""
 FEWEST_ROWS = 512
 
-_SAMPLES_FOR_CENTRE = 8
-
 
 class Readout(NamedTuple):
     """Of each sample, how far its loss has fallen and how it curves, in the logits."""
@@ -32,8 +31,8 @@ class Readout(NamedTuple):
     """ℓ = −log p_y."""
     traces: Float[Array, " n"]
     """tr G = 1 − ‖p‖²."""
-    variances: Float[Array, " n"]
-    """v = tr(Wᵀ G W)."""
+    flatness: Float[Array, " n"]
+    """‖φ‖² v, v = tr(Wᵀ G W)."""
 
 
 def read_out(
@@ -51,51 +50,65 @@ def read_out(
         ValueError: `tile_size` is below 1.
     """
     check_tile_size(tile_size)
+    unit = unit_of(head, axis_names)
     parts = split(head, axis_names, feats)
+    frame = frame_of(parts, feats, unit)
+    feats = feats * frame.unit
     num_parts = len(parts.bias)
     if tile_size is None:
         tile_size = max(FEWEST_ROWS, num_parts * LOGITS_AT_ONCE // len(feats))
     rows_of_part = -(-int(tile_size) // num_parts)
-    return _read_out(min(rows_of_part, parts.num_rows), parts, feats, labels)
+    values = _read_out(min(rows_of_part, parts.num_rows), parts, frame, feats, labels)
+    return Readout(values.losses, values.traces, jnp.sum(feats**2, axis=1) * values.variances)
+
+
+class _Values(NamedTuple):
+    """A `Readout`, but for the squares of the features."""
+
+    losses: Float[Array, " n"]
+    traces: Float[Array, " n"]
+    variances: Float[Array, " n"]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _read_out(tile_size: int, head: SplitHead, feats: Float[Array, "n m"], labels: Integer[Array, " n"]) -> Readout:
-    return _read_sums(tile_size, head, feats, labels, _centre(head, feats))[1]
+def _read_out(
+    tile_size: int, head: SplitHead, frame: Frame, feats: Float[Array, "n m"], labels: Integer[Array, " n"]
+) -> _Values:
+    return _read_sums(tile_size, head, frame, feats, labels)[1]
 
 
 # The derivative is given forward, linear in the tangents: transposed, it is the gradient, which takes the tiles one by
 # one and makes their logits again; and made of nothing but operations of JAX, it has derivatives of both kinds itself.
 @_read_out.defjvp
-def _read_out_jvp(tile_size: int, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Readout, Readout]:
-    (head, feats, labels), (d_head, d_feats, _) = primals, tangents
+def _read_out_jvp(tile_size: int, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[_Values, _Values]:
+    (head, frame, feats, labels), (d_head, _, d_feats, _) = primals, tangents
     with jax.default_matmul_precision("highest"):
-        centre = _centre(head, feats)
-        sums, values = _read_sums(tile_size, head, feats, labels, centre)
+        sums, values = _read_sums(tile_size, head, frame, feats, labels)
         first_outputs = head.first_outputs(labels.dtype)
         # Each part and each device gets its own φ̇, and each device its own ẇ and ḃ: transposed, what they add to a
         # gradient is summed once all tiles were read, not tile by tile.
         d_feats_of_parts = jnp.broadcast_to(d_feats[None], (len(first_outputs), *feats.shape))
         d_head, d_feats_of_parts = varying_like((d_head, d_feats_of_parts), primals)
 
-        def of_part(head: LinearHead, d_head: LinearHead, first_output: Array, d_feats: Array) -> Readout:
+        def of_part(head: LinearHead, d_head: LinearHead, first_output: Array, d_feats: Array) -> _Values:
             @functools.partial(jax.checkpoint, prevent_cse=False)
-            def of_tile(head: LinearHead, d_head: LinearHead, d_feats: Array, sums: OnlineSoftmax, i: Array) -> Readout:
-                read = tile(head, centre, feats, first_output, tile_size, i)
+            def of_tile(head: LinearHead, d_head: LinearHead, d_feats: Array, sums: OnlineSoftmax, i: Array) -> _Values:
+                read = tile(head, frame, feats, first_output, tile_size, i)
                 d_rows, d_bias = take_rows(d_head, tile_size, i, feats.dtype)
+                d_rows = d_rows / frame.unit
                 return _tile_tangents(sums, values.variances, read, labels, feats, d_rows, d_bias, d_feats)
 
-            def step(_: None, i: Array) -> tuple[None, Readout]:
+            def step(_: None, i: Array) -> tuple[None, _Values]:
                 return None, of_tile(head, d_head, d_feats, sums, i)
 
             # Stacked, and not summed by the scan: a result that is not asked for then costs its transpose nothing.
             d_values = jax.lax.scan(step, None, tile_indices(head, tile_size, labels.dtype))[1]
-            d_values = Readout(*(jnp.sum(x, axis=0) for x in d_values))
-            through_label = jnp.sum(rows_of(head, centre, labels - first_output) * d_feats, axis=1)
+            d_values = _Values(*(jnp.sum(x, axis=0) for x in d_values))
+            through_label = jnp.sum(rows_of(head, frame, labels - first_output) * d_feats, axis=1)
             return d_values._replace(losses=d_values.losses - jnp.where(labels == sums.output, 0, through_label))
 
         d_parts = map_parts(of_part, (head, d_head), first_outputs, d_feats_of_parts)
-        d_values = Readout(*(total(x, head.axis_names) for x in d_parts))
+        d_values = _Values(*(total(x, head.axis_names) for x in d_parts))
         # Σ_s (p_s − [s = y]) ⟨w_s, φ̇⟩ = ⟨c − w_y, φ̇⟩; where y is j, to all digits.
         offsets = sums.offsets()
         means = jnp.where((labels == sums.output)[:, None], offsets, sums.row + offsets)
@@ -111,7 +124,7 @@ def _tile_tangents(
     d_rows: Float[Array, "t m"],
     d_bias: Float[Array, " t"],
     d_feats: Float[Array, "n m"],
-) -> Readout:
+) -> _Values:
     """What changes ẇ, ḃ and φ̇ make of ℓ, tr G and v, as far as it is through the rows of one tile.
 
     With ż the change of the logits, u_s = p_s (‖w_s − c‖² − v):
@@ -144,7 +157,7 @@ def _tile_tangents(
     place, has_j = read.find(sums.output)
     along_others = others @ jnp.sum(read.rows * d_rows, axis=1) - jnp.sum(others * (mean @ d_rows.T), axis=1)
     along_j = jnp.where(has_j, jnp.sum(offsets * d_rows[place], axis=1) / total_mass[:, 0], 0)
-    return Readout(
+    return _Values(
         losses=jnp.sum(by_loss * d_logits, axis=1),
         traces=jnp.sum(by_trace * d_all_logits, axis=1),
         variances=jnp.sum(by_variance * d_all_logits, axis=1) + 2 * (along_others - along_j),
@@ -152,33 +165,16 @@ def _tile_tangents(
 
 
 def _read_sums(
-    tile_size: int,
-    head: SplitHead,
-    feats: Float[Array, "n m"],
-    labels: Integer[Array, " n"],
-    centre: Float[Array, " m"],
-) -> tuple[OnlineSoftmax, Readout]:
-    nothing = varying_like(OnlineSoftmax.of_no_rows(feats, labels), (head, feats, labels, centre))
+    tile_size: int, head: SplitHead, frame: Frame, feats: Float[Array, "n m"], labels: Integer[Array, " n"]
+) -> tuple[OnlineSoftmax, _Values]:
+    nothing = varying_like(OnlineSoftmax.of_no_rows(feats, labels), (head, frame, feats, labels))
 
     def of_part(head: LinearHead, first_output: Array) -> OnlineSoftmax:
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def step(sums: OnlineSoftmax, i: Array) -> tuple[OnlineSoftmax, None]:
-            return sums.with_tile(tile(head, centre, feats, first_output, tile_size, i), labels), None
+            return sums.with_tile(tile(head, frame, feats, first_output, tile_size, i), labels), None
 
         return jax.lax.scan(step, nothing, tile_indices(head, tile_size, labels.dtype))[0]
 
     sums, variances = merged(map_parts(of_part, (head,), head.first_outputs(labels.dtype)), head.axis_names)
-    return sums, Readout(sums.losses(), sums.traces(), variances)
-
-
-def _centre(head: SplitHead, feats: Float[Array, "n m"]) -> Float[Array, " m"]:
-    """The mean row that some of the samples predict.
-
-    Nothing depends on it but the rounding errors of what the rows that matter share.
-    """
-    head, feats = jax.lax.stop_gradient((head, feats))
-    places = jnp.linspace(0, len(feats) - 1, min(len(feats), _SAMPLES_FOR_CENTRE)).round()
-    # Summed, not sliced: of samples split among devices a slice is cut once all are gathered.
-    chosen = places[:, None] == jnp.arange(len(feats), dtype=places.dtype)[None, :]
-    centre = head.predicted_row(chosen.astype(feats.dtype) @ feats)
-    return jnp.where(jnp.isfinite(centre), centre, 0)
+    return sums, _Values(sums.losses(), sums.traces(), variances)

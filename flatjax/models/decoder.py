@@ -10,12 +10,13 @@ from flatjax.models.decoder_config import DecoderConfig as DecoderConfig
 from flatjax.models.decoder_config import RotaryScaling as RotaryScaling
 from flatjax.models.decoder_parts import Attention, Norm, Perceptron
 from flatjax.models.decoder_sharding import embedding_sharding
+from flatjax.models.tokens import look_up
 
 
 class Decoder(nnx.Module):
     """Token embedding, pre-norm blocks on a residual stream, a last normalisation, and a linear head.
 
-    Tokens outside of the vocabulary give NaN.
+    Tokens outside of the vocabulary, negative ones among them, give NaN.
 
     Args:
         config: what kind of decoder it is.
@@ -87,7 +88,8 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: Int[Array, "n t"]) -> Float[Array, "n t m"]:
         """The residual stream before the first block."""
-        x = self.token_embedding(tokens, out_sharding=embedding_sharding(tokens, self.token_embedding.embedding[...]))
+        sharding = embedding_sharding(tokens, self.token_embedding.embedding[...])
+        x = look_up(self.token_embedding, tokens, sharding)
         if self.position_embedding is None:
             return x
         if tokens.shape[1] > self.config.context:

@@ -9,11 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from flatjax.models.tokens import look_up
+
 
 class Transformer(nnx.Module):
     """Token and learned position embeddings, `depth` blocks, and a linear head without bias.
 
-    Without normalisation layers, as is usual in grokking, or with pre-layer normalisation (`normalise`).
+    Without normalisation layers, as is usual in grokking, or with pre-layer normalisation (`normalise`). Tokens outside
+    of the vocabulary, negative ones among them, and positions beyond the context give NaN.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -61,8 +64,8 @@ class Transformer(nnx.Module):
         return self.norm(last_block.last(x))[:, 0]
 
     def _embed(self, tokens: Int[Array, "n t"]) -> Float[Array, "n t m"]:
-        positions = self.position_embedding(jnp.arange(tokens.shape[1]))
-        return self.token_embedding(tokens) + positions[None, :, :]
+        positions = look_up(self.position_embedding, jnp.arange(tokens.shape[1]))
+        return look_up(self.token_embedding, tokens) + positions[None, :, :]
 
 
 class Block(nnx.Module):

@@ -1,12 +1,11 @@
 """Losses that hold confidence down by themselves: what a regulariser by flatness has to be compared with."""
 
-import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
 
 from flatjax.curvature.vectors import sum_dtype
+from flatjax.losses import cross_entropy, relative_to_largest
 
 
 def confidence_penalty(logits: Float[ArrayLike, "*n d"]) -> Float[Array, "*n"]:
@@ -40,23 +39,24 @@ def confidence_penalty(logits: Float[ArrayLike, "*n d"]) -> Float[Array, "*n"]:
 
 
 def label_smoothing(
-    logits: Float[ArrayLike, "*n d"], labels: Integer[ArrayLike, "*n"], smoothing: ArrayLike
+    logits: Float[ArrayLike, "*n d"],
+    labels: Integer[ArrayLike, "*n"] | Float[ArrayLike, "*n d"],
+    smoothing: Float[ArrayLike, ""],
 ) -> Float[Array, "*n"]:
     """Softmax cross-entropy with labels of which a part is spread over all d classes alike, the right one included.
 
         ℓ = −Σ_s ((1 − α) [s = y] + α/d) log p_s,    p = softmax(z)
 
-    With the labels of `optax.smooth_labels`, in float32 at least. At α = 0 it is `flatjax.cross_entropy`, and keeps its
-    digits as that does.
+    It is `flatjax.cross_entropy` with its third argument, and ends as that does in all cases; both keep their digits.
 
     Args:
         logits: z (..., d). A class with the logit −∞ has no part where α = 0 and it is not the label; else ℓ is +∞.
-        labels: integer classes (...,).
+        labels: integer classes (...,), or targets (..., d). The label −100 ignores its sample.
         smoothing: α, from 0, where it is cross-entropy, to 1.
 
     Returns:
-        ℓ (...,) in nats, in float64 if the logits are, else in float32. NaN for a label or α out of range; not finite
-        where a logit is NaN or +∞.
+        ℓ (...,) in nats, in float64 if the logits are, else in float32. 0 of an ignored sample; NaN for any other label
+        or α out of range, and where a logit is NaN or +∞.
 
     Example:
         >>> import jax.numpy as jnp
@@ -68,23 +68,10 @@ def label_smoothing(
     References:
         Szegedy, Vanhoucke, Ioffe, Shlens, Wojna: *Rethinking the Inception Architecture*, CVPR 2016.
     """
-    log_p, labels = _log_probabilities(jnp.asarray(logits)), jnp.asarray(labels)
-    smoothing = jnp.asarray(smoothing, log_p.dtype)
-    one_hot = jax.nn.one_hot(labels, log_p.shape[-1], dtype=log_p.dtype)
-    targets = optax.smooth_labels(one_hot, smoothing)
-    is_valid = jnp.any(one_hot > 0, axis=-1, keepdims=True) & (smoothing >= 0) & (smoothing <= 1)
-    # Into the logarithms, as a loss that is NaN by choice has the derivative 0.
-    log_p = log_p * jnp.where(is_valid, 1, jnp.nan).astype(log_p.dtype)
-    return -jnp.sum(targets * jnp.where((targets == 0) & (log_p == -jnp.inf), 0, log_p), axis=-1)
+    return cross_entropy(logits, labels, smoothing)
 
 
 def _log_probabilities(logits: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
     """log softmax(z), that of the likeliest class by the sum of the others: so it keeps its digits near 0."""
-    logits = logits.astype(sum_dtype(logits))
-    is_largest = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=bool)
-    relative = logits - jnp.sum(jnp.where(is_largest, logits, 0), axis=-1, keepdims=True)
-    # What the largest is relative to itself has no derivative: were it taken from itself, digits would go with it.
-    relative = jnp.where(is_largest, jax.lax.stop_gradient(relative), relative)
-    # The largest counts as the 1 of log1p, to which it may add no rounding error.
-    others = jnp.sum(jnp.where(is_largest, 0, jnp.exp(relative)), axis=-1, keepdims=True)
+    relative, others = relative_to_largest(logits.astype(sum_dtype(logits)))
     return relative - jnp.log1p(others)

@@ -163,11 +163,47 @@ def test_every_metric_and_its_gradient_are_zero_at_exact_collapse(loss):
     assert all(np.all(x == 0) for x in jacobians(*point, labels=labels, loss=loss))
 
 
-def test_nothing_is_sensitive_to_the_weight_of_padding():
+LOSSES = [*helpers.NAMED, helpers.focal]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=helpers.name_of)
+@pytest.mark.parametrize(("d", "m", "n"), [(3, 5, 9), (6, 4, 5)])
+def test_where_a_weight_is_zero_its_derivative_is_that_of_the_mean(d, m, n, loss):
+    """∂κ/∂ω_i = (κ_i − κ)/Σω, with κ_i that of the sample alone; so with κ̂ and T, but not κ_max."""
+    weight, bias, feats, labels, weights = random_problem(d, m, n)
+    labels[2] = labels[0]  # to a callable a label is good if it lies between those that count
+    weights[2] = 0
+    got = jacobians(weight, bias, feats, weights, labels=labels, loss=loss)
+    of_all = four_numbers(weight, bias, feats, weights, labels=labels, loss=loss)
+    alone = four_numbers(weight, bias, feats[2:3], np.ones(1), labels=labels[2:3], loss=loss)
+    np.testing.assert_allclose(got[3][:, 2][[0, 1, 3],], ((alone - of_all) / weights.sum())[[0, 1, 3],], rtol=1e-10)
+    step = 1e-6
+    ahead = four_numbers(weight, bias, feats, weights + step * np.eye(n)[2], labels=labels, loss=loss)
+    np.testing.assert_allclose(got[3][:, 2], (ahead - of_all) / step, rtol=1e-4)
+    assert not np.any(got[2][:, 2])
+
+
+GARBAGE = {
+    "NaN": {"feats": np.nan},
+    "infinite": {"feats": np.inf},
+    "too large to square": {"feats": 1e200},
+    "no class": {"labels": 7},
+    "ignored": {"labels": -100},
+    "ignored NaN": {"labels": -100, "feats": np.nan},
+}
+
+
+@pytest.mark.parametrize("loss", helpers.NAMED)
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_nothing_is_sensitive_to_padding_that_holds_no_sample(garbage, loss):
     weight, bias, feats, labels, weights = random_problem(3, 5, 9)
-    gradient = gradient_of_kappa(
-        weight, bias, feats, np.where(np.arange(9) == 4, 0, weights), labels=labels, loss="softmax_cross_entropy"
-    )
-    assert gradient[3][4] == 0
-    assert np.all(gradient[2][4] == 0)
-    assert np.count_nonzero(gradient[3]) == 8
+    weights[4] = 0
+    for name, value in GARBAGE[garbage].items():
+        {"feats": feats, "labels": labels}[name][4] = value
+    got = jacobians(weight, bias, feats, weights, labels=labels, loss=loss)
+    kept = np.arange(9) != 4
+    want = jacobians(weight, bias, feats[kept], weights[kept], labels=labels[kept], loss=loss)
+    for x, y in zip((*got[:2], got[2][:, kept], got[3][:, kept]), want, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12)
+    assert not np.any(got[2][:, 4])
+    assert not np.any(got[3][:, 4])

@@ -65,6 +65,21 @@ def test_the_rise_is_that_of_its_definition(leading, radius):
     np.testing.assert_allclose(got, expected(logits, labels, weights, radius), rtol=1e-13, atol=1e-300)
 
 
+@pytest.mark.parametrize("label", [4, -100, D])
+def test_where_a_weight_is_zero_its_derivative_is_that_of_the_mean_if_the_sample_is_one(label):
+    logits, labels, weights = random_logits()
+    labels[2], weights[2] = label, 0
+    kept = np.arange(N) != 2
+    got = jax.jacrev(measure, argnums=2)(logits, labels, weights)
+    without = jax.jacrev(measure, argnums=2)(logits[kept], labels[kept], weights[kept])
+    of_all = measure(logits, labels, weights)
+    for name in ("rise", "loss"):
+        slopes = getattr(got, name)
+        np.testing.assert_allclose(slopes[kept], getattr(without, name), rtol=1e-10)
+        own = getattr(measure(logits[2:3], labels[2:3], np.ones(1)), name) if label == 4 else getattr(of_all, name)
+        np.testing.assert_allclose(slopes[2], (own - getattr(of_all, name)) / weights.sum(), rtol=1e-9)
+
+
 def test_without_weights_all_samples_count_the_same():
     logits, labels, _ = random_logits()
     np.testing.assert_allclose(measure(logits, labels), expected(logits, labels, np.ones(N), 1e-3), rtol=1e-13)

@@ -170,6 +170,42 @@ def test_a_check_counts_samples_in_row_major_order():
         check(problem._replace(labels=labels))[0].throw()
 
 
+def with_bias(bias):
+    return PROBLEM._replace(bias=np.array(bias))
+
+
+@pytest.mark.parametrize("loss", ["softmax_cross_entropy", "sigmoid_cross_entropy"])
+def test_a_check_takes_an_output_left_out_as_the_metrics_do(loss):
+    problem = with_bias([0.3, 0.1, -np.inf])
+    flatjax.check_inputs(problem.params, problem.feats, problem.labels, loss=loss)
+    assert np.all(np.isfinite(np.asarray(helpers.measure(problem, loss)[:3])))
+
+
+@pytest.mark.parametrize(
+    ("bias", "loss", "message"),
+    [
+        ([0.3, 0.1, np.inf], "softmax_cross_entropy", "the bias of the head holds a NaN or an infinity"),
+        ([0.3, np.nan, -np.inf], "softmax_cross_entropy", "the bias of the head holds a NaN or an infinity"),
+        ([0.3, np.inf, 0], "sigmoid_cross_entropy", "the bias of the head holds a NaN or an infinity"),
+        ([-np.inf] * 3, "softmax_cross_entropy", "all biases of the head are -inf"),
+        ([0.3, 0.1, -np.inf], "squared_error", "the bias of the head holds a NaN or an infinity"),
+    ],
+)
+def test_a_check_names_a_bias_that_makes_the_metrics_nan(bias, loss, message):
+    problem = with_bias(bias)
+    with pytest.raises(checkify.JaxRuntimeError, match=message):
+        flatjax.check_inputs(problem.params, problem.feats, problem.labels, loss=loss)
+    assert np.isnan(helpers.measure(problem, loss).kappa)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_check_names_a_weight_that_is_not_finite(value):
+    problem = PROBLEM._replace(weight=spoilt(PROBLEM.weight, (1, 2), value))
+    with pytest.raises(checkify.JaxRuntimeError, match="the weight of the head holds a NaN or an infinity"):
+        flatjax.check_inputs(problem.params, problem.feats, problem.labels)
+    assert np.isnan(helpers.measure(problem).kappa)
+
+
 def test_a_metric_has_no_effect_that_would_slow_its_call():
     jaxpr = jax.make_jaxpr(flatjax.relative_flatness)(PROBLEM.params, PROBLEM.feats, PROBLEM.labels)
     assert not jaxpr.effects

@@ -24,7 +24,8 @@ def dense_readout(weight, bias, feats, labels):
     def of_sample(phi, label):
         logits = weight @ phi + bias
         G = jax.hessian(helpers.softmax_cross_entropy)(logits, label)
-        return Readout(helpers.softmax_cross_entropy(logits, label), jnp.trace(G), jnp.sum(weight * (G @ weight)))
+        flatness = phi @ phi * jnp.sum(weight * (G @ weight))
+        return Readout(helpers.softmax_cross_entropy(logits, label), jnp.trace(G), flatness)
 
     return jax.vmap(of_sample)(feats, labels)
 
@@ -71,7 +72,7 @@ def test_tiles_of_any_size_read_what_the_dense_head_gives(d, tile_size):
     problem = helpers.random_problem(d, 3, (1 if d == 13 else 5,))
     layout = "kernel" if tile_size % 2 else "embedding"
     got = tiled_readout(*problem[:4], tile_size=tile_size, layout=layout)
-    assert got.losses.dtype == got.traces.dtype == got.variances.dtype == jnp.float64
+    assert got.losses.dtype == got.traces.dtype == got.flatness.dtype == jnp.float64
     assert_close(got, dense_readout(*problem[:4]), 1e-13)
 
 
@@ -122,7 +123,7 @@ def test_a_class_masked_by_a_bias_of_minus_infinity_is_no_class(kept):
         assert_close(tiled(mixture, *masked, tile_size=TILE), want, 1e-13)
 
 
-@pytest.mark.parametrize("mixture", MIXTURES, ids=["loss", "trace", "variance", "all"])
+@pytest.mark.parametrize("mixture", MIXTURES, ids=["loss", "trace", "flatness", "all"])
 def test_what_all_rows_share_costs_float32_no_digits(mixture):
     problem = helpers.random_problem(D, 3, (D,))
     shift = 1e3 * np.random.default_rng(1).normal(size=(1, 3))

@@ -250,8 +250,16 @@ def test_sizes_that_do_not_divide_and_unknown_kinds_are_refused(change, message)
         dataclasses.replace(LLAMA, **change)
 
 
-def test_a_text_beyond_the_learned_positions_is_refused_and_a_token_beyond_the_vocabulary_is_nan():
+def test_a_text_beyond_the_learned_positions_is_refused():
     model = nnx.merge(*drawn(GPT))
     with raises(ValueError, match="tokens has 7 positions, wanted at most the 6 learned"):
         model(jnp.zeros((1, 7), int))
-    assert np.all(np.isnan(model(jnp.array([[1, 11]]))[:, 1]))
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT], ids=["rotary", "learned"])
+@pytest.mark.parametrize("token", [-1, -11, -100, 12, 2**31 - 1, -(2**31)])
+def test_a_token_outside_of_the_vocabulary_is_nan_and_earlier_ones_are_untouched(config, token):
+    model, tokens = nnx.merge(*drawn(config)), jnp.array([[1, 3, 2]])
+    got = model(tokens.at[0, 1].set(token))
+    assert np.all(np.isnan(got[:, 1]))
+    np.testing.assert_array_equal(got[:, 0], model(tokens)[:, 0])

@@ -5,6 +5,7 @@ import pytest
 from flax import nnx
 
 from flatjax.models import Transformer
+from flatjax.models.tokens import look_up
 from flatjax.models.transformer import _attention
 
 
@@ -63,3 +64,26 @@ def test_in_float64_attention_is_exact_to_float64_and_causal():
     mask = nnx.make_causal_mask(jnp.zeros((2, 5)))
     got = _attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), mask=mask)
     np.testing.assert_allclose(got, np.einsum("nhts,nshk->nthk", weights, v), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("token", [-1, -9, -100, 9])
+def test_a_token_outside_of_the_vocabulary_is_nan_and_earlier_ones_are_untouched(model, token):
+    got = model(TOKENS.at[:, 2].set(token))
+    assert np.all(np.isnan(got[:, 2]))
+    np.testing.assert_array_equal(got[:, :2], model(TOKENS)[:, :2])
+    assert np.all(np.isnan(model.last_features(TOKENS.at[:, 2].set(token))))
+
+
+def test_positions_beyond_the_context_are_nan(model):
+    assert np.all(np.isnan(model(jnp.zeros((1, 6), int))[:, 5]))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "int64"])
+@pytest.mark.parametrize("size", [1, 200])
+def test_every_token_that_there_is_and_no_other_is_looked_up(size, dtype):
+    embedding = nnx.Embed(size, 3, rngs=nnx.Rngs(0))
+    info = np.iinfo(dtype)
+    tokens = jnp.asarray(np.clip([-100, -1, 0, 1, 100, 127, 199, 200], info.min, info.max), dtype)
+    got, rows = look_up(embedding, tokens), np.asarray(embedding.embedding[...])
+    for token, row in zip(np.asarray(tokens).tolist(), got, strict=True):
+        np.testing.assert_array_equal(row, rows[token] if 0 <= token < size else np.full(3, np.nan))

@@ -86,7 +86,7 @@ def of_sequences(head: HeadParams, feats: jax.Array, labels: jax.Array) -> dict[
     is_sound = jnp.isfinite(squares) & linear_head(head).is_finite
     of_tokens = {
         "loss": readout.losses,
-        "kappa": squares * readout.variances,
+        "kappa": readout.flatness,
         "trace": squares * readout.traces,
         "squared_feature_norm": squares,
     }
