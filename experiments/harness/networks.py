@@ -101,7 +101,8 @@ def decoder(
             return nnx.merge(block_graph, block)(x), None
 
         x, _ = jax.lax.scan(forward, outer.embed(x), params["blocks"])
-        return cross_entropy(outer.head(outer.norm(x)), y).mean()
+        logits = outer.norm(x) @ outer.head_params()["kernel"]
+        return cross_entropy(logits, y).mean()
 
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
     return Network(loss_fn, {"outer": params, "blocks": stack}, network.batches)
