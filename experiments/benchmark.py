@@ -3,11 +3,13 @@
     python experiments/benchmark.py head        # κ of a head against its cross-entropy: about two minutes on 2 cores
     python experiments/benchmark.py vocabulary  # the same for a language model's head, with memory and error: ten
     python experiments/benchmark.py growth      # time and memory against the vocabulary and the batch, a figure: ten
+    python experiments/benchmark.py calls       # every public function outside of jit, against the same jitted: ten
 
 Prints a table and writes the same figures to `runs/benchmark/<name>.json`. Every figure is a median over rounds in
 which the functions take turns; a ratio is taken within a round, and stands with its quartiles.
 """
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from harness.baselines import cross_entropy, tiled_cross_entropy, weight_by_weight
+from harness.calls import Call, public_calls
 from harness.growth import Growth, report_growth
 from harness.records import temporary_memory, write_record
 from harness.timing import side_by_side
@@ -149,6 +152,45 @@ def growth(seed: int = 0, num_features: int = 512, folder: Path = Path("runs/ben
     write_record(folder / "growth.json", record)
 
 
+def calls(
+    num_samples: int = 1024,
+    num_features: int = 64,
+    num_classes: int = 50,
+    seconds: float = 1.0,
+    folder: Path = Path("runs/benchmark"),
+) -> None:
+    """What a call of every public function costs outside of `jax.jit`: the first, later ones, and one that is jitted.
+
+    Args:
+        num_samples: of the batch.
+        num_features: m.
+        num_classes: C.
+        seconds: how long each function is measured at least.
+        folder: where the record goes.
+    """
+    sizes = {"num_samples": num_samples, "num_features": num_features, "num_classes": num_classes}
+    print(f"{'':36}  {'first':>10}  {'later':>10}  {'jitted':>10}   ms, and later ones in units of jitted ones")
+    record = [sizes | cost_of(name, call, seconds) for name, call in public_calls(**sizes).items()]
+    write_record(folder / "calls.json", record)
+
+
+def cost_of(name: str, call: Call, seconds: float) -> dict[str, Any]:
+    """Of a function that was not called before, with its compilation, and of later calls in turn with jitted ones."""
+    jax.clear_caches()
+    started = time.perf_counter()
+    jax.block_until_ready(call())
+    first = time.perf_counter() - started
+    each = {"later": call} | ({"jitted": call.jitted()} if call.can_be_jitted else {})
+    timings = side_by_side(each, reference=next(reversed(each)), min_seconds=seconds)
+    later, jitted = timings["later"], timings.get("jitted")
+    low, high = later.ratio_quartiles
+    against = f"{1e3 * jitted.seconds:10.4g}  {later.ratio:6.3g} [{low:.3g}, {high:.3g}]" if jitted else f"{'—':>10}"
+    print(f"{name:36}  {1e3 * first:10.4g}  {1e3 * later.seconds:10.4g}  {against}", flush=True)
+    return {"function": name, "first": first, "later": later.seconds, "jitted": jitted and jitted._asdict()} | (
+        {"ratio": later.ratio, "ratio_quartiles": later.ratio_quartiles} if jitted else {}
+    )
+
+
 def errors(
     num_outputs: int, *, certainty: float, seed: int, num_features: int = 512, num_samples: int = 64
 ) -> dict[str, Any]:
@@ -222,4 +264,4 @@ def random_batch(num_outputs: int, num_features: int, num_samples: int, seed: in
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"head": head, "vocabulary": vocabulary, "growth": growth})
+    tyro.extras.subcommand_cli_from_dict({"head": head, "vocabulary": vocabulary, "growth": growth, "calls": calls})

@@ -27,13 +27,14 @@ def as_arrays(name: str, value: Any, *, are_classes: bool = False) -> Any:
         return _in_range_of_jax(_of_numbers(name, _of_tensor(name, value)), are_classes)
     if type(value) in (list, tuple):
         return as_arrays(name, _of_sequence(name, value, are_classes), are_classes=are_classes)
-    if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value)):
+    if not are_classes and all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value)):
         return value
     leaves, structure = jax.tree_util.tree_flatten_with_path(value)
+    if are_classes:
+        raise TypeError(f"{name} is a {type(value).__name__}, wanted integers{_AS_CLASSES}")
     if len(leaves) == 1 and leaves[0][1] is value:
-        wanted = "integers" if are_classes else "an array"
-        raise TypeError(f"{name} is a {type(value).__name__}, wanted {wanted}{_AS_CLASSES if are_classes else ''}")
-    read = [as_arrays(name + jax.tree_util.keystr(path), leaf, are_classes=are_classes) for path, leaf in leaves]
+        raise TypeError(f"{name} is a {type(value).__name__}, wanted an array")
+    read = [as_arrays(name + jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
     is_same = all(new is old for new, (_, old) in zip(read, leaves, strict=True))
     return value if is_same else structure.unflatten(read)
 

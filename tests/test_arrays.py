@@ -78,6 +78,11 @@ def test_text_for_labels_is_refused_with_how_to_number_it(labels):
         flatjax.ClassMoments.init(2, 2).update(FEATS, labels)
 
 
+def test_a_mapping_for_labels_is_refused():
+    with helpers.raises(TypeError, "labels is a dict, wanted integers: number the classes"):
+        kappa(labels={"a": jnp.asarray(LABELS)})
+
+
 @pytest.mark.parametrize(
     ("error", "match", "value"),
     [

@@ -1,7 +1,6 @@
 """Neural collapse, from the moments of the classes of any stream of features.
 
-Keyword-only arguments of the metrics of moments are static: in a `jax.jit` of your own, too, they are no traced values.
-Moments, heads and samples are arrays, and so may be the weight decay of `central_path`.
+Keyword-only arguments are static, as of all metrics: in a `jax.jit` of your own, too, they are no traced values.
 """
 
 from flatjax.collapse.decisions import Decisions, nc4

@@ -9,6 +9,7 @@ size, which may exceed the spread around it; and of 2²⁴ samples, 1 more would
 squares are kept as `Double`.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -29,10 +30,10 @@ class ClassMoments(NamedTuple):
     With N samples a batch of m features, an update costs O(N·m), and the classes that are not in the batch are not
     touched: at vocabulary scale donate the old moments, and the new ones take their place.
 
-    Each batch is of features (..., m), labels (...,) in 0 … C − 1, and weights (...,), 1 by default, as JAX or NumPy
-    arrays or, outside of `jit`, anything else that speaks DLPack: into `jit` by `jnp.from_dlpack`. Without x64 JAX cuts
-    what enters `jit`, and what comes by DLPack, to 32 bits: a label 2³² then is class 0; elsewhere it is bad. A sample
-    of weight 0, or of label −100, is padding. A label out of range, a feature that is not finite or a negative weight
+    Each batch is of features (..., m), labels (...,) in 0 … C − 1, and weights (...,), 1 by default, as arrays of JAX
+    or NumPy, lists, or tensors that speak DLPack; into a `jax.jit` of your own by `jnp.from_dlpack`. Without x64 JAX
+    cuts what enters that to 32 bits: a label 2³² then is class 0; elsewhere it is bad. A sample of weight 0, or of
+    label −100, is padding. A label out of range, a feature that is not finite or a negative weight
     makes all means and variances NaN, and so every metric. Weights are summed to 48 bits in float32, and samples
     counted to 2³¹ − 1 a class, where the count stays. A distance to a mean below 1e-19 has no square in float32, and
     counts as none: scale such features.
@@ -90,14 +91,7 @@ class ClassMoments(NamedTuple):
             raise ValueError(f"got {num_classes} classes of {num_features} features, wanted at least one of both")
         if jnp.dtype(dtype) not in (jnp.float32, jnp.float64) or jnp.zeros(0, dtype).dtype != dtype:
             raise TypeError(f"dtype is {jnp.dtype(dtype)}, wanted float32, or float64 with jax_enable_x64")
-        return cls(
-            counts=jnp.zeros(num_classes, jnp.int32),
-            mass_sums=Double.zeros((num_classes,), dtype),
-            centres=Double.zeros((num_classes, num_features), dtype),
-            square_sums=Double.zeros((num_classes,), dtype),
-            product_sums=Double.zeros((num_features, num_features), dtype) if covariance else None,
-            num_bad=jnp.zeros((), jnp.int32),
-        )
+        return _empty(num_classes, num_features, covariance, jnp.dtype(dtype))
 
     @property
     def num_classes(self) -> int:
@@ -242,6 +236,18 @@ class ClassMoments(NamedTuple):
             return self._replace(square_sums=squares)
         products = jnp.matmul(shifts.T, masses[:, None] * shifts, precision="highest")
         return self._replace(square_sums=squares, product_sums=self.product_sums.plus(products))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _empty(num_classes: int, num_features: int, covariance: bool, dtype: jnp.dtype) -> ClassMoments:
+    return ClassMoments(
+        counts=jnp.zeros(num_classes, jnp.int32),
+        mass_sums=Double.zeros((num_classes,), dtype),
+        centres=Double.zeros((num_classes, num_features), dtype),
+        square_sums=Double.zeros((num_classes,), dtype),
+        product_sums=Double.zeros((num_features, num_features), dtype) if covariance else None,
+        num_bad=jnp.zeros((), jnp.int32),
+    )
 
 
 def _updated(moments: ClassMoments, batch: Batch) -> ClassMoments:

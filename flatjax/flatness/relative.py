@@ -45,7 +45,8 @@ def relative_flatness(
             whatever it holds.
         loss: "softmax_cross_entropy", "squared_error" (½‖z − y‖²), "sigmoid_cross_entropy" (summed over the outputs),
             all in closed form; or any twice differentiable `(logits (d,), label) -> scalar`, in at most min(d, m)
-            forward-over-reverse products in logit space. Static: `jax.jit(relative_flatness, static_argnames="loss")`.
+            forward-over-reverse products in logit space. Static, `jax.jit(relative_flatness, static_argnames="loss")`:
+            one function for all calls, as each is compiled once.
         tile_size: of a softmax head, so many rows are read at a time, and the logits of all samples are never in memory
             at once; 2 products of matrices, n·d·m each. The spread of the rows in play, of which ρ is a share, is then
             that around the mean row which eight of the samples predict. Static. By default it is the shapes that

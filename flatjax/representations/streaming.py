@@ -5,9 +5,11 @@ two sets, of masses a and b and with means δ apart, is the factor of R_a, R_b a
 other: a sum of squares that is never squared.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
@@ -61,13 +63,7 @@ class FeatureSpectrum(NamedTuple):
         num_features = whole_number(num_features, "num_features", least=1)
         if jnp.dtype(dtype) not in (jnp.float32, jnp.float64) or jnp.zeros(0, dtype).dtype != dtype:
             raise TypeError(f"dtype is {jnp.dtype(dtype)}, wanted float32, or float64 with jax_enable_x64")
-        return cls(
-            count=jnp.zeros((), jnp.int32),
-            mass=jnp.zeros((), dtype),
-            mean=Double.zeros((num_features,), dtype),
-            triangle=jnp.zeros((num_features, num_features), dtype),
-            num_bad=jnp.zeros((), jnp.int32),
-        )
+        return _empty(num_features, jnp.dtype(dtype))
 
     @metric(placed="as the first")
     def update(
@@ -107,6 +103,17 @@ class FeatureSpectrum(NamedTuple):
         sizes = jnp.linalg.svd(jnp.where(sound, triangle, 0), compute_uv=False)
         resolution = len(triangle) ** 0.5 * float(jnp.finfo(triangle.dtype).eps)
         return geometry_of_spectrum(jnp.where(sound, sizes, jnp.nan), resolution, self.count, fit_range)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _empty(num_features: int, dtype: jnp.dtype) -> FeatureSpectrum:
+    return FeatureSpectrum(
+        count=jnp.zeros((), jnp.int32),
+        mass=jnp.zeros((), dtype),
+        mean=Double.zeros((num_features,), dtype),
+        triangle=jnp.zeros((num_features, num_features), dtype),
+        num_bad=jnp.zeros((), jnp.int32),
+    )
 
 
 def _updated(

@@ -12,6 +12,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from flatjax.arrays import as_arrays
 from flatjax.curvature.counts import counted
 from flatjax.curvature.leaves import Tree
 from flatjax.curvature.products import checked_scalar
@@ -37,6 +38,7 @@ def injection(
 
     The state is made of the number of updates and of the last value, in float32: NaN before the first.
     """
+    gradient = _compiled(gradient)
 
     def init(params: Tree) -> Any:
         check_fits(name)
@@ -158,6 +160,26 @@ def check_unmasked(params: Tree, name: str) -> None:
         )
 
 
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) or (isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufV")
+
+
+def _compiled(gradient: Gradient) -> Gradient:
+    """One program for each shape, where it is of arrays alone: what else a batch holds may decide what is computed."""
+    program = jax.jit(gradient)
+
+    def call(params: Tree, **needed: Any) -> tuple[Float[Array, ""], Tree]:
+        are_arrays = all(map(_is_array, jax.tree.leaves((params, needed))))
+        return program(params, **jax.tree.map(in_range, needed)) if are_arrays else gradient(params, **needed)
+
+    def in_range(leaf: Any) -> Any:
+        # Integers of 64 bits may be labels, which would wrap around as they enter.
+        return as_arrays("batch", leaf, are_classes=True)
+
+    return call
+
+
+@jax.jit
 def _added(updates: Tree, rate: Any, gradients: Tree) -> Tree:
     def added(update: Array, gradient: Array | None) -> Array:
         if gradient is None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from harness.baselines import cross_entropy, tiled_cross_entropy, weight_by_weight
+from harness.calls import Call
 from harness.growth import Growth, draw_growth, exponent
 from helpers import random_problem
 
@@ -53,6 +54,17 @@ def test_growth_is_drawn(tmp_path):
     growth = Growth("n", "seconds", [1, 10], {"ours": [1.0, 2.0]})
     draw_growth(tmp_path / "growth.png", [growth, growth], "title")
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_call_is_timed_the_first_time_later_and_jitted(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "side_by_side", partial(benchmark.side_by_side, min_rounds=1))
+    batch = benchmark.random_batch(4, 3, 8, seed=0)
+    row = benchmark.cost_of("κ", Call(flatjax.relative_flatness, batch), seconds=0)
+    assert row["first"] > 10 * row["later"]
+    assert row["ratio"] == row["later"] / row["jitted"]["seconds"]
+    unjitted = benchmark.cost_of("check", Call(flatjax.check_inputs, batch, can_be_jitted=False), seconds=0)
+    assert unjitted["jitted"] is None
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_the_vocabulary_benchmark_writes_its_record(tmp_path, capsys, monkeypatch):

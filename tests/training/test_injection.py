@@ -14,7 +14,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from flatjax import collapse_reg, flat_reg
+from flatjax import collapse_reg, flat_reg, relative_flatness
 from flatjax.training import sharpness_aware
 
 from .cases import (
@@ -326,3 +326,29 @@ def test_the_updates_have_their_slope_in_a_strength_of_zero():
     assert_trees_close(
         added(some_updates(params), 0, slope), tx.update(some_updates(params), tx.init(params), params, batch=batch)[0]
     )
+
+
+def test_what_is_no_array_in_a_batch_may_decide_what_is_computed():
+    def penalty(params, batch):
+        x, is_squared = batch
+        return jnp.sum((params["w"] * x) ** 2) if is_squared else jnp.sum(params["w"] * x)
+
+    params = {"w": jnp.array([1.0, 2.0])}
+    tx = flat_reg(1.0, penalty)
+    for is_squared, want in ((True, [18.0, 36.0]), (False, [3.0, 3.0])):
+        batch = jnp.array(3.0), is_squared
+        updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params, batch=batch)
+        np.testing.assert_allclose(updates["w"], want)
+
+
+def test_labels_of_64_bits_in_a_batch_stay_out_of_range_without_x64():
+    def penalty(params, batch):
+        return relative_flatness(params, *batch)
+
+    with jax.enable_x64(False):
+        params = {"kernel": jnp.ones((2, 3)).at[0, 0].set(2)}
+        tx = flat_reg(1.0, penalty)
+        for label, is_bad in ((1, False), (2**32, True)):
+            batch = np.ones((2, 2), "float32"), np.array([0, label])
+            _, state = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params, batch=batch)
+            assert np.isnan(state.kappa) == is_bad
