@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from flatjax.heads import LinearHead
-from flatjax.scales import power_of_two
+from flatjax.units import unit_near
 
 _ELEMENTS_IN_FLIGHT = 2**24
 """Directions are vmapped in chunks of so many logits, that memory does not grow with their number."""
@@ -63,7 +63,7 @@ class AutodiffCurvature(NamedTuple):
         """A unit, in which small features leave small curvature its digits, and T v in it for every direction v."""
         logits = self.head.logits(self.feats)
         measure = self.shares * jnp.sum(self.feats**2, axis=1)
-        unit = power_of_two(jnp.max(measure))
+        unit = unit_near(jnp.max(measure))
         measure = measure / unit
 
         def measured_loss(shift: Float[Array, " d"]) -> Float[Array, ""]:

@@ -47,7 +47,8 @@ def cross_entropy_and_flatness(
         feats: features (..., m), what enters the head.
         labels: integer classes (...,), of all rows, also where a device has only some of them. A sample of the label
             −100 is ignored, whatever it holds.
-        weights: sample weights ω (...,), all 1 by default. A sample of weight 0 is ignored, whatever it holds.
+        weights: sample weights ω (...,), all 1 by default. A sample of weight 0 is ignored, whatever it holds. The
+            derivative in a weight that is 0 is right too, but 0 where the label is −100 or a value is bad.
         tile_size: how many rows of W are read at a time, by all devices together, or in a `jax.shard_map` by each;
             static. Chosen by the shapes if None.
         axis_name: inside a `jax.shard_map`, the mesh axis or axes along which the rows of W are split, in the order of

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from flatjax.curvature.vectors import sum_dtype
 from flatjax.flatness.parts import AxisNames, SplitHead, split
 from flatjax.heads import LinearHead
-from flatjax.scales import power_of_two
+from flatjax.units import unit_near
 
 
 class Frame(NamedTuple):
@@ -32,18 +32,19 @@ def unit_of(head: LinearHead, axis_names: AxisNames = ()) -> Float[Array, ""]:
     if axis_names:
         largest = jax.lax.pmax(largest, axis_names)
     least = float(jnp.finfo(largest.dtype).tiny) * _LARGEST
-    return jnp.maximum(power_of_two(largest), least) / _LARGEST
+    return jnp.maximum(unit_near(largest), least) / _LARGEST
 
 
 def unit_for(feats: Float[Array, "n m"]) -> Float[Array, ""]:
     """A power of two times which the largest feature is `_LARGEST`."""
-    return _LARGEST / power_of_two(jnp.max(jnp.abs(feats)))
+    return _LARGEST / unit_near(jnp.max(jnp.abs(feats)))
 
 
 def frame_of(head: SplitHead, feats: Float[Array, "n m"], unit: Float[Array, ""]) -> Frame:
     """Around the rows between which a few of the samples hesitate: κ and its gradient are made of their differences.
 
-    A sample that is certain of a row far from all others makes nothing of its distance, and neither does the frame.
+    A sample that is certain of a row far from all others makes nothing of its distance, and neither does the frame. If
+    none hesitates, it is in the middle of some rows, as all may be certain of the far one.
     """
     head, feats = jax.lax.stop_gradient((head, feats))
     unit = unit.astype(feats.dtype)
@@ -51,9 +52,10 @@ def frame_of(head: SplitHead, feats: Float[Array, "n m"], unit: Float[Array, ""]
     # Summed, not sliced: of samples split among devices a slice is cut once all are gathered.
     chosen = places[:, None] == jnp.arange(len(feats), dtype=places.dtype)[None, :]
     chosen = chosen.astype(feats.dtype) @ feats
-    predicted = head.predicted(chosen)
+    predicted = head.predicted(chosen, _ROWS)
     importance = predicted.rest * jnp.sum((chosen * unit) ** 2, axis=1)
     row, bias = mean_by_importance(predicted.rows, importance), mean_by_importance(predicted.biases, importance)
+    row = jnp.where(jnp.max(predicted.rest) > _NEGLIGIBLE, row, jnp.median(predicted.some_rows, axis=0))
     return Frame(jnp.where(jnp.isfinite(row), row, 0), jnp.where(jnp.isfinite(bias), bias, 0), unit)
 
 
@@ -72,6 +74,6 @@ def mean_by_importance(values: Float[Array, "n ..."], importance: Float[Array, "
 
 _LARGEST = 2.0**16
 """Squares have as much room below as above: a row may be 1e9 times as far as those that matter."""
-_SAMPLES = 8
+_SAMPLES, _ROWS = 8, 5
 _NEGLIGIBLE = 1e-3
 """Against the most important: in the middle of what matters rounding errors are least."""

@@ -53,7 +53,8 @@ def logit_sharpness(
     Args:
         logits: z (..., d), d ≥ 2. The mean is over all of the leading shape. An output of −∞ is none.
         labels: integer classes (...,). A sample of the label −100 is padding, whatever it holds.
-        weights: sample weights (...,), 1 by default; 0 is padding.
+        weights: sample weights (...,), 1 by default; 0 is padding. The derivative in a weight that is 0 is right too,
+            but 0 where the label is −100 or the sample holds a bad value.
         radius: ε ≥ 0. Static.
 
     Returns:
@@ -118,7 +119,8 @@ def head_logit_sharpness(
         params: the head, as for `relative_flatness`.
         feats: features (..., m), what enters the head.
         labels: integer classes (...,). A sample of the label −100 is padding, whatever it holds.
-        weights: sample weights (...,), 1 by default; 0 is padding.
+        weights: sample weights (...,), 1 by default; 0 is padding. The derivative in a weight that is 0 is right too,
+            but 0 where the label is −100 or the sample holds a bad value.
         radius: ε ≥ 0. Static.
         tile_size: how many rows of W are read at a time. Static. Chosen by the shapes if None.
 

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Integer, Shaped
+from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from flatjax.heads import LinearHead
 from flatjax.sharding import num_devices, sum_over_devices
@@ -47,10 +48,10 @@ class SplitHead:
         device = jax.lax.axis_index(self.axis_names).astype(dtype) if self.axis_names else 0
         return (device * num_parts + jnp.arange(num_parts, dtype=dtype)) * self.num_rows
 
-    def predicted(self, feats: Float[Array, "n m"]) -> "Predicted":
+    def predicted(self, feats: Float[Array, "n m"], num_rows: int) -> "Predicted":
         """The mean of the rows under the probabilities of a few samples, as well as the head's dtype knows it.
 
-        NaN where logits overflow.
+        NaN where logits overflow. With `num_rows` rows from all over the head, which is not read again for them.
         """
         dtype = feats.dtype
         product = functools.partial(jnp.einsum, preferred_element_type=dtype)
@@ -70,13 +71,21 @@ class SplitHead:
         rest += total(jnp.sum(is_largest, axis=2, dtype=dtype), self.axis_names) - 1
         bias = self.bias.astype(dtype)
         biases = jnp.einsum("knp,kp->kn", e, jnp.where(bias == -jnp.inf, 0, bias))
-        e = e.astype(self.matrix.dtype)
+        e = jnp.concatenate([e, self._picking(num_rows).astype(dtype)], axis=1).astype(self.matrix.dtype)
         if self.rows_axis:
             rows = jnp.transpose(product("mkp,knp->kmn", self.matrix, e), (0, 2, 1))
         else:
             rows = product("knp,kpm->knm", e, self.matrix)
         rows, biases = total(rows, self.axis_names), total(biases, self.axis_names)
-        return Predicted(rows / mass[:, None], biases / mass, rest / mass)
+        n = len(feats)
+        return Predicted(rows[:n] / mass[:, None], biases / mass, rest / mass, rows[n:])
+
+    def _picking(self, num_rows: int) -> Bool[Array, "k r p"]:
+        """Where rows at equal distances, of those of all devices, are in the parts."""
+        num_outputs = self.bias.size * (jax.lax.axis_size(self.axis_names) if self.axis_names else 1)
+        chosen = np.linspace(0, num_outputs - 1, min(num_rows, num_outputs)).round().astype(np.int32)
+        outputs = self.first_outputs(jnp.int32)[:, None] + jnp.arange(self.num_rows, dtype=jnp.int32)[None, :]
+        return outputs[:, None, :] == chosen[None, :, None]
 
 
 class Predicted(NamedTuple):
@@ -86,6 +95,8 @@ class Predicted(NamedTuple):
     biases: Float[Array, " n"]
     rest: Float[Array, " n"]
     """What is left of the probability beside the largest."""
+    some_rows: Float[Array, "r m"]
+    """Of the head as they are."""
 
 
 def split(head: LinearHead, axis_names: AxisNames, like: Any) -> SplitHead:

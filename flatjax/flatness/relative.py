@@ -42,7 +42,8 @@ def relative_flatness(
         labels: integer classes (...,), or targets (..., d). For softmax cross-entropy these are probabilities; if they
             do not sum to 1, a sample's part of κ is scaled by their sum, as its loss is.
         weights: sample weights ω (...,), all 1 by default. A sample of weight 0, or of the class −100, is padding,
-            whatever it holds.
+            whatever it holds. The derivative in a weight that is 0 is right too, but 0 where the class is −100 or the
+            sample holds a bad value.
         loss: "softmax_cross_entropy", "squared_error" (½‖z − y‖²), "sigmoid_cross_entropy" (summed over the outputs),
             all in closed form; or any twice differentiable `(logits (d,), label) -> scalar`, in at most min(d, m)
             forward-over-reverse products in logit space. Static, `jax.jit(relative_flatness, static_argnames="loss")`:

@@ -45,7 +45,8 @@ def feature_robustness(
         labels: integer classes (...,), or targets (..., d).
         delta: δ, the size of the change relative to the features.
         key: of the draws.
-        weights: sample weights ω (...,), all 1 by default. A sample of weight 0, or of the class −100, is padding.
+        weights: sample weights ω (...,), all 1 by default. A sample of weight 0, or of the class −100, is padding. The
+            derivative in a weight that is 0 is as for `relative_flatness`.
         distribution: of A: "orthogonal", uniform over the orthogonal matrices, or "normal", of independent entries of
             variance 1. Static.
         num_samples: how many draws, each used with both signs; at least 2. Static.

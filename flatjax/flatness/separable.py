@@ -47,6 +47,10 @@ def squared_error(head: LinearHead, feats: Float[Array, "n m"], shares: Float[Ar
 def sigmoid_cross_entropy(
     head: LinearHead, feats: Float[Array, "n m"], shares: Float[Array, " n"]
 ) -> SeparableCurvature:
-    """−Σ_s [y_s log σ(z_s) + (1 − y_s) log σ(−z_s)]: g = σ(z)σ(−z), which does not cancel as σ(1 − σ) does."""
+    """−Σ_s [y_s log σ(z_s) + (1 − y_s) log σ(−z_s)]: g = σ(z)σ(−z), which does not cancel as σ(1 − σ) does.
+
+    0 at −∞, an output that is left out, and NaN at +∞, where a network diverged.
+    """
     logits = head.logits(feats)
-    return SeparableCurvature(head, feats, shares, jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits))
+    second_derivatives = jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits)
+    return SeparableCurvature(head, feats, shares, jnp.where(logits == jnp.inf, jnp.nan, second_derivatives))

@@ -3,14 +3,14 @@
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from flatjax.arrays import as_arrays
 from flatjax.samples import widened
 
 
 def look_up(
-    embedding: nnx.Embed, tokens: Int[Array, "*n"], out_sharding: NamedSharding | None = None
+    embedding: nnx.Embed, tokens: Integer[Array, "*n"], out_sharding: NamedSharding | None = None
 ) -> Float[Array, "*n m"]:
     """The rows of tokens, NaN for those outside of the vocabulary: Flax counts negative ones from its end."""
     tokens = widened(jnp.asarray(as_arrays("tokens", tokens, are_classes=True)))

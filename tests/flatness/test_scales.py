@@ -11,7 +11,6 @@ import pytest
 import flatjax
 from flatjax.flatness.frame import mean_by_importance
 from flatjax.flatness.logit_sharpness import head_logit_sharpness
-from flatjax.scales import power_of_two
 
 # Over the pairs of few rows, around the largest logit of many, and in tiles.
 ROUTES = {"pairs": (5, 12, 20, None), "largest": (9, 7, 24, None), "tiles": (9, 7, 24, 4)}
@@ -32,6 +31,14 @@ def with_far_row(problem, row, *, behind):
     return problem._replace(weight=weight, feats=feats)
 
 
+def with_far_row_for_most(problem, row):
+    """The first row, which all samples predict but two."""
+    weight, feats = problem.weight.copy(), problem.feats.copy()
+    weight[0, 0], feats[:, 0] = row, 0.1 + np.abs(feats[:, 0])
+    feats[[6, 9], 0] *= -1
+    return problem._replace(weight=weight, feats=feats)
+
+
 def without_outputs(problem, outputs):
     bias = problem.bias.copy()
     bias[outputs] = -np.inf
@@ -44,6 +51,7 @@ CHANGES = {
     "small logits": lambda p: p._replace(weight=p.weight * 1e15, feats=p.feats * 1e-22),
     **{f"a row at {row:g}": functools.partial(with_far_row, row=row, behind=True) for row in (-1e4, -3e7, -1e9)},
     **{f"a row {row:g} away": functools.partial(with_far_row, row=row, behind=False) for row in (1e4, 3e7, 1e9)},
+    **{f"a row at {row:g} that most predict": functools.partial(with_far_row_for_most, row=row) for row in (1e6, 1e9)},
     "a far row of small weights": lambda p: scaled(with_far_row(p, -3e7, behind=True), 2.0**60),
     **{f"biases of {b:g}": lambda p, b=b: p._replace(bias=p.bias + b) for b in (-(2.0**21), 2.0**21, 1e8)},
     "biases of 2^21, and of -inf": lambda p: without_outputs(p._replace(bias=p.bias + 2.0**21), [1, 3]),
@@ -167,18 +175,6 @@ def test_a_constant_in_all_biases_of_half_precision_leaves_kappa_as_it_is(dtype)
 
     for tile_size in (None, 4):
         np.testing.assert_allclose(kappa(3e4, tile_size), kappa(0, tile_size), rtol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_power_of_two_is_one_and_near(dtype):
-    info = jnp.finfo(dtype)
-    x = jnp.asarray([1.0, 1.4, 1.6, -3.1, 1e-30, 1e30, float(info.tiny), 3.9], dtype)
-    got = np.asarray(power_of_two(x))
-    assert got.dtype == dtype
-    assert np.all(np.frexp(got)[0] == 0.5)
-    assert np.all(np.abs(np.log2(np.abs(np.asarray(x)) / got)) <= np.log2(1.5) + 1e-6)
-    np.testing.assert_array_equal(power_of_two(jnp.asarray([0.0, np.nan, np.inf, -np.inf], dtype)), np.ones(4))
-    assert jax.grad(lambda x: power_of_two(x) * x)(x[3]) == 4
 
 
 @pytest.mark.parametrize(
