@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from flatjax.collapse.moments import ClassMoments, check_moments
+from flatjax.double import Double
 from flatjax.heads import HeadParams, LinearHead, linear_head
 from flatjax.integers import whole_number
 from flatjax.sharding import axis_names, sum_over_devices
+from flatjax.units import unit_near
 
 AxisName = str | tuple[str, ...] | None
 """Of a `jax.shard_map`, along which the classes are split."""
@@ -20,12 +22,19 @@ class ClassMeans:
     """Of C classes, or of a device's share of them; of a class that is not kept, zeros."""
 
     kept: Bool[Array, " C"]
-    centred: Float[Array, "C m"]
-    """μ_c − μ_G, with μ_G the unweighted mean of the kept means, in units of the largest number in it."""
+    placed: Float[Array, "C m"]
+    """μ_c less one of the means, near the most of them, in units of the largest number in μ_c − μ_G."""
+    middle: Float[Array, " m"]
+    """μ_G, the unweighted mean of the kept means, less the same."""
     variances: Float[Array, " C"]
     """V_c, the mean squared distance of a class to its mean, in the same units squared."""
     unit: Float[Array, ""]
     axis_names: tuple[str, ...]
+
+    @property
+    def centred(self) -> Float[Array, "C m"]:
+        """μ_c − μ_G: what is far off moves μ_G, and of how others differ this has digits of that distance alone."""
+        return self.only_kept(self.placed - self.middle[None, :])
 
     @property
     def num_kept(self) -> Int[Array, ""]:
@@ -35,6 +44,11 @@ class ClassMeans:
     def count(self) -> Float[Array, ""]:
         """C, of the classes kept."""
         return self.num_kept.astype(self.centred.dtype)
+
+    @property
+    def differ(self) -> Bool[Array, ""]:
+        """Whether not all means are one."""
+        return self.total(jnp.any(self.placed != 0, axis=1).astype(jnp.int32)) > 0
 
     def total(self, values: Array) -> Array:
         """Σ over the classes of all devices."""
@@ -71,22 +85,22 @@ def class_means(moments: ClassMoments, *, min_count: int = 2, ddof: int = 0, axi
     column = kept[:, None]
     num_kept = sum_over_devices(jnp.sum(kept, dtype=jnp.int32), names).astype(moments.dtype)
 
-    # From one of the means first: if all are one, exactly 0 remains.
-    centres = moments.centres
-    from_one = jnp.where(column, centres.high - _first(centres.high, kept, names)[None, :] + centres.low, 0)
-    grand_mean = _sum_of_rows(kept, from_one, names) / num_kept
-    centred = jnp.where(column, from_one - grand_mean[None, :], 0)
+    # From one of the means: if all are one, exactly 0 remains.
+    origin = _row(moments.centres, _near_the_most(moments.centres, kept, names), names)
+    placed = jnp.where(column, moments.centres.minus(origin), 0)
+    middle = _sum_of_rows(kept, placed, names) / num_kept
 
     # No metric knows the unit of the features, and their squares must not overflow.
-    # The largest number in `centred`, without a second array (C, m): a row that is not kept is as that one mean.
-    highest, lowest = jnp.max(from_one, axis=0) - grand_mean, grand_mean - jnp.min(from_one, axis=0)
+    # The largest number in μ_c − μ_G, without a second array (C, m): a row that is not kept is as that one mean.
+    highest, lowest = jnp.max(placed, axis=0) - middle, middle - jnp.min(placed, axis=0)
     size = jax.lax.stop_gradient(jnp.max(jnp.maximum(highest, lowest)))
     size = jax.lax.pmax(size, names) if names else size
     num_bad = jax.lax.pmax(moments.num_bad, names) if names else moments.num_bad
-    unit = jnp.where(num_bad > 0, jnp.nan, jnp.where((size > 0) & jnp.isfinite(size), size, 1))
+    unit = jnp.where(num_bad > 0, jnp.nan, jnp.where(jnp.isfinite(size), unit_near(size), 1))
     freedom = moments.counts.astype(moments.dtype)
     variances = moments.variances * (freedom / jnp.where(kept, freedom - ddof, 1) if ddof else 1)
-    return ClassMeans(kept, centred / unit, jnp.where(kept, variances / unit / unit, 0), unit, names)
+    variances = jnp.where(kept, variances / unit / unit, 0)
+    return ClassMeans(kept, placed / unit, middle / unit, variances, unit, names)
 
 
 def classifier(params: HeadParams, moments: ClassMoments) -> LinearHead:
@@ -104,14 +118,32 @@ def classifier(params: HeadParams, moments: ClassMoments) -> LinearHead:
     return head.astype(moments.dtype)
 
 
-def _first(rows: Float[Array, "C m"], kept: Bool[Array, " C"], names: tuple[str, ...]) -> Float[Array, " m"]:
-    """One of the kept rows, the same on all devices."""
+def _near_the_most(centres: Double, kept: Bool[Array, " C"], names: tuple[str, ...]) -> Bool[Array, " C"]:
+    """Which of the kept means of all devices is one near at least half of them.
+
+    From whatever mean the distances are, the middle one is that of such a mean. They are from the smallest, as features
+    have more digits the smaller they are.
+    """
+    centres = jax.lax.stop_gradient(centres)
+    smallest = _row(centres, _place(jnp.max(jnp.abs(centres.high), axis=1), kept, names, 0), names)
+    distances = jnp.max(jnp.abs(centres.minus(smallest)), axis=1)
+    num_kept = sum_over_devices(jnp.sum(kept, dtype=jnp.int32), names)
+    return _place(distances, kept, names, jnp.maximum(num_kept - 1, 0) // 2)
+
+
+def _place(
+    sizes: Float[Array, " C"], kept: Bool[Array, " C"], names: tuple[str, ...], rank: Int[Array, ""] | int
+) -> Bool[Array, " C"]:
+    """Which of the kept classes of all devices has the size of so high a rank."""
+    sizes = jnp.where(kept, sizes, jnp.inf)
+    of_all = jax.lax.all_gather(sizes, names, tiled=True) if names else sizes
+    own = jax.lax.axis_index(names) * len(kept) if names else 0
+    return own + jnp.arange(len(kept)) == jnp.argsort(of_all)[rank]
+
+
+def _row(centres: Double, chosen: Bool[Array, " C"], names: tuple[str, ...]) -> Double:
     # Summed, not sliced: of rows split among devices a slice is cut once all are gathered.
-    chosen = kept & (jnp.arange(len(kept)) == jnp.argmax(kept))
-    if names:
-        device = jax.lax.axis_index(names)
-        chosen &= device == jax.lax.pmin(jnp.where(jnp.any(kept), device, jnp.iinfo(jnp.int32).max), names)
-    return _sum_of_rows(chosen, rows, names)
+    return Double(*(_sum_of_rows(chosen, rows, names)[None, :] for rows in centres))
 
 
 def _sum_of_rows(chosen: Bool[Array, " C"], rows: Float[Array, "C m"], names: tuple[str, ...]) -> Float[Array, " m"]:

@@ -107,7 +107,7 @@ def disagreements(
     NaN where no logit is known to be the largest, as one is infinite or NaN, or where all means are one.
     """
     head, feats, residuals = jax.lax.stop_gradient((head, feats, residuals))
-    rows, num_classes = jax.lax.stop_gradient(classes.centred), len(classes.centred)
+    rows, num_classes = jax.lax.stop_gradient(classes.placed), len(classes.placed)
     tile_size = tile_of(tile_size, num_classes)
     own_means = rows[labels]
     table = squared_distances(rows) if num_classes <= FEW else None

@@ -11,7 +11,7 @@ from flatjax.collapse.duality import duality_variation, self_duality
 from flatjax.collapse.geometry import cosine_statistics, distance_to_etf, least_distance_to_etf, norm_variation
 from flatjax.collapse.moments import ClassMoments
 from flatjax.collapse.uniformity import log_distances
-from flatjax.collapse.variability import nc1, sum_of_cdnv
+from flatjax.collapse.variability import square_within_means, sum_of_cdnv
 from flatjax.heads import HeadParams, LinearHead
 from flatjax.metric import metric
 
@@ -39,6 +39,7 @@ class CollapseReport(NamedTuple):
         num_classes_kept: C, classes with `min_count` samples or more.
         num_classes_empty: classes with none.
         num_classes_single: classes with one.
+        num_directions: as of `NeuralCollapse`; None where NC1 is.
     """
 
     nc1: Float[Array, ""] | None
@@ -62,6 +63,7 @@ class CollapseReport(NamedTuple):
     gnc2_variation_classifier: Float[Array, ""] | None = None
     nc3: Float[Array, ""] | None = None
     unc3: Float[Array, ""] | None = None
+    num_directions: Int[Array, ""] | None = None
 
     to_dict = results.to_dict
     __str__ = results.to_table
@@ -116,9 +118,12 @@ def collapse_report(
         metrics["unc3"] = duality_variation(rows, classes)
         of_rows = log_distances(rows, classes, tile_size)._asdict()
         metrics |= {f"gnc2_{name}_classifier": x for name, x in of_rows.items()}
-    of_samples = moments.product_sums is not None and min_count <= 2
+    within, num_directions = None, None
+    if moments.product_sums is not None and min_count <= 2:
+        within, num_directions = square_within_means(moments, classes)
     return CollapseReport(
-        nc1=nc1(moments, min_count=min_count, axis_name=axis_name) if of_samples else None,
+        nc1=None if within is None else classes.defined(within),
+        num_directions=num_directions,
         **{name: classes.defined(value, *heads) for name, value in metrics.items()},
         **class_counts(moments, classes),
     )

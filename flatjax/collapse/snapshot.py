@@ -42,6 +42,8 @@ class NeuralCollapse(NamedTuple):
         num_classes_kept: C, classes with two samples or more.
         num_classes_empty: classes with none.
         num_classes_single: classes with one, masked like the empty ones: a single sample has no spread.
+        num_directions: rank of Σ_B, in how many directions the class means are told apart; C − 1 or m, whichever is
+            less, but where means lie in fewer dimensions or rounding hides that they do not. NC1 is over these.
     """
 
     nc1: Float[Array, ""]
@@ -60,6 +62,7 @@ class NeuralCollapse(NamedTuple):
     num_classes_kept: Int[Array, ""]
     num_classes_empty: Int[Array, ""]
     num_classes_single: Int[Array, ""]
+    num_directions: Int[Array, ""]
 
     to_dict = results.to_dict
     __str__ = results.to_table
@@ -92,7 +95,8 @@ def neural_collapse(
     Returns:
         The metrics, scalars without a unit, at a memory of O((n + C)·(m + 512)). Classes without two samples are left
         out of all of them, and counted. Where a metric has no value it is NaN or infinite: with fewer than two classes
-        left, where two class means are one (CDNV, NCC), or all of them (every metric of means but the floor); and NaN
+        left, where two class means are one (CDNV, NCC), or all of them (every metric of means but the floor), where rounding
+        of class means that are far off hides how others differ (NC1); and NaN
         where a feature, a logit or the head is not finite, a label out of range, or a weight negative:
         `flatjax.check_inputs` says where.
 
@@ -125,14 +129,17 @@ def neural_collapse(
     residuals = jnp.where((weights != 0)[:, None], moments.residuals(batch) / classes.unit, 0)
     disagrees = disagreements(head, batch.feats, residuals, batch.classes, classes)
     shares = weights / jnp.sum(weights)
+    within, num_directions = mean_square_in_means(residuals, shares, classes)
     metrics = {
-        "nc1": mean_square_in_means(residuals, shares, classes),
+        "nc1": within,
         "nc4": jnp.sum(jnp.where(weights == 0, 0, shares * disagrees)),
         **of_means(classes),
         **of_classifier(head, classes),
     }
     return NeuralCollapse(
-        **{name: classes.defined(value, head) for name, value in metrics.items()}, **class_counts(moments, classes)
+        **{name: classes.defined(value, head) for name, value in metrics.items()},
+        **class_counts(moments, classes),
+        num_directions=num_directions,
     )
 
 

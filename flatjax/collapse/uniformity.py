@@ -47,7 +47,8 @@ def gnc2(
         axis_name: as for `cdnv`.
 
     Returns:
-        A `Uniformity` of scalars; infinite or NaN where two directions are one, and NaN as `equinorm`.
+        A `Uniformity` of scalars; infinite or NaN where two directions are one or no further apart than rounding, and
+        NaN as `equinorm`.
 
     Raises:
         TypeError, ValueError: as `equinorm`.
@@ -68,13 +69,21 @@ def gnc2(
     return Uniformity(*(classes.defined(x, *heads) for x in log_distances(rows, classes, tile_size)))
 
 
+_ROUNDINGS = 16
+"""In units of ε, of a distance between directions."""
+
+
 def log_distances(rows: Float[Array, "C m"], classes: ClassMeans, tile_size: int | None = None) -> Uniformity:
     """Of log 1/‖û_c − û_c'‖ over the pairs of kept rows."""
     directions = unit_rows(rows, classes)
     # Near the mean to be found, so that the squares from there nearly are the variance.
     near = -jnp.log(2 - 2 * mean_cosine(directions, classes)) / 2
 
+    # Directions closer than they are rounded are not told apart: of means that are far from all, say.
+    rounding = (_ROUNDINGS * float(jnp.finfo(rows.dtype).eps)) ** 2
+
     def terms(distances: Array, *_: Any) -> tuple[Array, Array]:
+        distances = jnp.where((distances > 0) & (distances < rounding), jnp.nan, distances)
         offsets = -jnp.log(distances) / 2 - near
         return offsets, offsets**2
 

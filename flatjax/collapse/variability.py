@@ -1,12 +1,11 @@
 """Variability collapse: how wide the classes are against how far they lie apart (NC1, CDNV, NCC)."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from flatjax.collapse.class_means import AxisName, ClassMeans, class_means
+from flatjax.collapse.inverses import Inverse, inverse_of_gram, pseudo_inverse
 from flatjax.collapse.moments import ClassMoments, check_moments
 from flatjax.collapse.pairs import sum_over_distances
 from flatjax.metric import metric
@@ -109,7 +108,8 @@ def nc1(
         axis_name: as for `cdnv`; the covariance is then the whole on every device.
 
     Returns:
-        A scalar without a unit; NaN as `cdnv`, and where all means are one.
+        A scalar without a unit; NaN as `cdnv`, where all means are one, and where rounding of means that are far off
+        hides how others differ. Of a few means that are 10⁹ times further than the others, it does not.
 
     Raises:
         TypeError: `moments` are no `ClassMoments`.
@@ -134,18 +134,22 @@ def nc1(
     if min_count not in (1, 2):
         raise ValueError(f"min_count is {min_count}, but the covariance is of all samples: wanted 1 or 2")
     classes = class_means(moments, min_count=min_count, axis_name=axis_name)
+    value, _ = square_within_means(moments, classes)
+    return classes.defined(value if divided else classes.count * value)
+
+
+def square_within_means(moments: ClassMoments, classes: ClassMeans) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """NC1 of the covariance, and how many directions the means are told apart in."""
+    assert moments.product_sums is not None
     mass = classes.total(jnp.where(classes.kept, moments.masses, 0))
     within = moments.product_sums.value / mass / classes.unit / classes.unit
-    extended = _extended(classes)
-    if len(extended) > 2 * extended.shape[1] or axis_name:
-        inverse = _inverse_of_gram(classes.axis_names, extended)[:-1, :-1]
+    rows = contrasts(classes)
+    if len(rows) > 2 * rows.shape[1] or classes.axis_names:
+        inverse = inverse_of_gram(classes.axis_names, rows)
     else:
-        inverse = _pseudo_inverse(extended)[:-1]
-        inverse = inverse @ inverse.T
-    value = jnp.sum(within * inverse)
-    differ = classes.total(jnp.any(classes.centred != 0, axis=1).astype(jnp.int32)) > 0
-    value = jnp.where(differ, value, jnp.nan)
-    return classes.defined(value if divided else classes.count * value)
+        inverse = pseudo_inverse(rows)
+        inverse = inverse._replace(matrix=inverse.matrix @ inverse.matrix.T)
+    return _where_means_differ(jnp.sum(within * inverse.matrix), inverse, classes)
 
 
 def sum_of_cdnv(classes: ClassMeans, tile_size: int | None = None) -> Float[Array, ""]:
@@ -155,72 +159,49 @@ def sum_of_cdnv(classes: ClassMeans, tile_size: int | None = None) -> Float[Arra
         return (v[:, None] + other[None, :]) / distances
 
     return sum_over_distances(
-        term, classes.centred, classes.variances, classes.kept, tile_size=tile_size, axis_names=classes.axis_names
+        term, classes.placed, classes.variances, classes.kept, tile_size=tile_size, axis_names=classes.axis_names
     )
 
 
-def mean_square_in_means(residuals: Float[Array, "n m"], shares: Float[Array, " n"], classes: ClassMeans) -> Array:
-    """NC1 of the samples themselves, E‖M̄⁺(h − μ_c)‖².
+def mean_square_in_means(
+    residuals: Float[Array, "n m"], shares: Float[Array, " n"], classes: ClassMeans
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """NC1 of the samples themselves, E‖M̄⁺(h − μ_c)‖², and how many directions the means are told apart in."""
+    inverse = pseudo_inverse(contrasts(classes))
+    return _where_means_differ(jnp.sum(shares * jnp.sum((residuals @ inverse.matrix) ** 2, axis=1)), inverse, classes)
 
-    NaN where all means are one: Σ_B⁺ = 0 would call that collapsed.
+
+def _where_means_differ(
+    value: Float[Array, ""], inverse: Inverse, classes: ClassMeans
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """NaN where all means are one, which Σ_B⁺ = 0 would call collapsed, or where rounding hides how they differ."""
+    return jnp.where(classes.differ, inverse.known * value, jnp.nan), inverse.rank.astype(jnp.int32)
+
+
+def contrasts(classes: ClassMeans) -> Float[Array, "_ m"]:
+    """Rows X with XᵀX = M̄M̄ᵀ, each to rounding of its own size: each mean against that of those nearer (Helmert).
+
+    Of classes split among devices those of the device, on the first of them with the contrasts between devices.
     """
-    # The derivative of a pseudo-inverse is finite where that of a singular value decomposition is not: at equal
-    # singular values, which is where collapse leads.
-    coordinates = residuals @ _pseudo_inverse(_extended(classes))[:-1]
-    value = jnp.sum(shares * jnp.sum(coordinates**2, axis=1))
-    return jnp.where(jnp.any(classes.centred != 0), value, jnp.nan)
-
-
-def _extended(classes: ClassMeans) -> Float[Array, "C _"]:
-    """The centred means, and the one direction in which they do not differ, as they sum to 0.
-
-    It is given a singular value of its own, that no cut is needed which would take the way between two close means for
-    it.
-    """
-    size = jax.lax.stop_gradient(jnp.sqrt(classes.total(jnp.sum(classes.centred**2, axis=1)) / classes.count))
-    sum_direction = jnp.where(classes.kept, size / jnp.sqrt(classes.count), 0)
-    return jnp.concatenate([classes.centred, sum_direction[:, None]], axis=1)
-
-
-def _pseudo_inverse(matrix: Float[Array, "a b"]) -> Float[Array, "b a"]:
-    """What is cut is rounding."""
-    return jnp.linalg.pinv(matrix, rtol=4 * jnp.finfo(matrix.dtype).eps)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _inverse_of_gram(names: tuple[str, ...], rows: Float[Array, "C k"]) -> Float[Array, "k k"]:
-    """(XᵀX)⁺ of many rows, which need not be on one device, without squaring what they are conditioned by."""
-    inverse = _pseudo_inverse(_triangular(names, rows))
-    return inverse @ inverse.T
-
-
-# A QR decomposition has no derivative at lower rank, and that of a pseudo-inverse of all rows is of their size.
-@_inverse_of_gram.defjvp
-def _inverse_of_gram_jvp(
-    names: tuple[str, ...], primals: tuple[Array], tangents: tuple[Array]
-) -> tuple[Float[Array, "k k"], Float[Array, "k k"]]:
-    (rows,), (d_rows,) = primals, tangents
-    inverse = _inverse_of_gram(names, rows)
-    half = sum_over_devices(rows.T @ d_rows, names)
-    change = half + half.T
-    # On what the rows span: as precise as their triangular factor is, with the derivative of a product.
-    triangular = jax.lax.stop_gradient(_triangular(names, rows))
-    product = inverse @ sum_over_devices(rows.T @ rows, names)
-    span = _pseudo_inverse(triangular) @ triangular + (product - jax.lax.stop_gradient(product))
-    beyond = inverse @ inverse @ change @ (jnp.eye(len(span), dtype=span.dtype) - span.T)
-    return inverse, beyond + beyond.T - inverse @ change @ inverse
-
-
-def _triangular(names: tuple[str, ...], rows: Float[Array, "C k"]) -> Float[Array, "_ k"]:
-    """A few rows R with RᵀR = XᵀX."""
-
-    def fewer(rows: Array) -> Array:
-        return jnp.linalg.qr(rows, mode="r") if len(rows) > rows.shape[1] else rows
-
-    rows = fewer(jax.lax.stop_gradient(rows))
+    names, kept = classes.axis_names, classes.kept.astype(classes.placed.dtype)
+    rows = _contrasts(classes.placed, kept)
     if not names:
         return rows
-    # Gathered by a sum, of which the compiler knows that it is the same on all devices.
-    of_devices = jnp.zeros((jax.lax.axis_size(names), *rows.shape), rows.dtype)
-    of_devices = sum_over_devices(of_devices.at[jax.lax.axis_index(names)].set(rows), names)
-    return fewer(of_devices.reshape(-1, rows.shape[1]))
+    own = jnp.sum(kept)
+    mean = kept @ classes.placed / jnp.where(own == 0, 1, own)
+    device, empty = jax.lax.axis_index(names), jnp.zeros(jax.lax.axis_size(names), kept.dtype)
+    masses, means = (
+        sum_over_devices(jnp.zeros((len(empty), *x.shape), x.dtype).at[device].set(x), names) for x in (own, mean)
+    )
+    return jnp.concatenate([rows, jnp.where(device == 0, _contrasts(means, masses), 0)])
+
+
+def _contrasts(rows: Float[Array, "k m"], masses: Float[Array, " k"]) -> Float[Array, "_ m"]:
+    """X of one row less, with XᵀX = Σ mass (row − mean)(row − mean)ᵀ."""
+    sizes = jax.lax.stop_gradient(jnp.where(masses == 0, jnp.inf, jnp.max(jnp.abs(rows), axis=1)))
+    order = jnp.argsort(sizes)
+    rows, masses = rows[order], masses[order]
+    before = jnp.cumsum(masses)[:-1]
+    nearer = jnp.cumsum(masses[:, None] * rows, axis=0)[:-1] / jnp.where(before == 0, 1, before)[:, None]
+    weights = jnp.sqrt(before * masses[1:] / (before + masses[1:]))
+    return jnp.where((masses[1:] == 0)[:, None], 0, weights[:, None] * (rows[1:] - nearer))

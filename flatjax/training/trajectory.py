@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int, Integer
 
@@ -56,7 +57,7 @@ def trajectory_loss(
     logits, past = jnp.asarray(logits), jnp.asarray(past_logits)
     if logits.shape != past.shape:
         raise ValueError(f"logits has shape {logits.shape} and past_logits {past.shape}, wanted the same")
-    if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
+    if isinstance(temperature, int | float | np.generic) and not temperature > 0:
         raise ValueError(f"temperature is {temperature}, wanted a positive number")
     dtype = sum_dtype((logits, past))
     temperature = jnp.asarray(temperature, dtype)
