@@ -96,8 +96,8 @@ def neural_collapse(
         The metrics, scalars without a unit, at a memory of O((n + C)·(m + 512)). Classes without two samples are left
         out of all of them, and counted. Where a metric has no value it is NaN or infinite: with fewer than two classes
         left, where two class means are one (CDNV, NCC), or all of them (every metric of means but the floor), and where
-        rounding of class means that are far off hides how others differ (NC1). It is NaN where a feature, a logit or the head is not finite, a label out of range, or a weight negative:
-        `flatjax.check_inputs` says where.
+        rounding of class means that are far off hides how others differ (NC1). It is NaN where a feature, a logit or
+        the head is not finite, a label out of range, or a weight negative: `flatjax.check_inputs` says where.
 
     Raises:
         TypeError: `params` is no mapping, or `labels` are not integers.
