@@ -138,7 +138,7 @@ def _place(
     sizes = jnp.where(kept, sizes, jnp.inf)
     of_all = jax.lax.all_gather(sizes, names, tiled=True) if names else sizes
     own = jax.lax.axis_index(names) * len(kept) if names else 0
-    return own + jnp.arange(len(kept)) == jnp.argsort(of_all)[rank]
+    return own + jnp.arange(len(kept), dtype=jnp.int32) == jnp.argsort(of_all)[rank].astype(jnp.int32)
 
 
 def _row(centres: Double, chosen: Bool[Array, " C"], names: tuple[str, ...]) -> Double:

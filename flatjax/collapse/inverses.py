@@ -112,7 +112,7 @@ def _inverse(rows: Rows) -> Inverse:
     columns, sizes, directions = jnp.linalg.svd(R)
     is_kept = sizes > 4 * epsilon * sizes[0]
     plain = _product_with_inverse(directions, sizes, is_kept, columns)
-    left = root_of_squares((factors.turned @ directions.T * ~is_kept[None, :]).T)
+    left = root_of_squares(jnp.where(is_kept[:, None], 0, directions @ factors.turned.T))
     are_in = jnp.all(left <= _LOST * root_of_squares(factors.turned.T) + _ROUNDINGS * epsilon * rows.sizes)
     return Inverse(
         factors.directions.T @ jnp.where(are_apart, graded, plain) @ Q.T,
