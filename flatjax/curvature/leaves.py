@@ -21,21 +21,31 @@ def leaves_by_path(tree: Tree) -> dict[str, Any]:
     """All leaves, in their order in the tree.
 
     Raises:
-        TypeError: one of them is no array.
         ValueError: two of them have the same path, as those of {"a": {"b": …}, "a/b": …}.
     """
     leaves: dict[str, Any] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         path = leaf_path(keys)
+        if path in leaves:
+            raise ValueError(f"params has two leaves at {path!r}, wanted keys without slashes")
+        leaves[path] = leaf
+    return leaves
+
+
+def arrays_by_path(tree: Tree) -> dict[str, Any]:
+    """`leaves_by_path` of parameters, which are arrays.
+
+    Raises:
+        TypeError: one of them is no array.
+    """
+    leaves = leaves_by_path(tree)
+    for path, leaf in leaves.items():
         if not hasattr(leaf, "shape") and not isinstance(leaf, bool | int | float | complex):
             raise TypeError(
                 f"params has at {path!r} a {type(leaf).__name__}, wanted arrays alone: of an Equinox model "
                 "params, static = eqx.partition(model, eqx.is_inexact_array), and in the loss "
                 "eqx.combine(params, static)"
             )
-        if path in leaves:
-            raise ValueError(f"params has two leaves at {path!r}, wanted keys without slashes")
-        leaves[path] = leaf
     return leaves
 
 
@@ -46,7 +56,7 @@ def chosen_leaves(tree: Tree, paths: Sequence[str] | None) -> Tree:
         TypeError: one of them is not of a floating dtype.
         ValueError: there is no leaf at a path, or none is chosen.
     """
-    leaves = leaves_by_path(tree)
+    leaves = arrays_by_path(tree)
     chosen = leaves if paths is None else {path: _leaf(leaves, path) for path in paths}
     if not chosen:
         raise ValueError("no leaf of params is chosen, wanted at least one")

@@ -74,6 +74,6 @@ def mean_by_importance(values: Float[Array, "n ..."], importance: Float[Array, "
 
 _LARGEST = 2.0**16
 """Squares have as much room below as above: a row may be 1e9 times as far as those that matter."""
-_SAMPLES, _ROWS = 8, 5
+_SAMPLES, _ROWS = 8, 11
 _NEGLIGIBLE = 1e-3
 """Against the most important: in the middle of what matters rounding errors are least."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from flatjax.curvature.leaves import Tree, leaves_by_path
+from flatjax.curvature.leaves import Tree, arrays_by_path
 
 
 class Layer(NamedTuple):
@@ -66,7 +66,7 @@ def find_kernel(params: Tree, layer: str | Layer) -> jax.Array:
         TypeError: it is not of a floating dtype, or axes are no tuples of integers.
         ValueError: there is no leaf at the path, it has too few axes, or the axes given do not fit it.
     """
-    leaves = leaves_by_path(params)
+    leaves = arrays_by_path(params)
     path = layer if isinstance(layer, str) else layer.path
     if path not in leaves:
         raise ValueError(
@@ -89,7 +89,7 @@ def find_kernel(params: Tree, layer: str | Layer) -> jax.Array:
 
 def find_layers(params: Tree) -> dict[str, Layer]:
     """All leaves that are a layer by Flax's conventions, in their order in the tree."""
-    found = (by_convention(path, jnp.ndim(leaf)) for path, leaf in leaves_by_path(params).items())
+    found = (by_convention(path, jnp.ndim(leaf)) for path, leaf in arrays_by_path(params).items())
     return {layer.path: layer for layer in found if layer is not None}
 
 

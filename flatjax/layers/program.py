@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 
-from flatjax.curvature.leaves import Tree, leaves_by_path
+from flatjax.curvature.leaves import Tree, arrays_by_path
 from flatjax.curvature.products import checked_scalar
 
 CALLS = ("jit", "pjit", "checkpoint", "remat", "remat2", "closed_call", "core_call", "custom_jvp_call",
@@ -27,9 +27,10 @@ class Program:
 
     @classmethod
     def of(cls, loss_fn: Callable[..., Any], params: Tree, batch: tuple[Any, ...]) -> "Program":
+        places = {path: place for place, path in enumerate(arrays_by_path(params))}
         arguments, tree = jax.tree.flatten((params, batch))
         traced = jax.make_jaxpr(lambda *leaves: _call(loss_fn, tree, leaves))(*arguments)
-        return cls(traced, arguments, {path: place for place, path in enumerate(leaves_by_path(params))})
+        return cls(traced, arguments, places)
 
     @functools.cached_property
     def origins(self) -> "Origins":
