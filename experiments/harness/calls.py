@@ -98,13 +98,18 @@ def _of_networks(net: Any, feats: Any, labels: Any, key: Any) -> dict[str, Call]
     num_classes = net["head"]["kernel"].shape[1]
     flat = flatjax.flat_reg(0.1, head="head")
     collapsed = flatjax.collapse_reg(0.1, features=hidden, num_classes=num_classes)
-    of_batch = lambda params, x, y: collapsed.update(params, collapsed.init(params), params, batch=(x, y))  # noqa: E731
-    of_head = lambda params, x, y: flat.update(params, flat.init(params), params, feats=x, labels=y)  # noqa: E731
+
+    def of_batch(params: Any, state: Any, x: Any, y: Any) -> Any:
+        return collapsed.update(params, state, params, batch=(x, y))
+
+    def of_head(params: Any, state: Any, x: Any, y: Any) -> Any:
+        return flat.update(params, state, params, feats=x, labels=y)
+
     probe = partial(flatjax.layer_relative_flatness, loss)
     profile = partial(flatjax.flatness_profile, loss, route="layerwise", key=key)
     return {
-        "collapse_reg": Call(of_batch, (net, feats, labels)),
-        "flat_reg": Call(of_head, (net, feats, labels)),
+        "collapse_reg": Call(of_batch, (net, collapsed.init(net), feats, labels)),
+        "flat_reg": Call(of_head, (net, flat.init(net), feats, labels)),
         "flatness_profile": Call(profile, (net, [(feats, labels)]), can_be_jitted=False),
         "layer_relative_flatness": Call(probe, (net, feats, labels), {"layer": "hidden/kernel", "key": key}),
         "layer_relative_flatness of the head": Call(probe, (net, feats, labels), {"layer": "head/kernel"}),
