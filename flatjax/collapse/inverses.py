@@ -33,20 +33,20 @@ class Rows(NamedTuple):
     values: Float[Array, "k m"]
     sizes: Float[Array, " k"]
     known: Float[Array, ""]
-    """1, or NaN if rounding of large rows hides small ones."""
+    """1, or NaN if a row is no more than rounding, or hidden by that of larger ones."""
 
     @classmethod
-    def of(cls, values: Float[Array, "k m"]) -> "Rows":
-        return cls(values, root_of_squares(jax.lax.stop_gradient(values).T), jnp.ones((), values.dtype))
-
-
-def pseudo_inverse(rows: Float[Array, "k m"]) -> Inverse:
-    """X⁺ (m, k). Its derivative is finite at equal singular values, where that of a decomposition is not."""
-    return _pseudo_inverse(Rows.of(rows))
+    def of(cls, values: Float[Array, "k m"], sizes: Float[Array, " k"] | None = None) -> "Rows":
+        """Rows of `sizes`, by default of their own."""
+        lengths = root_of_squares(jax.lax.stop_gradient(values).T)
+        sizes = lengths if sizes is None else jnp.maximum(jax.lax.stop_gradient(sizes), lengths)
+        is_rounding = (lengths > 0) & (lengths <= _ROUNDINGS * float(jnp.finfo(values.dtype).eps) * sizes)
+        return cls(values, sizes, jnp.where(jnp.any(is_rounding), jnp.nan, jnp.ones((), values.dtype)))
 
 
 @jax.custom_jvp
-def _pseudo_inverse(rows: Rows) -> Inverse:
+def pseudo_inverse(rows: Rows) -> Inverse:
+    """X⁺ (m, k). Its derivative is finite at equal singular values, where that of a decomposition is not."""
     k, m = rows.values.shape
     if k >= m:
         return _inverse(rows)
@@ -56,10 +56,10 @@ def _pseudo_inverse(rows: Rows) -> Inverse:
     return inverse._replace(matrix=basis @ inverse.matrix)
 
 
-@_pseudo_inverse.defjvp
+@pseudo_inverse.defjvp
 def _pseudo_inverse_jvp(primals: tuple[Rows], tangents: tuple[Rows]) -> tuple[Inverse, Inverse]:
     (rows,), (tangent,) = primals, tangents
-    inverse, X, change = _pseudo_inverse(rows), rows.values, tangent.values
+    inverse, X, change = pseudo_inverse(rows), rows.values, tangent.values
     P = inverse.matrix
     if X.shape[0] > X.shape[1]:
         of_rows, of_columns = (P @ P.T) @ change.T, (change.T @ P.T) @ P
@@ -70,26 +70,26 @@ def _pseudo_inverse_jvp(primals: tuple[Rows], tangents: tuple[Rows]) -> tuple[In
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def inverse_of_gram(names: tuple[str, ...], rows: Float[Array, "k m"]) -> Inverse:
+def inverse_of_gram(names: tuple[str, ...], rows: Rows) -> Inverse:
     """(XᵀX)⁺ (m, m) of many rows, which need not be on one device, without squaring what they are conditioned by."""
-    inverse = _pseudo_inverse(_few(names, Rows.of(rows)))
+    inverse = pseudo_inverse(_few(names, rows))
     return inverse._replace(matrix=inverse.matrix @ inverse.matrix.T)
 
 
 # A QR decomposition has no derivative at lower rank, and that of a pseudo-inverse of all rows is of their size.
 @inverse_of_gram.defjvp
 def _inverse_of_gram_jvp(
-    names: tuple[str, ...], primals: tuple[Array], tangents: tuple[Array]
+    names: tuple[str, ...], primals: tuple[Rows], tangents: tuple[Rows]
 ) -> tuple[Inverse, Inverse]:
-    (rows,), (d_rows,) = primals, tangents
-    result = inverse_of_gram(names, rows)
+    (rows,), (tangent,) = primals, tangents
+    result, X = inverse_of_gram(names, rows), rows.values
     inverse = result.matrix
-    half = sum_over_devices(rows.T @ d_rows, names)
+    half = sum_over_devices(X.T @ tangent.values, names)
     change = half + half.T
     # On what the rows span: as precise as a few rows are, with the derivative of a product.
-    few = jax.lax.stop_gradient(_few(names, Rows.of(rows)))
-    product = inverse @ sum_over_devices(rows.T @ rows, names)
-    span = _pseudo_inverse(few).matrix @ few.values + (product - jax.lax.stop_gradient(product))
+    few = jax.lax.stop_gradient(_few(names, rows))
+    product = inverse @ sum_over_devices(X.T @ X, names)
+    span = pseudo_inverse(few).matrix @ few.values + (product - jax.lax.stop_gradient(product))
     beyond = inverse @ inverse @ change @ (jnp.eye(len(span), dtype=span.dtype) - span.T)
     return result, Inverse(
         beyond + beyond.T - inverse @ change @ inverse, jnp.zeros_like(result.rank), jnp.zeros_like(result.known)
@@ -161,14 +161,14 @@ def _few(names: tuple[str, ...], rows: Rows) -> Rows:
     if not names:
         return rows
 
-    def gathered(x: Array) -> Array:
-        # By a sum, of which the compiler knows that it is the same on all devices.
-        of_devices = jnp.zeros((jax.lax.axis_size(names), *x.shape), x.dtype)
-        of_devices = sum_over_devices(of_devices.at[jax.lax.axis_index(names)].set(x), names)
-        return of_devices.reshape(-1, *x.shape[1:])
-
-    values, sizes = gathered(rows.values), gathered(rows.sizes)
+    values, sizes = of_all_devices(rows.values, names), of_all_devices(rows.sizes, names)
     return _reduced(Rows(values, sizes, sum_over_devices(rows.known, names) / jax.lax.axis_size(names)))
+
+
+def of_all_devices(x: Array, names: tuple[str, ...]) -> Array:
+    """One after the other; by a sum, of which the compiler knows that it is the same on all devices."""
+    of_devices = jnp.zeros((jax.lax.axis_size(names), *x.shape), x.dtype).at[jax.lax.axis_index(names)].set(x)
+    return sum_over_devices(of_devices, names).reshape(-1, *x.shape[1:])
 
 
 def _reduced(rows: Rows) -> Rows:

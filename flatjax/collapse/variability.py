@@ -1,15 +1,17 @@
 """Variability collapse: how wide the classes are against how far they lie apart (NC1, CDNV, NCC)."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from flatjax.collapse.class_means import AxisName, ClassMeans, class_means
-from flatjax.collapse.inverses import Inverse, inverse_of_gram, pseudo_inverse
+from flatjax.collapse.inverses import Inverse, Rows, inverse_of_gram, of_all_devices, pseudo_inverse
 from flatjax.collapse.moments import ClassMoments, check_moments
 from flatjax.collapse.pairs import sum_over_distances
 from flatjax.metric import metric
-from flatjax.sharding import sum_over_devices
+from flatjax.units import root_of_squares
 
 
 @metric
@@ -144,12 +146,15 @@ def square_within_means(moments: ClassMoments, classes: ClassMeans) -> tuple[Flo
     mass = classes.total(jnp.where(classes.kept, moments.masses, 0))
     within = moments.product_sums.value / mass / classes.unit / classes.unit
     rows = contrasts(classes)
-    if len(rows) > 2 * rows.shape[1] or classes.axis_names:
+    if len(rows.values) > 2 * rows.values.shape[1] or classes.axis_names:
         inverse = inverse_of_gram(classes.axis_names, rows)
     else:
         inverse = pseudo_inverse(rows)
         inverse = inverse._replace(matrix=inverse.matrix @ inverse.matrix.T)
-    return _where_means_differ(jnp.sum(within * inverse.matrix), inverse, classes)
+    products = within * inverse.matrix
+    value, size = jnp.sum(products), jax.lax.stop_gradient(jnp.sum(jnp.abs(products)))
+    is_rounding = 8 * float(jnp.finfo(value.dtype).eps) * size > 0.1 * jnp.abs(value)
+    return _where_means_differ(jnp.where(is_rounding & (size > 0), jnp.nan, value), inverse, classes)
 
 
 def sum_of_cdnv(classes: ClassMeans, tile_size: int | None = None) -> Float[Array, ""]:
@@ -178,30 +183,77 @@ def _where_means_differ(
     return jnp.where(classes.differ, inverse.known * value, jnp.nan), inverse.rank.astype(jnp.int32)
 
 
-def contrasts(classes: ClassMeans) -> Float[Array, "_ m"]:
-    """Rows X with XᵀX = M̄M̄ᵀ, each to rounding of its own size: each mean against that of those nearer (Helmert).
+def contrasts(classes: ClassMeans) -> Rows:
+    """Rows X with XᵀX = M̄M̄ᵀ, each to rounding of the means that it is made of.
 
-    Of classes split among devices those of the device, on the first of them with the contrasts between devices.
+    Each mean against that of those before it (Helmert), near ones first, and far ones among themselves before they are
+    held against others: a difference of means that are far off has digits only of that distance. Of classes split among
+    devices those of the device, on the first of them with the contrasts between devices.
     """
-    names, kept = classes.axis_names, classes.kept.astype(classes.placed.dtype)
-    rows = _contrasts(classes.placed, kept)
-    if not names:
-        return rows
-    own = jnp.sum(kept)
-    mean = kept @ classes.placed / jnp.where(own == 0, 1, own)
-    device, empty = jax.lax.axis_index(names), jnp.zeros(jax.lax.axis_size(names), kept.dtype)
-    masses, means = (
-        sum_over_devices(jnp.zeros((len(empty), *x.shape), x.dtype).at[device].set(x), names) for x in (own, mean)
-    )
-    return jnp.concatenate([rows, jnp.where(device == 0, _contrasts(means, masses), 0)])
+    names, masses = classes.axis_names, classes.kept.astype(classes.placed.dtype)
+    sizes = root_of_squares(jax.lax.stop_gradient(classes.placed).T)
+    # The largest are about 1, and each level is of those 2¹⁶ times as large as of the one before.
+    levels = jnp.where(sizes == 0, 0, jnp.clip(_LEVELS - 1 + jnp.frexp(sizes)[1] // 16, 0, _LEVELS - 1))
+    own, groups = _contrasts(_Groups(classes.placed, sizes, masses), levels, _LEVELS)
+    between = []
+    if names:
+        groups = jax.tree.map(lambda x: of_all_devices(x, names), groups)
+        of_devices = jnp.tile(jnp.arange(_LEVELS, dtype=levels.dtype), jax.lax.axis_size(names))
+        rows, groups = _contrasts(groups, of_devices, _LEVELS)
+        between.append(rows)
+    between.append(_contrasts(groups, jnp.zeros(_LEVELS, levels.dtype), 1)[0])
+    if names:
+        is_first = jax.lax.axis_index(names) == 0
+        between = jax.tree.map(lambda x: jnp.where(is_first, x, 0), between)
+    values, sizes = (jnp.concatenate(parts) for parts in zip(own, *between, strict=True))
+    return Rows.of(values, sizes)
 
 
-def _contrasts(rows: Float[Array, "k m"], masses: Float[Array, " k"]) -> Float[Array, "_ m"]:
-    """X of one row less, with XᵀX = Σ mass (row − mean)(row − mean)ᵀ."""
-    sizes = jax.lax.stop_gradient(jnp.where(masses == 0, jnp.inf, jnp.max(jnp.abs(rows), axis=1)))
-    order = jnp.argsort(sizes)
-    rows, masses = rows[order], masses[order]
-    before = jnp.cumsum(masses)[:-1]
-    nearer = jnp.cumsum(masses[:, None] * rows, axis=0)[:-1] / jnp.where(before == 0, 1, before)[:, None]
-    weights = jnp.sqrt(before * masses[1:] / (before + masses[1:]))
-    return jnp.where((masses[1:] == 0)[:, None], 0, weights[:, None] * (rows[1:] - nearer))
+_LEVELS = 8
+"""Of sizes, over 128 powers of 2."""
+
+
+class _Groups(NamedTuple):
+    """The means of groups of classes."""
+
+    means: Float[Array, "k m"]
+    sizes: Float[Array, " k"]
+    masses: Float[Array, " k"]
+
+
+def _contrasts(
+    groups: _Groups, levels: Integer[Array, " k"], num_levels: int
+) -> tuple[tuple[Float[Array, "k m"], Float[Array, " k"]], _Groups]:
+    """X with XᵀX = Σ mass (row − mean)(row − mean)ᵀ, summed over levels, and the sizes of its rows; and each level."""
+    # What has no mass comes last, at a level that there is not.
+    levels = jnp.where(groups.masses == 0, num_levels, levels)
+    order = jnp.lexsort((groups.sizes, levels))
+    means, sizes, masses = (x[order] for x in groups)
+    levels = levels[order]
+    firsts = jnp.searchsorted(levels, jnp.arange(num_levels, dtype=levels.dtype)).clip(max=len(levels) - 1)
+
+    def before(x: Array) -> Array:
+        """Σ over what comes before each in its level."""
+        sums = jnp.cumsum(x, axis=0) - x
+        return sums - _taken(sums[firsts], levels)
+
+    # From the first of a level: what is rounded then is of the size of the differences.
+    origins = means[firsts]
+    offsets = jnp.where((masses == 0)[:, None], 0, means - _taken(origins, levels))
+    count = before(masses)
+    distances = offsets - before(masses[:, None] * offsets) / jnp.where(count == 0, 1, count)[:, None]
+    weights = jnp.sqrt(count * masses / jnp.where(masses == 0, 1, count + masses))
+
+    def total(x: Array) -> Array:
+        return jax.ops.segment_sum(x, levels, num_levels)
+
+    of_level = total(masses)
+    is_empty = of_level == 0
+    joint = total(masses[:, None] * offsets) / jnp.where(is_empty, 1, of_level)[:, None]
+    joint = jnp.where(is_empty[:, None], 0, origins + joint)
+    largest = jnp.where(is_empty, 0, jax.ops.segment_max(sizes, levels, num_levels))
+    return (weights[:, None] * distances, sizes), _Groups(joint, largest, of_level)
+
+
+def _taken(of_levels: Array, levels: Integer[Array, " k"]) -> Array:
+    return of_levels[levels.clip(max=len(of_levels) - 1)]

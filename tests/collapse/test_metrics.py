@@ -55,6 +55,7 @@ def formulas(case, min_count=2):
         "num_classes_kept": num_kept,
         "num_classes_empty": np.sum(counts == 0),
         "num_classes_single": np.sum(counts == 1),
+        "num_directions": min(num_kept - 1, num_features),
     }
 
 
@@ -78,7 +79,9 @@ def test_classes_with_enough_samples_alone_are_measured(min_count):
     wanted = formulas(case, min_count)
     if min_count == 5:  # the covariance has the samples of all classes
         assert actual.nc1 is None
-        actual, wanted = actual._replace(nc1=0), wanted | {"nc1": 0}
+        assert actual.num_directions is None
+        missing = {"nc1": 0, "num_directions": 0}
+        actual, wanted = actual._replace(**missing), wanted | missing
     assert_report(actual, wanted, **ROUNDING["float64"])
 
 
@@ -125,7 +128,7 @@ def test_each_metric_alone_is_that_of_the_report_and_each_convention_its_formula
 def test_a_simplex_frame_has_the_report_zero():
     case = collapsed_case(simplex(5, 6), (3, 4, 2, 5, 3))
     actual = report_of(moments_of_case(case), case.params)
-    nonzero = {"gnc2_mean_means", "gnc2_mean_classifier", "num_classes_kept"}
+    nonzero = {"gnc2_mean_means", "gnc2_mean_classifier", "num_classes_kept", "num_directions"}
     for name in set(CollapseReport._fields) - nonzero:
         np.testing.assert_allclose(getattr(actual, name), 0, atol=1e-14, err_msg=name)
     # Of unit vectors with the cosine −1/4 the distance is √(5/2).

@@ -163,7 +163,7 @@ def test_a_head_of_zeros_lacks_the_metrics_of_the_classifier_alone():
 
 def test_the_record_is_a_frozen_pytree_of_its_fields():
     actual = measure(random_case(*MANY_CLASSES))
-    assert len(jax.tree.leaves(actual)) == len(METRICS + COUNTS)
+    assert len(jax.tree.leaves(actual)) == len((*METRICS, *COUNTS, "num_directions"))
     doubled = jax.tree.map(lambda x: 2 * x, actual)
     assert isinstance(doubled, NeuralCollapse)
     assert doubled.cdnv == 2 * actual.cdnv
