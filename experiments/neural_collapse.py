@@ -332,7 +332,8 @@ def table(of_seeds: list[list[Record]], fitted: list[int | None]) -> str:
     epochs = "".join(f"{np.median([record['epoch'] for record in records]):>15.0f}" for records in at.values())
     lines = [f"{'':{width}}" + "".join(f"{name:>15}" for name in at), f"{'epoch':{width}}{epochs}"]
     for name, value in _IN_TABLE.items():
-        values = [np.median([value(record) for record in records]) for records in at.values()]
+        # A measure without a value is null in a record.
+        values = [np.median(np.array([value(record) for record in records], float)) for records in at.values()]
         lines.append(f"{name:{width}}" + "".join(f"{each:>15.3g}" for each in values))
     return "\n".join(lines)
 

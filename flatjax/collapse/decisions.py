@@ -60,7 +60,7 @@ def nc4(
         params: the head of C outputs, as for `relative_flatness`.
         feats: features (..., m), as for `ClassMoments.update`, of the samples of the moments or of others.
         labels: classes (...,). Only which samples count, and what they are measured from, depends on them.
-        weights: sample weights (...,), all 1 by default; 0 masks a sample.
+        weights: sample weights (...,), all 1 by default; 0 masks a sample, and the derivative in that weight is 0.
         bias: whether the network decides with its bias.
         min_count: means of fewer samples are none to be near to, and samples of such classes do not count.
         tile_size: t, of classes.

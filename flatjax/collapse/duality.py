@@ -4,10 +4,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flatjax.collapse.class_means import AxisName, ClassMeans
-from flatjax.collapse.geometry import rows_to_measure, safe_sqrt, unit_rows, variation
+from flatjax.collapse.geometry import rows_to_measure, unit_rows, variation
 from flatjax.collapse.moments import ClassMoments
 from flatjax.heads import HeadParams
 from flatjax.metric import metric
+from flatjax.units import safe_sqrt
 
 
 @metric

@@ -12,6 +12,7 @@ from flatjax.collapse.pairs import sum_over_products
 from flatjax.heads import HeadParams, LinearHead
 from flatjax.metric import metric
 from flatjax.sharding import sum_over_devices
+from flatjax.units import safe_sqrt
 
 
 @metric
@@ -245,11 +246,6 @@ def unit_rows(rows: Float[Array, "C m"], classes: ClassMeans) -> Float[Array, "C
 def row_norms(rows: Float[Array, "C m"]) -> Float[Array, " C"]:
     """‖x_c‖."""
     return safe_sqrt(jnp.sum(rows**2, axis=1))
-
-
-def safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """√x with the gradient 0 at 0, where collapse ends: the metric is at its minimum there."""
-    return jnp.where(x == 0, 0, jnp.sqrt(jnp.where(x == 0, 1, x)))
 
 
 def _first_kept(

@@ -61,7 +61,8 @@ def mixup_geometry(
         feats: features of the mixes (..., m), which `mixup` makes of inputs.
         labels: class of the one input of each mix (...,).
         partners: class of the other (...,).
-        weights: sample weights (...,), all 1 by default; 0 masks a mix, as a label of −100 does.
+        weights: sample weights (...,), all 1 by default; 0 masks a mix, as a label of −100 does, and the derivative in
+            that weight is 0.
         centred: whether to take the mean of the h̄_cc from all features, and the mean row from all rows. The theory has
             no use for it, as there both are 0; features after a ReLU are in one orthant. Static.
 

@@ -33,10 +33,10 @@ class ClassMoments(NamedTuple):
     Each batch is of features (..., m), labels (...,) in 0 … C − 1, and weights (...,), 1 by default, as arrays of JAX
     or NumPy, lists, or tensors that speak DLPack; into a `jax.jit` of your own by `jnp.from_dlpack`. Without x64 JAX
     cuts what enters that to 32 bits: a label 2³² then is class 0; elsewhere it is bad. A sample of weight 0, or of
-    label −100, is padding. A label out of range, a feature that is not finite or a negative weight
-    makes all means and variances NaN, and so every metric. Weights are summed to 48 bits in float32, and samples
-    counted to 2³¹ − 1 a class, where the count stays. A distance to a mean below 1e-19 has no square in float32, and
-    counts as none: scale such features.
+    label −100, is padding, and the derivative in its weight is 0. A label out of range, a feature that is not finite or
+    a negative weight makes all means and variances NaN, and so every metric. Weights are summed to 48 bits in float32,
+    and samples counted to 2³¹ − 1 a class, where the count stays. A distance to a mean below 1e-19 has no square in
+    float32, and counts as none: scale such features.
 
     Orbax saves moments as any tree, and restores them as such to a target alone: `ClassMoments.init` of the same
     arguments.

@@ -89,7 +89,7 @@ def neural_collapse(
         params: the head of C outputs, as for `relative_flatness`.
         feats: features (..., m).
         labels: integer classes (...,) in 0 … C − 1.
-        weights: sample weights (...,), all 1 by default; 0 masks a sample.
+        weights: sample weights (...,), all 1 by default; 0 masks a sample, and the derivative in that weight is 0.
         num_classes: C, at least 2, static. It is the number of outputs of the head, and need not be given.
 
     Returns:

@@ -11,6 +11,7 @@ from flatjax.heads import LinearHead
 from flatjax.metric import metric
 from flatjax.representations.spectrum import FIT_RANGE, RepresentationGeometry, geometry_of_spectrum
 from flatjax.samples import Samples, flatten_samples
+from flatjax.units import safe_sqrt
 
 
 @metric
@@ -31,7 +32,8 @@ def representation_geometry(
 
     Args:
         feats: features (..., m). The leading shape is that of N samples; tokens, say.
-        weights: sample weights (...,), 1 by default. A sample of weight 0 is padding, whatever it holds.
+        weights: sample weights (...,), 1 by default. A sample of weight 0 is padding, whatever it holds, and the
+            derivative in that weight is 0.
         fit_range: the first and the last of the eigenvalues to fit α to, both included and counted from 1. Static.
 
     Returns:
@@ -63,7 +65,7 @@ def representation_geometry(
     samples = read_features(feats, weights)
     shares, sound = _sound_shares(samples)
     centre, offsets = centred(samples.feats, shares, samples.counts)
-    rows = jnp.sqrt(shares)[:, None] * without_rounding(offsets, jnp.max(jnp.abs(offsets), axis=0), centre)
+    rows = safe_sqrt(shares)[:, None] * without_rounding(offsets, jnp.max(jnp.abs(offsets), axis=0), centre)
     (n, m), epsilon = rows.shape, float(jnp.finfo(rows.dtype).eps)
     sizes = jnp.linalg.svd(rows, compute_uv=False)
     sizes = jnp.where(sound, jnp.concatenate([sizes, jnp.zeros(max(0, m - n), rows.dtype)]), jnp.nan)

@@ -160,6 +160,16 @@ def test_gradients_are_those_of_finite_differences(name):
     np.testing.assert_allclose(np.sum(gradient * direction), want, rtol=1e-7)
 
 
+def test_a_weight_of_zero_leaves_the_derivatives_in_the_others_as_they_are_without_its_sample():
+    feats, weights = random_feats((9,))
+    gradient = jax.grad(lambda weights: measure(feats, weights).rankme)
+    got = gradient(jnp.asarray(weights).at[4].set(0))
+    np.testing.assert_array_equal(got[4], 0)
+    rest = np.arange(9) != 4
+    want = jax.grad(lambda weights: measure(feats[rest], weights).rankme)(weights[rest])
+    np.testing.assert_allclose(got[rest], want, rtol=1e-9, atol=1e-12)
+
+
 def test_gradients_are_finite_where_there_are_fewer_samples_than_features():
     feats, _ = random_feats((4,))
     gradient = jax.grad(lambda feats: representation_geometry(feats).rankme)(feats)
