@@ -24,7 +24,9 @@ AXES = {"data": 4, "model": 2}
 DATA, MODEL, ALL = ("data",), ("model",), ("data", "model")
 # Parts of 128 rows in tiles of 12, or in a shard_map of 128 rows or more in tiles of 96: the last tile is ragged.
 V, M, N, TILE = 1024, 8, 16, 96
-MERGED = N * (M + 3)  # Numbers that an online softmax leaves behind: far fewer than a device holds of the kernel.
+# Numbers that an online softmax leaves behind, or the rows of a frame by 8 samples and 11 rows: far fewer than a device
+# holds of the kernel.
+MERGED = max(N * (M + 3), 8 * (M + 4) + 11 * M)
 MIXTURE = (1, -0.3, 0.5, 0.01)
 
 
