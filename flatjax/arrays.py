@@ -39,6 +39,36 @@ def as_arrays(name: str, value: Any, *, are_classes: bool = False) -> Any:
     return value if is_same else structure.unflatten(read)
 
 
+def one_number(name: str, value: Any) -> jax.Array:
+    """A real number that a metric takes one of at a time.
+
+    Raises:
+        TypeError: it is no real number.
+        ValueError: it is an array of several, or of another shape than ().
+    """
+    if value is None or (array := jnp.asarray(value)).dtype.kind not in "fiuV":
+        raise TypeError(f"{name} is {value!r}, wanted a real number")
+    if array.shape != ():
+        raise ValueError(
+            f"{name} has shape {array.shape}, wanted one number: of several take jax.vmap, or one call for each"
+        )
+    return array
+
+
+def a_key(value: Any, name: str = "key") -> Any:
+    """A key of `jax.random`, new or old.
+
+    Raises:
+        TypeError: it is none.
+    """
+    dtype = getattr(value, "dtype", None)
+    is_new = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    if (is_new and value.shape == ()) or (dtype == np.uint32 and value.ndim == 1):
+        return value
+    got = f"an array of shape {value.shape} and dtype {dtype}" if dtype is not None else repr(value)
+    raise TypeError(f"{name} is {got}, wanted one key: jax.random.key(seed)")
+
+
 _AS_CLASSES = (
     ": number the classes as the outputs of the head are, {name: i for i, name in enumerate(names)}, or as they are "
     "sorted, np.unique(labels, return_inverse=True)[1]"

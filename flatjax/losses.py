@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 
+from flatjax.arrays import one_number
 from flatjax.curvature.vectors import sum_dtype
 from flatjax.metric import metric
 from flatjax.samples import IGNORED_LABEL, widened
@@ -55,9 +56,11 @@ def cross_entropy(
         >>> print(cross_entropy(jnp.zeros((3, 2)), jnp.array([1, -100, 2])).round(4))
         [0.6931 0.        nan]
     """
+    if labels is None:
+        raise TypeError("labels is None, wanted integer classes (...,) or targets (..., d)")
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)
     is_ignored, is_good, targets = _targets(logits, labels)
-    smoothing = jnp.asarray(smoothing, targets.dtype)
+    smoothing = one_number("smoothing", smoothing).astype(targets.dtype)
     # The loss lies as the samples do, and where the classes lie is the compiler's to choose.
     compute = automatic(_losses, like=jnp.max(logits, axis=-1))
     return compute(logits, targets, is_ignored, is_good, smoothing)

@@ -202,6 +202,12 @@ def test_what_does_not_fit_is_refused(error, match, logits, labels):
         cross_entropy(logits, labels)
 
 
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 1)])
+def test_one_smoothing_is_taken_at_a_time(shape):
+    with helpers.raises(ValueError, "smoothing has shape .*, wanted one number"):
+        cross_entropy(np.zeros((2, 3)), np.zeros(2, int), np.full(shape, 0.1))
+
+
 def test_it_is_exported_for_every_platform():
     arguments = jnp.zeros((2, 3), "bfloat16"), jnp.array([0, -100])
     gradient = jax.jit(jax.value_and_grad(lambda z, y: cross_entropy(z, y, 0.1).sum()))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, Shaped
 
+from flatjax.arrays import a_key, one_number
 from flatjax.curvature.estimate import Estimate, mean_of
 from flatjax.flatness.frame import framed
 from flatjax.flatness.losses import Loss, read_samples
@@ -77,9 +78,11 @@ def feature_robustness(
         raise ValueError(f"distribution is {distribution!r}, wanted 'orthogonal' or 'normal'")
     if num_samples < 2:
         raise ValueError(f"num_samples is {num_samples}, wanted at least 2: of one there is no standard error")
+    a_key(key)
+    size = one_number("delta", delta)
     head, samples = read_samples(params, feats, labels, loss, weights)
     num_features, dtype = head.num_features, samples.feats.dtype
-    head = head.astype(dtype)
+    size, head = size.astype(dtype), head.astype(dtype)
     if loss == "softmax_cross_entropy":
         head = framed(head, samples.feats)
     logits = head.logits(samples.feats)
@@ -90,7 +93,7 @@ def feature_robustness(
             matrix = jax.random.orthogonal(key, num_features, dtype=dtype)
         else:
             matrix = jax.random.normal(key, (num_features, num_features), dtype)
-        change = jnp.asarray(delta, dtype) * (samples.feats @ (head.weight @ matrix).T)
+        change = size * (samples.feats @ (head.weight @ matrix).T)
         return samples.mean(rise(logits, change))
 
     return mean_of(jax.lax.map(draw, jax.random.split(key, num_samples)))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from flatjax.arrays import a_key
 from flatjax.curvature.estimate import Estimate, check_num_probes, exactly, mean_of
 from flatjax.curvature.leaves import Tree
 from flatjax.layers.curvature import LayerCurvature
@@ -73,8 +74,8 @@ def layer_relative_flatness(
             needed where the program may be read in several ways, as for networks side by side on one input, or cannot
             be followed. An embedding is looked up, with one-hot features along its first axis; one that is tied to the
             head is measured as the head by `Layer(path, feature_axes=(1,))`.
-        key: the key of the probes. Without one, only what is exact is measured; NaN if that was expected to be and is
-            not.
+        key: the key of the probes. Without one, only what is exact is measured: NaN where feature vectors interact
+            that were not expected to.
         num_probes: how many, if κ is estimated; at least 2.
         method: one of the above.
         chunk_size: how many products are in memory at a time.
@@ -126,6 +127,8 @@ def layer_relative_flatness(
         raise ValueError(f"chunk_size is {chunk_size}, wanted at least 1")
     if method == "probes" and key is None:
         raise ValueError("key is None, but probes are drawn with one: give key=jax.random.key(seed)")
+    if key is not None:
+        a_key(key)
     find_kernel(params, layer)
     return _flatness(
         loss_fn, params, batch, key, layer=layer, num_probes=num_probes, method=method, chunk_size=chunk_size
@@ -169,6 +172,16 @@ def _flatness(
         return exactly(shaped(curvature.by_outputs(layer_outputs(program, found))))
     outputs = None if method == "weights" else try_layer_outputs(program, found)
     if outputs is None or not (outputs.is_last or curvature.rank <= num_probes):
+        if key is None and otherwise is by_probes:
+            exactly_by = (
+                f"num_probes={curvature.num_directions} or method='weights'"
+                if outputs is None
+                else (f"num_probes={curvature.rank} or method='outputs'")
+            )
+            raise ValueError(
+                f"key is None, but with num_probes={num_probes} κ of {found.path!r} is estimated by probes: give "
+                f"key=jax.random.key(seed), or, for the exact value, {exactly_by}"
+            )
         return otherwise()
     are_apart = curvature.rows_are_apart(outputs)
     return jax.lax.cond(are_apart, lambda: exactly(shaped(curvature.by_rows(outputs))), otherwise)

@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
+from flatjax.arrays import a_key
 from flatjax.curvature.counts import num_samples
 from flatjax.curvature.estimate import Estimate, exactly
 from flatjax.curvature.leaves import Tree, leaves_by_path
@@ -120,6 +121,7 @@ def flatness_profile(
         raise ValueError(f"relative_error is {relative_error}, wanted it above 0, or None for num_probes probes")
     if isinstance(layers, str | Layer):
         raise ValueError(f"layers is {layers!r}, wanted several, as [{layers!r}]")
+    a_key(key)
     rest = iter(batches)
     first = next(rest, None)
     if first is None:

@@ -192,11 +192,14 @@ class _Follower(NamedTuple):
         by = equation.primitive.name if isinstance(value, Read) else value.by
         if not (self._meets_data(equation, origins) or is_looked_up):
             return _Step({result: Mixed(by, value.with_constant) for result in range(len(equation.outvars))})
-        readings = value.with_constant
         if isinstance(value, Read) and is_looked_up:
-            # Rows that are looked up, and then used as they are, are what one-hot features would have given.
-            readings = (Reading(tuple(sorted(value.selected_axes))),)
-        return _Step({}, (Use(by, readings, (), equation, operand, value),))
+            return _Step({}, (self._use_of_rows(equation, operand, value),))
+        return _Step({}, (Use(by, value.with_constant, (), equation, operand, value),))
+
+    def _use_of_rows(self, equation: JaxprEqn, operand: int, rows: Read) -> Use:
+        """Rows that are looked up, and then used as they are, are what one-hot features would have given."""
+        readings = (Reading(tuple(sorted(rows.selected_axes))),)
+        return Use(equation.primitive.name, readings, (), equation, operand, rows)
 
     def _meets_data(self, equation: JaxprEqn, origins: Origins) -> bool:
         return any(map(origins.is_data, equation.invars))
@@ -238,6 +241,7 @@ class _Follower(NamedTuple):
         first_stack = first_carry + params["num_carry"]
         inner: dict[Var, Made] = {}
         unchanged: dict[int, Made] = {}
+        looked_up: list[Use] = []
         for operand, value in entering.items():
             variable = program.invars[operand]
             if operand >= first_stack and isinstance(value, Read):
@@ -246,6 +250,9 @@ class _Follower(NamedTuple):
                 result = operand - first_carry
                 if program.outvars[result] is variable:
                     unchanged[result] = value
+                elif isinstance(value, Read) and value.is_looked_up:
+                    looked_up.append(self._use_of_rows(equation, operand, value))
+                    continue
                 else:
                     value = Mixed("scan", value.with_constant)
             inner[variable] = value
@@ -254,7 +261,7 @@ class _Follower(NamedTuple):
         made: dict[int, Made] = {
             result: Mixed("scan", value.with_constant) for result, value in enumerate(results) if value is not None
         }
-        return _Step(made | unchanged, uses.of_data, uses.of_parameters)
+        return _Step(made | unchanged, (*looked_up, *uses.of_data), uses.of_parameters)
 
 
 # Operations entry by entry.

@@ -123,9 +123,13 @@ class Checkpoint:
         """The decoder itself; see `load_decoder`.
 
         Raises:
+            TypeError: no dtype has the name that is given.
             ValueError: weights that are not finite, or not in this dtype.
         """
-        config, dtype = self.config, jax.dtypes.canonicalize_dtype(dtype)
+        try:
+            config, dtype = self.config, jax.dtypes.canonicalize_dtype(dtype)
+        except TypeError as error:
+            raise TypeError(f"dtype is {dtype!r}, wanted a floating one, as 'bfloat16' or jnp.float32") from error
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"dtype is {dtype}, wanted a floating one")
         abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)))

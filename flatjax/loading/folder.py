@@ -12,8 +12,14 @@ def find_folder(path_or_hub_name: str | Path, revision: str | None) -> Path:
     Raises:
         FileNotFoundError: there is neither.
         ImportError: the extra `llm` is not installed.
+        TypeError: it is neither a path nor a name.
         ValueError: a folder has no revisions.
     """
+    if not isinstance(path_or_hub_name, str | Path):
+        raise TypeError(
+            f"path_or_hub_name is a {type(path_or_hub_name).__name__}, wanted a folder, or a name as "
+            '"EleutherAI/pythia-70m"'
+        )
     folder = Path(path_or_hub_name).expanduser()
     if os.path.isdir(folder):
         if revision is not None:

@@ -38,9 +38,9 @@ def representation_geometry(
 
     Returns:
         A `RepresentationGeometry`, in float64 if any input is, else in float32. All is NaN where a feature is not
-        finite, a weight negative, or the samples are all the same; α alone where the fit range goes beyond the
-        eigenvalues above rounding, of which there are at most min(N − 1, m): give another range then, and say so, as α
-        depends on it.
+        finite or its square is not, a weight negative, or the samples are all the same; α alone where the fit range
+        goes beyond the eigenvalues above rounding, of which there are at most min(N − 1, m): give another range then,
+        and say so, as α depends on it.
 
     Raises:
         TypeError: the features are not floating, or the weights not real.

@@ -145,3 +145,17 @@ def test_it_is_exported_for_accelerators():
 def test_bad_input_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         feature_robustness(*problem(), delta=0.1, key=jax.random.key(0), **options)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "options"),
+    [
+        (ValueError, r"delta has shape \(4,\), wanted one number", {"delta": jnp.full(4, 0.1)}),
+        (ValueError, r"delta has shape \(5, 1\), wanted one number", {"delta": jnp.full((5, 1), 0.1)}),
+        (TypeError, "delta is None, wanted a real number", {"delta": None}),
+        (TypeError, r"key is .*, wanted one key: jax\.random\.key", {"key": 0}),
+    ],
+)
+def test_one_size_and_one_key_are_taken_at_a_time(error, message, options):
+    with helpers.raises(error, message):
+        feature_robustness(*problem(), **({"delta": 0.1, "key": jax.random.key(0)} | options))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import raises
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flatjax import layer_relative_flatness, relative_flatness
@@ -189,11 +190,13 @@ def test_memory_is_flat_in_the_number_of_probes():
         ({"layer": Layer("layer0/kernel", (2,))}, ValueError, "feature_axes is"),
         ({"layer": "layer0/kernel", "method": "best"}, ValueError, "method is 'best'"),
         ({"layer": "layer0/kernel", "method": "probes"}, ValueError, "key is None"),
+        ({"layer": "layer0/kernel", "key": 0, "method": "probes"}, TypeError, r"key is 0, wanted one key: jax\.random"),
+        ({"layer": "layer0/kernel", "num_probes": 2}, ValueError, r"probes: give .*num_probes=3 or method='outputs'"),
         ({"layer": "layer0/kernel", "num_probes": 1}, ValueError, "num_probes is 1, wanted at least 2"),
     ],
 )
 def test_bad_input_is_named(options, error, message):
-    with pytest.raises(error, match=message):
+    with raises(error, message):
         flatness(perceptron(), **options)
 
 

@@ -177,6 +177,21 @@ def test_a_penalty_on_a_kernel_says_nothing_of_its_axes():
     np.testing.assert_allclose(flatness(case, PATH, method="weights").value, dense_kappas(case, layer), rtol=1e-10)
 
 
+def test_rows_that_are_looked_up_before_a_loop_over_blocks_are_read():
+    """The loop changes them, and they are no longer rows of the table once they come out of it."""
+    rng = np.random.default_rng(0)
+    params = {"embedding": rng.normal(size=(5, 3)), "blocks": {"kernel": rng.normal(size=(2, 3, 3)) / 2}}
+
+    def loss(params, tokens, y):
+        x = params["embedding"][tokens]
+        x, _ = jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), x, params["blocks"]["kernel"])
+        return cross_entropy(x, y)
+
+    case = Case(loss, jax.tree.map(jnp.asarray, params), (jnp.array([0, 3, 3, 1]), jnp.array([0, 2, 1, 1])))
+    got = flatness(case, "embedding", method="weights").value
+    np.testing.assert_allclose(got, dense_kappas(case, Layer("embedding", (0,))), rtol=1e-9)
+
+
 def test_rows_that_are_looked_up_are_those_of_one_hot_features():
     def loss(params, tokens, y):
         return cross_entropy(jnp.tanh(params["body"]["kernel"][tokens] * 2) @ params["head"]["kernel"], y)

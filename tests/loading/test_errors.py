@@ -142,3 +142,10 @@ def test_an_index_that_does_not_fit_its_files_is_refused(copied):
     path.write_text(json.dumps(index))
     with raises(ValueError, match=r"names files outside of .*: \.\./elsewhere\.safetensors"):
         load_decoder(path.parent)
+
+
+def test_what_is_no_folder_and_no_dtype_is_refused_by_name():
+    with raises(TypeError, match="path_or_hub_name is a int, wanted a folder"):
+        load_decoder(3)
+    with raises(TypeError, match="dtype is 'bf16', wanted a floating one, as 'bfloat16'"):
+        load_decoder(GOLDEN / "llama", dtype="bf16")
