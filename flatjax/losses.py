@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 
+from flatjax.core.metric import metric
+from flatjax.core.sharding import automatic
 from flatjax.curvature.vectors import sum_dtype
-from flatjax.metric import metric
 from flatjax.samples import IGNORED_LABEL, widened
-from flatjax.sharding import automatic
 
 
 @metric(placed="as it comes")

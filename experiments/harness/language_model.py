@@ -18,12 +18,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flatjax import cross_entropy, cross_entropy_and_flatness
-from flatjax.curvature.leaves import leaves_by_path, with_leaves
+from flatjax.core.dtypes import at_least_float32
+from flatjax.core.trees import leaves_by_path, with_leaves
 from flatjax.curvature.vectors import random_signs
 from flatjax.layers.kernels import find_layers
 from flatjax.models import Decoder, DecoderConfig
 from flatjax.models.decoder_sharding import decoder_shardings
-from flatjax.models.precision import at_least_float32
 from harness.checkpoints import load_part
 from harness.text import Part
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from flatjax.curvature.leaves import Tree, leaves_by_path, with_leaves
+from flatjax.core.trees import Tree, leaves_by_path, with_leaves
 from flatjax.layers.kernels import find_layers
 
 

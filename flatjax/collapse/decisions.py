@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Shaped
 
-from flatjax import results
 from flatjax.collapse.class_means import ClassMeans, class_means, classifier
 from flatjax.collapse.moments import ClassMoments
 from flatjax.collapse.pairs import tile_of
+from flatjax.core import results
+from flatjax.core.distances import FEW, squared_distances, squared_distances_between
+from flatjax.core.metric import metric
+from flatjax.core.sharding import varying_like
 from flatjax.heads import HeadParams, LinearHead
-from flatjax.metric import metric
-from flatjax.pairwise import FEW, squared_distances, squared_distances_between
-from flatjax.sharding import varying_like
 
 
 class Decisions(NamedTuple):

@@ -9,10 +9,10 @@ from jaxtyping import Array, Float
 from flatjax.collapse.class_means import AxisName, ClassMeans, class_means, classifier
 from flatjax.collapse.moments import ClassMoments
 from flatjax.collapse.pairs import sum_over_products
+from flatjax.core.metric import metric
+from flatjax.core.sharding import sum_over_devices
+from flatjax.core.units import safe_sqrt
 from flatjax.heads import HeadParams, LinearHead
-from flatjax.metric import metric
-from flatjax.sharding import sum_over_devices
-from flatjax.units import safe_sqrt
 
 
 @metric

@@ -6,15 +6,15 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Integer, Shaped
 
-from flatjax import results
 from flatjax.collapse.class_means import class_means
 from flatjax.collapse.decisions import disagreements
 from flatjax.collapse.moments import ClassMoments
 from flatjax.collapse.report import class_counts, of_classifier, of_means
 from flatjax.collapse.variability import mean_square_in_means
+from flatjax.core import results
+from flatjax.core.integers import whole_number
+from flatjax.core.metric import metric
 from flatjax.heads import HeadParams, LinearHead, linear_head
-from flatjax.integers import whole_number
-from flatjax.metric import metric
 from flatjax.samples import Samples, check_one_class_a_sample, flatten_samples, mark_class_labels
 
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Real
 
-from flatjax import results
 from flatjax.collapse.moments import ClassMoments, check_moments
+from flatjax.core import results
+from flatjax.core.metric import metric
 from flatjax.heads import HeadParams, linear_head
-from flatjax.metric import metric
 
 
 class SquaredErrorDecomposition(NamedTuple):

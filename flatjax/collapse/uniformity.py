@@ -5,14 +5,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flatjax import results
 from flatjax.collapse.class_means import AxisName, ClassMeans
 from flatjax.collapse.geometry import mean_cosine, rows_to_measure, unit_rows
 from flatjax.collapse.moments import ClassMoments
 from flatjax.collapse.pairs import sum_over_distances
+from flatjax.core import results
+from flatjax.core.metric import metric
+from flatjax.core.units import safe_sqrt
 from flatjax.heads import HeadParams
-from flatjax.metric import metric
-from flatjax.units import safe_sqrt
 
 
 class Uniformity(NamedTuple):

@@ -10,8 +10,8 @@ from flatjax.collapse.class_means import AxisName, ClassMeans, class_means
 from flatjax.collapse.inverses import Inverse, Rows, inverse_of_gram, of_all_devices, pseudo_inverse
 from flatjax.collapse.moments import ClassMoments, check_moments
 from flatjax.collapse.pairs import sum_over_distances
-from flatjax.metric import metric
-from flatjax.units import root_of_squares
+from flatjax.core.metric import metric
+from flatjax.core.units import root_of_squares
 
 
 @metric

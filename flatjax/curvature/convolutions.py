@@ -11,7 +11,7 @@ import jax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jaxtyping import Array
 
-from flatjax.curvature.leaves import Tree
+from flatjax.core.trees import Tree
 from flatjax.curvature.programs import as_function
 
 

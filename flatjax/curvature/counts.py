@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
-from flatjax.metric import metric
+from flatjax.core.metric import metric
 from flatjax.samples import IGNORED_LABEL, widened
 
 

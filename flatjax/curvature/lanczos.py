@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Key
 
-from flatjax.curvature.leaves import Tree
+from flatjax.core.integers import whole_number
+from flatjax.core.trees import Tree
 from flatjax.curvature.products import Curvature
 from flatjax.curvature.vectors import (
     at,
@@ -22,7 +23,6 @@ from flatjax.curvature.vectors import (
     with_vector,
     zeros_stack,
 )
-from flatjax.integers import whole_number
 
 
 class Tridiagonal(NamedTuple):

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from flatjax.core.integers import whole_number
+from flatjax.core.trees import Tree
+from flatjax.core.units import root_of_squares
 from flatjax.curvature.estimate import Estimate, mean_of
-from flatjax.curvature.leaves import Tree
 from flatjax.curvature.probes import estimated
 from flatjax.curvature.products import Curvature
 from flatjax.curvature.vectors import inner_product, rademacher_like, sum_dtype
 from flatjax.curvature.xtrace import empty_sketch, extended, trace_of
-from flatjax.integers import whole_number
-from flatjax.units import root_of_squares
 
 
 def trace(

@@ -13,9 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer, Key
 
-from flatjax.curvature.leaves import Tree
-from flatjax.sharding import explicit_mesh, placed_like
-from flatjax.units import unit_near
+from flatjax.core.sharding import explicit_mesh, placed_like
+from flatjax.core.trees import Tree
+from flatjax.core.units import unit_near
 
 
 def num_entries(like: Tree) -> int:

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from flatjax.core.trees import Tree
+from flatjax.core.units import unit_near
 from flatjax.curvature.estimate import Estimate, mean_of
-from flatjax.curvature.leaves import Tree
 from flatjax.curvature.products import Curvature
 from flatjax.curvature.vectors import (
     inner_products,
@@ -21,7 +22,6 @@ from flatjax.curvature.vectors import (
     with_vector,
     zeros_stack,
 )
-from flatjax.units import unit_near
 
 
 class Sketch(NamedTuple):

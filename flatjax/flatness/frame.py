@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from flatjax.core.units import unit_near
 from flatjax.curvature.vectors import sum_dtype
 from flatjax.flatness.parts import AxisNames, SplitHead, split
 from flatjax.heads import LinearHead
-from flatjax.units import unit_near
 
 
 class Frame(NamedTuple):

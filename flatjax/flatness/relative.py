@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
+from flatjax.core.metric import metric
 from flatjax.flatness.frame import unit_for, unit_of
 from flatjax.flatness.losses import Loss, logit_curvature, read_samples, summed_curvature
 from flatjax.heads import HeadParams
-from flatjax.metric import metric
 
 
 @metric

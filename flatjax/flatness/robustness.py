@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, Shaped
 
+from flatjax.core.metric import metric
 from flatjax.curvature.estimate import Estimate, mean_of
 from flatjax.flatness.frame import framed
 from flatjax.flatness.losses import Loss, read_samples
 from flatjax.heads import HeadParams
-from flatjax.metric import metric
 
 
 @metric

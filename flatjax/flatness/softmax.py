@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
+from flatjax.core.distances import squared_distances_around
 from flatjax.flatness.frame import framed, mean_by_importance, unit_of
 from flatjax.flatness.tiles import check_tile_size
 from flatjax.flatness.vocabulary import Readout, read_out
 from flatjax.heads import LinearHead
-from flatjax.pairwise import squared_distances_around
 
 MOST_LOGITS = 2**23
 """In memory at once, by choice."""

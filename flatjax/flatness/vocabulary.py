@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
+from flatjax.core.sharding import varying_like
 from flatjax.flatness.frame import Frame, frame_of, unit_of
 from flatjax.flatness.online_softmax import OnlineSoftmax, merged
 from flatjax.flatness.parts import AxisNames, SplitHead, map_parts, split, total
 from flatjax.flatness.tiles import Tile, check_tile_size, rows_of, take_rows, tile, tile_indices
 from flatjax.heads import LinearHead
-from flatjax.sharding import varying_like
 
 LOGITS_AT_ONCE = 2**22
 """A device's, unless the rows of a tile were then too few for a product of matrices to be fast."""

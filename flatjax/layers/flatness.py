@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from flatjax.core.trees import Tree
 from flatjax.curvature.estimate import Estimate, check_num_probes, exactly, mean_of
-from flatjax.curvature.leaves import Tree
 from flatjax.layers.curvature import LayerCurvature
 from flatjax.layers.kernels import Layer, find_kernel
 from flatjax.layers.outputs import layer_outputs, try_layer_outputs

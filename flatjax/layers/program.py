@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 
-from flatjax.curvature.leaves import Tree, arrays_by_path
+from flatjax.core.trees import Tree, arrays_by_path
 from flatjax.curvature.products import checked_scalar
 
 CALLS = ("jit", "pjit", "checkpoint", "remat", "remat2", "closed_call", "core_call", "custom_jvp_call",

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
-from flatjax.curvature.leaves import Tree
+from flatjax.core.trees import Tree
 from flatjax.layers.curvature import LayerCurvature, joint_probes
 from flatjax.layers.kernels import Layer
 from flatjax.layers.outputs import LayerOutputs, layer_outputs, try_layer_outputs

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from flatjax.curvature.leaves import leaf_path
+from flatjax.core.trees import leaf_path
 from flatjax.loading.families import depth_key, family_of, read_config
 from flatjax.loading.files import existing, listed, read_object
 from flatjax.loading.folder import find_folder

@@ -11,9 +11,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from flatjax.core.dtypes import at_least_float32
 from flatjax.models.decoder_config import DecoderConfig
 from flatjax.models.decoder_sharding import stream_sharding, with_whole_heads
-from flatjax.models.precision import at_least_float32
 from flatjax.models.rotary import rotate
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(

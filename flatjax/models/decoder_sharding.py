@@ -6,8 +6,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from flatjax.curvature.leaves import leaf_path
-from flatjax.sharding import explicit_mesh
+from flatjax.core.sharding import explicit_mesh
+from flatjax.core.trees import leaf_path
 
 
 def decoder_shardings(params: Any, mesh: Mesh, data: str = "data", model: str = "model") -> Any:

@@ -4,9 +4,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from flatjax.core.integers import whole_number
+from flatjax.core.metric import metric
 from flatjax.curvature.vectors import sum_dtype
-from flatjax.integers import whole_number
-from flatjax.metric import metric
 from flatjax.representations.jacobians import SingularTriplets
 from flatjax.representations.projections import Projections
 

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
+from flatjax.core.double_word import Double
+from flatjax.core.metric import metric
+from flatjax.core.units import safe_sqrt
 from flatjax.curvature.vectors import sum_dtype
-from flatjax.double import Double
 from flatjax.heads import LinearHead
-from flatjax.metric import metric
 from flatjax.representations.spectrum import FIT_RANGE, RepresentationGeometry, geometry_of_spectrum
 from flatjax.samples import Samples, flatten_samples
-from flatjax.units import safe_sqrt
 
 
 @metric

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from flatjax.core.metric import metric
 from flatjax.curvature.vectors import sum_dtype
-from flatjax.metric import metric
 
 
 @metric

@@ -7,8 +7,8 @@ import jax
 import optax
 from jaxtyping import Array, Float, Int
 
+from flatjax.core.trees import Tree, leaf_path, leaves_by_path
 from flatjax.curvature.counts import counted
-from flatjax.curvature.leaves import Tree, leaf_path, leaves_by_path
 from flatjax.flatness.relative import relative_flatness
 from flatjax.training.arguments import with_static_arguments
 from flatjax.training.injection import (

@@ -12,12 +12,12 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from flatjax.arrays import as_arrays
+from flatjax.core.arrays import as_arrays
+from flatjax.core.sharding import axis_names, varying_along, varying_axes
+from flatjax.core.trees import Tree
 from flatjax.curvature.counts import counted
-from flatjax.curvature.leaves import Tree
 from flatjax.curvature.products import checked_scalar
 from flatjax.curvature.vectors import sum_dtype
-from flatjax.sharding import axis_names, varying_along, varying_axes
 from flatjax.training.arguments import check_fits, check_given
 
 Strength: TypeAlias = ArrayLike | optax.Schedule

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatjax.curvature.leaves import Tree
+from flatjax.core.sharding import axis_names, varying_along
+from flatjax.core.trees import Tree
 from flatjax.curvature.vectors import sum_dtype, unit
-from flatjax.sharding import axis_names, varying_along
 from flatjax.training.arguments import check_given
 
 GradFn = Callable[[Tree, int], Tree]

@@ -9,8 +9,8 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int, Integer
 
+from flatjax.core.sharding import explicit_mesh
 from flatjax.curvature.vectors import sum_dtype
-from flatjax.sharding import explicit_mesh
 
 
 def trajectory_loss(

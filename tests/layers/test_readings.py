@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flatjax import flatness_profile, layer_relative_flatness
-from flatjax.curvature.leaves import leaves_by_path, with_leaves
+from flatjax.core.trees import leaves_by_path, with_leaves
 from flatjax.layers.kernels import Layer
 from flatjax.layers.program import Program
 from flatjax.layers.readings import read_layer

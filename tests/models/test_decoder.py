@@ -10,7 +10,7 @@ from helpers import raises
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import flatjax
-from flatjax.curvature.leaves import leaf_path, leaves_by_path, with_leaves
+from flatjax.core.trees import leaf_path, leaves_by_path, with_leaves
 from flatjax.layers.kernels import find_layers
 from flatjax.models import Decoder, DecoderConfig, RotaryScaling, decoder_shardings
 from flatjax.models.decoder_parts import Norm, attend

@@ -14,8 +14,8 @@ import numpy as np
 
 from flatjax import ClassMoments, collapse_report
 from flatjax.collapse import nc4
+from flatjax.core.dtypes import at_least_float32
 from flatjax.heads import HeadParams, linear_head
-from flatjax.models.precision import at_least_float32
 from flatjax.samples import IGNORED_LABEL
 from harness.diagnosis.quantities import BLOCKS, jackknife_error, quantity, ratio
 from harness.diagnosis.reading import BySequence, Network, Read, Text

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatjax.models.precision import at_least_float32
+from flatjax.core.dtypes import at_least_float32
 from flatjax.representations import FeatureSpectrum, RepresentationGeometry
 from flatjax.samples import IGNORED_LABEL
 from harness.diagnosis.quantities import BLOCKS, jackknife_error, plain, quantity

@@ -9,8 +9,8 @@ import numpy as np
 from flax import nnx
 
 from flatjax import Layer, cross_entropy, flatness_profile
+from flatjax.core.dtypes import at_least_float32
 from flatjax.layers.kernels import find_layers
-from flatjax.models.precision import at_least_float32
 from harness.diagnosis.head import kappa_of_batch
 from harness.diagnosis.quantities import BLOCKS, quantity
 from harness.diagnosis.reading import Network, Text

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flatjax.models.precision import at_least_float32
+from flatjax.core.dtypes import at_least_float32
 from flatjax.representations import growth_variation, line_shape_score, spacing_variation
 from harness.diagnosis.geometry import layer_names
 from harness.diagnosis.quantities import BLOCKS, mean, quantity

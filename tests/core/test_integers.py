@@ -9,8 +9,8 @@ import pytest
 
 from flatjax import ClassMoments, neural_collapse, representation_geometry, residual_jacobians
 from flatjax.collapse import cdnv, nc4
+from flatjax.core.integers import known_integer, whole_number
 from flatjax.curvature import Hessian, diagonal, extreme_eigenpairs, spectral_density, trace
-from flatjax.integers import known_integer, whole_number
 from flatjax.representations import FeatureSpectrum, block_coupling, residual_projections
 
 KINDS = [int, np.int64, np.uint8, np.array, jnp.int32, jnp.asarray]

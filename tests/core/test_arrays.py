@@ -11,7 +11,7 @@ import pytest
 from jax.experimental import checkify
 
 import flatjax
-from flatjax.arrays import as_arrays
+from flatjax.core.arrays import as_arrays
 
 KERNEL = np.array([[2.0, 0.5, -2.0], [1.0, -1.0, 0.3]])
 FEATS = np.array([[1.0, 0.2], [-1.0, 0.7]])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flatjax.units import root_of_squares, unit_near
+from flatjax.core.units import root_of_squares, unit_near
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import flatjax
-from flatjax import results
+from flatjax.core import results
 from flatjax.curvature.estimate import Estimate
 
 FEATS = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), "float32")

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from flatjax.arrays import as_arrays
+from flatjax.core.arrays import as_arrays
+from flatjax.core.sharding import explicit_mesh
 from flatjax.heads import head_arrays
-from flatjax.sharding import explicit_mesh
 
 F = TypeVar("F", bound=Callable[..., Any])
 Placement = Literal["replicated", "as the first", "as it comes"]

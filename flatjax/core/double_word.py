@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from flatjax.sharding import axis_names
+from flatjax.core.sharding import axis_names
 
 
 class Double(NamedTuple):
