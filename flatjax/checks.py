@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Shaped
 
 from flatjax.core.metric import metric
-from flatjax.flatness.losses import Loss, read_samples
+from flatjax.flatness.inputs import Loss, read_samples
 from flatjax.heads import HeadParams
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Shaped
 
 from flatjax.core.metric import metric
 from flatjax.flatness.frame import unit_for, unit_of
-from flatjax.flatness.losses import Loss, logit_curvature, read_samples, summed_curvature
+from flatjax.flatness.inputs import Loss, logit_curvature, read_samples, summed_curvature
 from flatjax.heads import HeadParams
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Key, Shaped
 from flatjax.core.metric import metric
 from flatjax.curvature.estimate import Estimate, mean_of
 from flatjax.flatness.frame import framed
-from flatjax.flatness.losses import Loss, read_samples
+from flatjax.flatness.inputs import Loss, read_samples
 from flatjax.heads import HeadParams
 
 

@@ -19,8 +19,8 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from flatjax.core.distances import squared_distances_around
 from flatjax.flatness.frame import framed, mean_by_importance, unit_of
-from flatjax.flatness.tiles import check_tile_size
-from flatjax.flatness.vocabulary import Readout, read_out
+from flatjax.flatness.tiled.readout import Readout, read_out
+from flatjax.flatness.tiled.tiles import check_tile_size
 from flatjax.heads import LinearHead
 
 MOST_LOGITS = 2**23

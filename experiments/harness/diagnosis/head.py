@@ -9,7 +9,7 @@ import numpy as np
 
 from flatjax.core.dtypes import at_least_float32
 from flatjax.flatness.logit_sharpness import head_logit_sharpness
-from flatjax.flatness.vocabulary import read_out
+from flatjax.flatness.tiled.readout import read_out
 from flatjax.heads import HeadParams, linear_head
 from harness.diagnosis.quantities import BLOCKS, mean, quantity
 from harness.diagnosis.reading import BySequence, Network, Read, Text

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from flatjax.flatness.parts import AxisNames, total, total_max
-from flatjax.flatness.tiles import Tile
+from flatjax.flatness.tiled.tiles import Tile
 
 
 class OnlineSoftmax(NamedTuple):

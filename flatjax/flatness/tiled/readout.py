@@ -14,9 +14,9 @@ from jaxtyping import Array, Float, Integer
 
 from flatjax.core.sharding import varying_like
 from flatjax.flatness.frame import Frame, frame_of, unit_of
-from flatjax.flatness.online_softmax import OnlineSoftmax, merged
 from flatjax.flatness.parts import AxisNames, SplitHead, map_parts, split, total
-from flatjax.flatness.tiles import Tile, check_tile_size, rows_of, take_rows, tile, tile_indices
+from flatjax.flatness.tiled.online_softmax import OnlineSoftmax, merged
+from flatjax.flatness.tiled.tiles import Tile, check_tile_size, rows_of, take_rows, tile, tile_indices
 from flatjax.heads import LinearHead
 
 LOGITS_AT_ONCE = 2**22

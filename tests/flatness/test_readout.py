@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import flatjax
-from flatjax.flatness.vocabulary import Readout, read_out
+from flatjax.flatness.tiled.readout import Readout, read_out
 from flatjax.heads import linear_head
 
 
