@@ -23,7 +23,7 @@ from flatjax.core.trees import leaves_by_path, with_leaves
 from flatjax.curvature.vectors import random_signs
 from flatjax.layers.kernels import find_layers
 from flatjax.models import Decoder, DecoderConfig
-from flatjax.models.decoder_sharding import decoder_shardings
+from flatjax.models.decoder.sharding import decoder_shardings
 from harness.checkpoints import load_part
 from harness.text import Part
 

@@ -21,9 +21,9 @@ from flatjax.loading.names import Published, is_no_parameter, number_of_layers, 
 from flatjax.loading.optional import optional
 from flatjax.loading.shapes import decoder_shapes
 from flatjax.loading.tensors import Tensors, stored
-from flatjax.models.decoder import Decoder
-from flatjax.models.decoder_config import DecoderConfig
-from flatjax.models.decoder_sharding import decoder_shardings
+from flatjax.models.decoder.config import DecoderConfig
+from flatjax.models.decoder.model import Decoder
+from flatjax.models.decoder.sharding import decoder_shardings
 
 
 def load_decoder(

@@ -6,10 +6,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from flatjax.heads import HeadParams
-from flatjax.models.decoder_config import DecoderConfig as DecoderConfig
-from flatjax.models.decoder_config import RotaryScaling as RotaryScaling
-from flatjax.models.decoder_parts import Attention, Norm, Perceptron
-from flatjax.models.decoder_sharding import embedding_sharding
+from flatjax.models.decoder.config import DecoderConfig
+from flatjax.models.decoder.parts import Attention, Norm, Perceptron
+from flatjax.models.decoder.sharding import embedding_sharding
 from flatjax.models.tokens import look_up
 
 

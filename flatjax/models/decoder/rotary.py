@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from flatjax.core.dtypes import at_least_float32
-from flatjax.models.decoder_config import DecoderConfig, RotaryScaling
+from flatjax.models.decoder.config import DecoderConfig, RotaryScaling
 
 
 def rotate(x: Float[Array, "n t h k"], config: DecoderConfig) -> Float[Array, "n t h k"]:

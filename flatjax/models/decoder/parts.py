@@ -12,9 +12,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from flatjax.core.dtypes import at_least_float32
-from flatjax.models.decoder_config import DecoderConfig
-from flatjax.models.decoder_sharding import stream_sharding, with_whole_heads
-from flatjax.models.rotary import rotate
+from flatjax.models.decoder.config import DecoderConfig
+from flatjax.models.decoder.rotary import rotate
+from flatjax.models.decoder.sharding import stream_sharding, with_whole_heads
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
     {
