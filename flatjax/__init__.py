@@ -2,8 +2,8 @@
 
 from flatjax.checks import check_inputs
 from flatjax.collapse.moments import ClassMoments
+from flatjax.collapse.neural_collapse import NeuralCollapse, neural_collapse
 from flatjax.collapse.report import CollapseReport, collapse_report
-from flatjax.collapse.snapshot import NeuralCollapse, neural_collapse
 from flatjax.flatness.cross_entropy import cross_entropy_and_flatness
 from flatjax.flatness.logit_sharpness import logit_sharpness
 from flatjax.flatness.relative import (

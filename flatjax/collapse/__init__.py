@@ -3,12 +3,14 @@
 Keyword-only arguments are static, as of all metrics: in a `jax.jit` of your own, too, they are no traced values.
 """
 
-from flatjax.collapse.decisions import Decisions, nc4
-from flatjax.collapse.duality import nc3, unc3
-from flatjax.collapse.geometry import cosine_std, equiangularity, equinorm, etf_error, etf_floor
 from flatjax.collapse.layers import init_layers, layer_reports, update_layers
 from flatjax.collapse.mixing import MixupGeometry, mixup, mixup_geometry
 from flatjax.collapse.moments import ClassMoments
+from flatjax.collapse.nc1_variability import cdnv, nc1, ncc
+from flatjax.collapse.nc2_geometry import cosine_std, equiangularity, equinorm, etf_error, etf_floor
+from flatjax.collapse.nc2_uniformity import Uniformity, gnc2
+from flatjax.collapse.nc3_duality import nc3, unc3
+from flatjax.collapse.nc4_nearest_mean import Decisions, nc4
 from flatjax.collapse.report import CollapseReport, collapse_report
 from flatjax.collapse.squared_error import (
     SquaredErrorDecomposition,
@@ -16,8 +18,6 @@ from flatjax.collapse.squared_error import (
     least_squares_head,
     squared_error_decomposition,
 )
-from flatjax.collapse.uniformity import Uniformity, gnc2
-from flatjax.collapse.variability import cdnv, nc1, ncc
 
 __all__ = [
     "ClassMoments",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Integer, Key, Shaped
 
-from flatjax.collapse.geometry import row_norms
+from flatjax.collapse.nc2_geometry import row_norms
 from flatjax.core import results
 from flatjax.core.metric import metric
 from flatjax.heads import HeadParams, linear_head

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flatjax.collapse.class_means import AxisName, ClassMeans
-from flatjax.collapse.geometry import rows_to_measure, unit_rows, variation
 from flatjax.collapse.moments import ClassMoments
+from flatjax.collapse.nc2_geometry import rows_to_measure, unit_rows, variation
 from flatjax.core.metric import metric
 from flatjax.core.units import safe_sqrt
 from flatjax.heads import HeadParams

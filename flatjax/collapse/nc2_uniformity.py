@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flatjax.collapse.class_means import AxisName, ClassMeans
-from flatjax.collapse.geometry import mean_cosine, rows_to_measure, unit_rows
 from flatjax.collapse.moments import ClassMoments
+from flatjax.collapse.nc2_geometry import mean_cosine, rows_to_measure, unit_rows
 from flatjax.collapse.pairs import sum_over_distances
 from flatjax.core import results
 from flatjax.core.metric import metric

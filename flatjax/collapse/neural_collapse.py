@@ -7,10 +7,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Integer, Shaped
 
 from flatjax.collapse.class_means import class_means
-from flatjax.collapse.decisions import disagreements
 from flatjax.collapse.moments import ClassMoments
+from flatjax.collapse.nc1_variability import mean_square_in_means
+from flatjax.collapse.nc4_nearest_mean import disagreements
 from flatjax.collapse.report import class_counts, of_classifier, of_means
-from flatjax.collapse.variability import mean_square_in_means
 from flatjax.core import results
 from flatjax.core.integers import whole_number
 from flatjax.core.metric import metric
