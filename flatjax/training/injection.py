@@ -18,7 +18,7 @@ from flatjax.core.trees import Tree
 from flatjax.curvature.counts import counted
 from flatjax.curvature.products import checked_scalar
 from flatjax.curvature.vectors import sum_dtype
-from flatjax.training.arguments import check_fits, check_given
+from flatjax.training.wrappers import check_fits, check_given
 
 Strength: TypeAlias = ArrayLike | optax.Schedule
 """λ, or λ of the number of updates so far."""

@@ -11,7 +11,7 @@ import optax
 from flatjax.core.sharding import axis_names, varying_along
 from flatjax.core.trees import Tree
 from flatjax.curvature.vectors import sum_dtype, unit
-from flatjax.training.arguments import check_given
+from flatjax.training.wrappers import check_given
 
 GradFn = Callable[[Tree, int], Tree]
 
