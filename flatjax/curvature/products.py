@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from flatjax.core.integers import whole_number
 from flatjax.core.trees import Tree, chosen_leaves, leaf_path, with_leaves
-from flatjax.curvature.convolutions import with_convolutions_in_order
+from flatjax.curvature.jaxprs import with_convolutions_in_order
 
 LossFn = Callable[..., jax.Array]
 """`(params, *batch) -> scalar`, the mean over the samples of a batch."""

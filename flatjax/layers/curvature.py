@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Key, Shaped
 
 from flatjax.core.sharding import gathered, placed_like
 from flatjax.core.trees import Tree
-from flatjax.curvature.convolutions import with_convolutions_in_order
+from flatjax.curvature.jaxprs import with_convolutions_in_order
 from flatjax.curvature.products import Hessian
 from flatjax.curvature.vectors import random_signs
 from flatjax.layers.kernels import Layer

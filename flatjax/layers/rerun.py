@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from jaxtyping import Array, Float, Integer
 
-from flatjax.curvature.programs import as_function
+from flatjax.curvature.jaxprs import as_function
 from flatjax.layers.products import LayerProduct
 from flatjax.layers.program import called
 

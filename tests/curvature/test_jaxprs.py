@@ -1,11 +1,11 @@
-"""The order of a convolution's axes changes nothing but its speed."""
+"""A program taken apart is the program, and the order of a convolution's axes changes nothing but its speed."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flatjax.curvature.convolutions import with_convolutions_in_order
+from flatjax.curvature.jaxprs import as_function, with_convolutions_in_order
 from flatjax.curvature.products import Hessian, product
 
 CONVOLUTIONS = {
@@ -77,3 +77,18 @@ def test_the_hessian_of_a_convolution_is_that_of_its_matrix():
     vector = jnp.asarray(np.random.default_rng(1).normal(size=kernel.shape))
     got = product(Hessian(loss, kernel), vector).reshape(-1)
     np.testing.assert_allclose(got, dense @ vector.reshape(-1), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+def test_the_equations_up_to_one_and_those_from_it_on_make_the_whole(place):
+    def function(x, y):
+        return jnp.sin(x) * y, jnp.exp(x * y)
+
+    x, y = jnp.array([0.3, 0.7]), jnp.array([2.0, -1.0])
+    program = jax.make_jaxpr(function)(x, y).jaxpr
+    assert len(program.eqns) == 4
+    found = [value for equation in program.eqns[:place] for value in equation.outvars]
+    before = as_function(program, program.eqns[:place], program.invars, [*program.invars, *found])
+    after = as_function(program, program.eqns[place:], [*program.invars, *found], program.outvars)
+    for got, want in zip(after(*before(x, y)), function(np.asarray(x), np.asarray(y)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-15)

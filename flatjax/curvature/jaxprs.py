@@ -1,18 +1,17 @@
-"""Convolutions with their axes in an order that XLA compiles well on a CPU, in loops too.
+"""Traced programs taken apart, and run with the axes of their convolutions in an order that XLA compiles well on a CPU.
 
 There it has a fast kernel for one order, (batch, space, features) and (space, in, out), and brings others to it outside
 of loops alone: in a loop, what the derivative of a convolution is made of takes ten to thirty times as long.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import Jaxpr, JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 from jaxtyping import Array
 
 from flatjax.core.trees import Tree
-from flatjax.curvature.programs import as_function
 
 
 def with_convolutions_in_order(function: Callable[[Tree], Tree]) -> Callable[[Tree], Tree]:
@@ -28,6 +27,14 @@ def with_convolutions_in_order(function: Callable[[Tree], Tree]) -> Callable[[Tr
         return jax.tree.unflatten(jax.tree.structure(shape), results)
 
     return ordered
+
+
+def as_function(
+    program: Jaxpr, equations: Sequence[JaxprEqn], given: Sequence[Var], results: Sequence[Any]
+) -> Callable[..., list[Any]]:
+    """Some equations of a program, as a function of the values of variables before them."""
+    part = program.replace(constvars=[], invars=list(given), outvars=list(results), eqns=list(equations))
+    return jaxpr_as_fun(ClosedJaxpr(part, ()))
 
 
 _CONVOLUTION = "conv_general_dilated"
