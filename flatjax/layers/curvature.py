@@ -17,7 +17,7 @@ from flatjax.curvature.jaxprs import with_convolutions_in_order
 from flatjax.curvature.products import Hessian
 from flatjax.curvature.vectors import random_signs
 from flatjax.layers.kernels import Layer
-from flatjax.layers.outputs import LayerOutputs
+from flatjax.layers.reading.outputs import LayerOutputs
 
 
 class LayerCurvature(NamedTuple):

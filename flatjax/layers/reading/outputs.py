@@ -13,11 +13,11 @@ from jax.extend.core import Jaxpr, JaxprEqn, Var
 from jaxtyping import Array, Float, Integer
 
 from flatjax.layers.kernels import Layer
-from flatjax.layers.moves import sizes_of
-from flatjax.layers.products import LayerProduct, NotOneProductError, layer_product
-from flatjax.layers.program import Program, called, programs_in
-from flatjax.layers.rerun import rerun
-from flatjax.layers.uses import Use, uses_of
+from flatjax.layers.reading.moves import sizes_of
+from flatjax.layers.reading.products import LayerProduct, NotOneProductError, layer_product
+from flatjax.layers.reading.program import Program, called, programs_in
+from flatjax.layers.reading.rerun import rerun
+from flatjax.layers.reading.uses import Use, uses_of
 
 
 class LayerOutputs(NamedTuple):

@@ -2,10 +2,10 @@
 
 import jax.numpy as jnp
 
-from flatjax.layers.axes import Reading
 from flatjax.layers.kernels import Layer, by_convention
-from flatjax.layers.program import Program
-from flatjax.layers.uses import Use, uses_of
+from flatjax.layers.reading.axes import Reading
+from flatjax.layers.reading.program import Program
+from flatjax.layers.reading.uses import Use, uses_of
 
 
 class MisreadKernelError(ValueError):

@@ -9,8 +9,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from jaxtyping import Array, Float, Integer
 
 from flatjax.curvature.jaxprs import as_function
-from flatjax.layers.products import LayerProduct
-from flatjax.layers.program import called
+from flatjax.layers.reading.products import LayerProduct
+from flatjax.layers.reading.program import called
 
 Products = Mapping[tuple[int, ...], LayerProduct]
 """By the numbers of the equations that they lie in, and their own."""

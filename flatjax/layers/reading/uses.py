@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from jax.extend.core import Jaxpr, JaxprEqn, Var
 
-from flatjax.layers.axes import Axes, Read, Reading, Run, Selection, merged
-from flatjax.layers.moves import JOINS, MOVES, joined, sizes_of
-from flatjax.layers.program import Origins, Program, called
+from flatjax.layers.reading.axes import Axes, Read, Reading, Run, Selection, merged
+from flatjax.layers.reading.moves import JOINS, MOVES, joined, sizes_of
+from flatjax.layers.reading.program import Origins, Program, called
 
 
 class Mixed(NamedTuple):

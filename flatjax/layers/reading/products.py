@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, Literal, Var
 from jaxtyping import Array, Bool, Float, Integer
 
-from flatjax.layers.axes import Read, Run, Selection, in_order
 from flatjax.layers.kernels import Layer
-from flatjax.layers.moves import sizes_of
-from flatjax.layers.uses import Use
+from flatjax.layers.reading.axes import Read, Run, Selection, in_order
+from flatjax.layers.reading.moves import sizes_of
+from flatjax.layers.reading.uses import Use
 
 
 class NotOneProductError(ValueError):

@@ -9,8 +9,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from flatjax import flatness_profile, layer_relative_flatness
 from flatjax.core.trees import leaves_by_path, with_leaves
 from flatjax.layers.kernels import Layer
-from flatjax.layers.program import Program
-from flatjax.layers.readings import read_layer
+from flatjax.layers.reading.feature_axes import read_layer
+from flatjax.layers.reading.program import Program
 
 from .cases import Case, cross_entropy
 from .uses import PATH, USES, linen_stack, nnx_stack, of

@@ -5,8 +5,8 @@ from typing import Any
 
 from jax.extend.core import JaxprEqn
 
-from flatjax.layers.axes import Read, Run, Selection, merged
-from flatjax.layers.program import Origins
+from flatjax.layers.reading.axes import Read, Run, Selection, merged
+from flatjax.layers.reading.program import Origins
 
 
 def sizes_of(value: Any) -> tuple[int, ...]:
