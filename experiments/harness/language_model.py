@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flatjax import cross_entropy, cross_entropy_and_flatness
-from flatjax.core.dtypes import at_least_float32
+from flatjax.core.dtypes import computing_dtype
 from flatjax.core.trees import leaves_by_path, with_leaves
 from flatjax.curvature.vectors import random_signs
 from flatjax.layers.kernels import find_layers
@@ -49,7 +49,7 @@ class Network(NamedTuple):
 
     def loss(self, params: State, windows: jax.Array) -> jax.Array:
         logits = self.model(params)(windows[:, :-1])
-        return cross_entropy(logits.astype(at_least_float32(logits.dtype)), windows[:, 1:]).mean()
+        return cross_entropy(logits.astype(computing_dtype(logits)), windows[:, 1:]).mean()
 
 
 def network(config: DecoderConfig, seed: int, dtype: Any = jnp.float32) -> tuple[Network, State]:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
 
-from flatjax.curvature.vectors import sum_dtype
+from flatjax.core.dtypes import computing_dtype
 from flatjax.losses import cross_entropy, relative_to_largest
 
 
@@ -73,5 +73,5 @@ def label_smoothing(
 
 def _log_probabilities(logits: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
     """log softmax(z), that of the likeliest class by the sum of the others: so it keeps its digits near 0."""
-    relative, others = relative_to_largest(logits.astype(sum_dtype(logits)))
+    relative, others = relative_to_largest(logits.astype(computing_dtype(logits)))
     return relative - jnp.log1p(others)

@@ -9,8 +9,8 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int, Integer
 
+from flatjax.core.dtypes import computing_dtype
 from flatjax.core.sharding import explicit_mesh
-from flatjax.curvature.vectors import sum_dtype
 
 
 def trajectory_loss(
@@ -59,7 +59,7 @@ def trajectory_loss(
         raise ValueError(f"logits has shape {logits.shape} and past_logits {past.shape}, wanted the same")
     if isinstance(temperature, int | float | np.generic) and not temperature > 0:
         raise ValueError(f"temperature is {temperature}, wanted a positive number")
-    dtype = sum_dtype((logits, past))
+    dtype = computing_dtype((logits, past))
     temperature = jnp.asarray(temperature, dtype)
     temperature = jnp.where(temperature > 0, temperature, jnp.nan)
     past = jax.lax.stop_gradient(past.astype(dtype))

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from flatjax.core.dtypes import at_least_float32
+from flatjax.core.dtypes import computing_dtype
 from flatjax.models.decoder.config import DecoderConfig
 from flatjax.models.decoder.rotary import rotate
 from flatjax.models.decoder.sharding import stream_sharding, with_whole_heads
@@ -42,7 +42,7 @@ class Norm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width, param_dtype)) if kind == "layer" else None
 
     def __call__(self, x: Float[Array, "*leading m"]) -> Float[Array, "*leading m"]:
-        wide = at_least_float32(self.dtype)
+        wide = computing_dtype(self.dtype)
         y, row = x.astype(wide), (1,) * (x.ndim - 1) + (-1,)
         if self.bias is not None:
             y = y - jnp.mean(y, axis=-1, keepdims=True)
@@ -96,7 +96,7 @@ def attend(
     query: Float[Array, "n t h k"], key: Float[Array, "n t g k"], value: Float[Array, "n t g k"]
 ) -> Float[Array, "n t h k"]:
     """Causal attention of query heads, h/g of them to a head of keys; the softmax is in float32 at least."""
-    wide = at_least_float32(query.dtype)
+    wide = computing_dtype(query)
     n, t, h, k = query.shape
     grouped = query.reshape(n, t, key.shape[2], -1, k)
     scores = jnp.einsum("ntgrk,nsgk->ngrts", grouped, key, preferred_element_type=wide) / math.sqrt(k)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from flatjax.core.dtypes import at_least_float32
+from flatjax.core.dtypes import computing_dtype
 from flatjax.models.decoder.config import DecoderConfig, RotaryScaling
 
 
@@ -17,7 +17,7 @@ def rotate(x: Float[Array, "n t h k"], config: DecoderConfig) -> Float[Array, "n
         Su et al.: *RoFormer: Enhanced Transformer with Rotary Position Embedding*, 2021.
         Black et al.: *GPT-NeoX-20B*, 2022 (the share that is rotated).
     """
-    dtype = at_least_float32(x.dtype)
+    dtype = computing_dtype(x)
     angles = jnp.arange(x.shape[1], dtype=dtype)[:, None] * jnp.asarray(frequencies(config), dtype)[None, :]
     cos, sin = (f(angles).astype(x.dtype)[None, :, None, :] for f in (jnp.cos, jnp.sin))
     half = config.rotary_width // 2
