@@ -1,17 +1,15 @@
-"""From a head, its samples and a loss to the logit-space curvature that every flatness metric is made of."""
+"""What a metric of flatness is given: a head, its samples and a loss, read and checked."""
 
+import numbers
 from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from flatjax.flatness.autodiff import AutodiffCurvature
 from flatjax.flatness.frame import unit_of
-from flatjax.flatness.separable import SeparableCurvature, sigmoid_cross_entropy, squared_error
-from flatjax.flatness.softmax import SoftmaxCurvature, TiledSoftmaxCurvature, reads_in_tiles
 from flatjax.heads import HeadParams, LinearHead, linear_head
 from flatjax.samples import IGNORED_LABEL, Samples, flatten_samples, mark_class_labels
 
@@ -20,59 +18,24 @@ Loss = NamedLoss | Callable[[Array, Array], Array]
 """A named loss, or any `(logits (d,), label) -> scalar`."""
 
 
-LogitCurvature = SoftmaxCurvature | SeparableCurvature | AutodiffCurvature
-"""The Hessians G_i (d, d) of a loss in the logits, and their sums over samples of shares e_i."""
-
-
-def summed_curvature(
+def read_samples(
     params: HeadParams,
     feats: ArrayLike,
     labels: ArrayLike,
     loss: Loss,
     weights: ArrayLike | None,
-    tile_size: int | None,
-) -> LogitCurvature | TiledSoftmaxCurvature:
-    """The curvature where κ and κ̂ alone are asked for: of a large softmax head, without its logits.
-
-    Raises:
-        ValueError: `tile_size` is below 1, or the loss is not softmax cross-entropy; and as `read_samples`.
-    """
-    if tile_size is not None and loss != "softmax_cross_entropy":
-        raise ValueError(f"tile_size is {tile_size}, but only softmax_cross_entropy is read in tiles: leave it out")
-    head, samples = read_samples(params, feats, labels, loss, weights)
-    if loss == "softmax_cross_entropy" and reads_in_tiles(head, len(samples.feats), tile_size):
-        return TiledSoftmaxCurvature(head, samples.feats, samples.shares, tile_size)
-    return logit_curvature(head, samples, loss, unit_of(head))
-
-
-def logit_curvature(head: LinearHead, samples: Samples, loss: Loss, unit: Float[Array, ""]) -> LogitCurvature:
-    """The curvature of the loss of a head on its samples, as `read_samples` gives them.
-
-    The weights are divided by `unit` and the features multiplied by it, so that their squares do not overflow.
-    """
-    dtype = samples.feats.dtype
-    unit = unit.astype(dtype)
-    head = LinearHead(head.matrix.astype(dtype) / unit, head.bias.astype(dtype), head.rows_axis)
-    samples = samples._replace(feats=samples.feats * unit)
-    if callable(loss):
-        return AutodiffCurvature(loss, head, samples.feats, samples.labels, samples.shares)
-    closed_form = {
-        "softmax_cross_entropy": SoftmaxCurvature,
-        "squared_error": squared_error,
-        "sigmoid_cross_entropy": sigmoid_cross_entropy,
-    }[loss]
-    return closed_form(head, samples.feats, samples.shares)
-
-
-def read_samples(
-    params: HeadParams, feats: ArrayLike, labels: ArrayLike, loss: Loss, weights: ArrayLike | None
+    tile_size: int | None = None,
 ) -> tuple[LinearHead, Samples]:
     """Reads and checks what a public metric is given.
 
     Raises:
         TypeError: `loss` is neither a name nor a callable; labels of one class a sample are not integers.
-        ValueError: `loss` is an unknown name or returns no scalar, or `labels` does not fit the outputs.
+        ValueError: `loss` is an unknown name or returns no scalar, or `labels` does not fit the outputs; or there is a
+            `tile_size` below 1, or one of another loss than softmax cross-entropy.
     """
+    if tile_size is not None and loss != "softmax_cross_entropy":
+        raise ValueError(f"tile_size is {tile_size}, but only softmax_cross_entropy is read in tiles: leave it out")
+    check_tile_size(tile_size)
     head = linear_head(params)
     # Of what a label means to a callable nothing is known.
     ignored_label = None if callable(loss) else IGNORED_LABEL
@@ -99,6 +62,18 @@ def read_samples(
         # The targets enter the Hessian through their sum alone: ℓ = Σ_s y_s (logsumexp z − z_s).
         samples = samples._replace(weights=samples.weights * jnp.sum(samples.labels, axis=1))
     return head, samples
+
+
+def check_tile_size(tile_size: int | None) -> None:
+    """Raises a TypeError for what is no integer, and a ValueError for one below 1."""
+    if tile_size is None:
+        return
+    if not isinstance(tile_size, numbers.Integral) or isinstance(tile_size, bool):
+        raise TypeError(
+            f"tile_size is a {type(tile_size).__name__}, wanted a number of rows, static under jit, or None"
+        )
+    if tile_size < 1:
+        raise ValueError(f"tile_size is {tile_size}, wanted at least 1 row, or None")
 
 
 def _mark_labels(samples: Samples, num_outputs: int) -> Samples:

@@ -14,9 +14,10 @@ from jaxtyping import Array, Float, Integer
 
 from flatjax.core.sharding import varying_like
 from flatjax.flatness.frame import Frame, frame_of, unit_of
+from flatjax.flatness.inputs import check_tile_size
 from flatjax.flatness.parts import AxisNames, SplitHead, map_parts, split, total
 from flatjax.flatness.tiled.online_softmax import OnlineSoftmax, merged
-from flatjax.flatness.tiled.tiles import Tile, check_tile_size, rows_of, take_rows, tile, tile_indices
+from flatjax.flatness.tiled.tiles import Tile, rows_of, take_rows, tile, tile_indices
 from flatjax.heads import LinearHead
 
 LOGITS_AT_ONCE = 2**22
@@ -38,12 +39,14 @@ class Readout(NamedTuple):
 def read_out(
     head: LinearHead,
     feats: Float[Array, "n m"],
-    labels: Integer[Array, " n"],
+    labels: Integer[Array, " n"] | None = None,
     *,
     tile_size: int | None = None,
     axis_names: AxisNames = (),
 ) -> Readout:
     """Reads a head in tiles of `tile_size` rows; inside a `jax.shard_map`, a head split by rows along `axis_names`.
+
+    The losses alone depend on the labels: without `labels` they are those of class 0.
 
     Raises:
         TypeError: `tile_size` is no integer.
@@ -54,6 +57,8 @@ def read_out(
     parts = split(head, axis_names, feats)
     frame = frame_of(parts, feats, unit)
     feats = feats * frame.unit
+    if labels is None:
+        labels = jnp.zeros_like(feats[:, 0], int)
     num_parts = len(parts.bias)
     if tile_size is None:
         tile_size = max(FEWEST_ROWS, num_parts * LOGITS_AT_ONCE // len(feats))

@@ -1,6 +1,5 @@
 """A head in tiles of rows, with the logits of the samples there, so that all logits need never be at once."""
 
-import numbers
 from typing import NamedTuple
 
 import jax
@@ -75,18 +74,6 @@ def rows_of(head: LinearHead, frame: Frame, outputs: Integer[Array, " n"]) -> Fl
 def tile_indices(head: LinearHead, tile_size: int, dtype: jnp.dtype) -> Integer[Array, " _"]:
     """Of the tiles that hold all rows, the last of them ragged."""
     return jnp.arange(-(-head.num_outputs // tile_size), dtype=dtype)
-
-
-def check_tile_size(tile_size: int | None) -> None:
-    """Raises a TypeError for what is no integer, and a ValueError for one below 1."""
-    if tile_size is None:
-        return
-    if not isinstance(tile_size, numbers.Integral) or isinstance(tile_size, bool):
-        raise TypeError(
-            f"tile_size is a {type(tile_size).__name__}, wanted a number of rows, static under jit, or None"
-        )
-    if tile_size < 1:
-        raise ValueError(f"tile_size is {tile_size}, wanted at least 1 row, or None")
 
 
 def _start(head: LinearHead, tile_size: int, i: Integer[Array, ""]) -> Integer[Array, ""]:
