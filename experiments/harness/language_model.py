@@ -21,9 +21,8 @@ from flatjax import cross_entropy, cross_entropy_and_flatness
 from flatjax.core.dtypes import computing_dtype
 from flatjax.core.trees import leaves_by_path, with_leaves
 from flatjax.curvature.vectors import random_signs
-from flatjax.layers.kernels import find_layers
-from flatjax.models import Decoder, DecoderConfig
-from flatjax.models.decoder.sharding import decoder_shardings
+from flatjax.layers import find_layers
+from flatjax.models import Decoder, DecoderConfig, decoder_shardings
 from harness.checkpoints import load_part
 from harness.text import Part
 

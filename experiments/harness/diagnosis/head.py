@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flatjax.core.dtypes import computing_dtype
-from flatjax.flatness.logit_sharpness import head_logit_sharpness
+from flatjax.flatness import head_logit_sharpness
 from flatjax.flatness.tiled.readout import read_out
 from flatjax.heads import HeadParams, linear_head
 from harness.diagnosis.quantities import BLOCKS, mean, quantity

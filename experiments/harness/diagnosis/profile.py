@@ -10,7 +10,7 @@ from flax import nnx
 
 from flatjax import Layer, cross_entropy, flatness_profile
 from flatjax.core.dtypes import computing_dtype
-from flatjax.layers.kernels import find_layers
+from flatjax.layers import find_layers
 from harness.diagnosis.head import kappa_of_batch
 from harness.diagnosis.quantities import BLOCKS, quantity
 from harness.diagnosis.reading import Network, Text
