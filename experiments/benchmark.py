@@ -32,7 +32,7 @@ from flatjax import (
     row_block_traces,
     simplified_relative_flatness,
 )
-from flatjax.flatness.vocabulary import FEWEST_ROWS, LOGITS_AT_ONCE
+from flatjax.flatness.tiled.readout import FEWEST_ROWS, LOGITS_AT_ONCE
 
 Batch = tuple[dict[str, jax.Array], jax.Array, jax.Array]
 

@@ -27,10 +27,8 @@ from harness.timing import side_by_side
 from harness.torch_peer import curvlinops_calls
 
 from flatjax import flatness_profile, layer_relative_flatness
-from flatjax.curvature.estimate import Estimate
-from flatjax.curvature.products import Hessian
-from flatjax.curvature.traces import trace
-from flatjax.layers.kernels import find_layers
+from flatjax.curvature import Estimate, Hessian, trace
+from flatjax.layers import find_layers
 
 
 def probes(num_probes: int = 16, seed: int = 0, seconds: float = 10, folder: Path = Path("runs/benchmark")) -> None:

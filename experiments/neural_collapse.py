@@ -50,9 +50,7 @@ from harness.profiles import in_forward_order
 from harness.runs import Record, RunFolder
 
 from flatjax import cross_entropy
-from flatjax.collapse.decisions import nc4
-from flatjax.collapse.layers import LayerMoments, init_layers, layer_reports, update_layers
-from flatjax.collapse.squared_error import central_path
+from flatjax.collapse import LayerMoments, central_path, init_layers, layer_reports, nc4, update_layers
 from flatjax.models import MLP, ResNet18
 
 Model = Literal["mlp", "resnet"]

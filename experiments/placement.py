@@ -40,7 +40,7 @@ from harness.profiles import to_record as profile_record
 from harness.runs import Record, RunFolder
 
 from flatjax import cross_entropy, flatness_profile
-from flatjax.layers.kernels import find_layers
+from flatjax.layers import find_layers
 from flatjax.models import MLP, ResNet18, ViT
 
 

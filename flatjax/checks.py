@@ -7,9 +7,9 @@ from jax.experimental import checkify
 from jax.typing import ArrayLike
 from jaxtyping import Float, Shaped
 
-from flatjax.flatness.losses import Loss, read_samples
+from flatjax.core.metric import metric
+from flatjax.flatness.inputs import Loss, read_samples
 from flatjax.heads import HeadParams
-from flatjax.metric import metric
 
 
 @metric(compiled=False)

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 
-from flatjax.arrays import one_number
-from flatjax.curvature.vectors import sum_dtype
-from flatjax.metric import metric
+from flatjax.core.arrays import one_number
+from flatjax.core.dtypes import computing_dtype
+from flatjax.core.metric import metric
+from flatjax.core.sharding import automatic
 from flatjax.samples import IGNORED_LABEL, widened
-from flatjax.sharding import automatic
 
 
 @metric(placed="as it comes")
@@ -124,7 +124,7 @@ def _targets(
     if is_of_classes:
         labels = widened(labels)
         is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
-        return labels == IGNORED_LABEL, jnp.any(is_label, axis=-1), is_label.astype(sum_dtype(logits))
-    targets = labels.astype(sum_dtype((logits, labels)))
+        return labels == IGNORED_LABEL, jnp.any(is_label, axis=-1), is_label.astype(computing_dtype(logits))
+    targets = labels.astype(computing_dtype((logits, labels)))
     is_good = jnp.all((targets >= 0) & jnp.isfinite(targets), axis=-1)
     return jnp.zeros_like(is_good), is_good, targets

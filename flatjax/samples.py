@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Shaped
 
+from flatjax.core.dtypes import computing_dtype
 from flatjax.heads import LinearHead
 
 IGNORED_LABEL = -100
@@ -113,7 +114,7 @@ def flatten_samples(
     if not any(jnp.issubdtype(weights.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
         raise TypeError(f"weights has dtype {weights.dtype}, wanted a real one")
 
-    dtype = _computing_dtype(head.matrix, head.bias, feats, labels, weights)
+    dtype = computing_dtype(head.matrix, head.bias, feats, labels, weights)
     n = feats.size // num_features
     feats, weights = feats.astype(dtype).reshape(n, num_features), weights.astype(dtype).reshape(n)
     labels = widened(labels).reshape(n, *labels.shape[len(leading) :])
@@ -157,10 +158,6 @@ def _seem_good(labels: Shaped[Array, "n ..."], counts: Bool[Array, " n"], *, of_
     least = jnp.min(jnp.where(counts[:, None], values, info.max), axis=0)
     most = jnp.max(jnp.where(counts[:, None], values, info.min), axis=0)
     return jnp.all((values >= least[None]) & (values <= most[None]), axis=1)
-
-
-def _computing_dtype(*arrays: Shaped[Array, "..."]) -> jnp.dtype:
-    return jnp.dtype(jnp.float64 if any(array.dtype == jnp.float64 for array in arrays) else jnp.float32)
 
 
 def widened(labels: Shaped[Array, "..."]) -> Shaped[Array, "..."]:

@@ -12,12 +12,14 @@ from harness.calls import Call, public_calls
 
 import flatjax
 import flatjax.collapse
+import flatjax.flatness
 import flatjax.representations
 
 PUBLIC = {
     name: getattr(module, name)
-    for module in (flatjax, flatjax.collapse, flatjax.representations)
-    for name in getattr(module, "__all__", [name for name in vars(module) if not name.startswith("_")])
+    for module in (flatjax, flatjax.collapse, flatjax.flatness, flatjax.representations)
+    for name in dir(module)
+    if not name.startswith("_")
 }
 
 

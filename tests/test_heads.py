@@ -10,7 +10,7 @@ import pytest
 from flax import linen, nnx
 from flax.core import freeze
 
-from flatjax.arrays import as_arrays
+from flatjax.core.arrays import as_arrays
 from flatjax.heads import head_arrays, linear_head
 
 KERNEL = np.arange(12.0).reshape(4, 3)

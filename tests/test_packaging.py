@@ -1,5 +1,10 @@
-"""The package says which it is, and an editable install is found from the folder that holds the clone."""
+"""The package says which it is and what is in it, and an editable install is found from the folder of the clone."""
 
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +24,49 @@ def test_the_version_is_that_of_the_package():
     assert "version" in project["project"]["dynamic"]
     assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "flatjax.__version__"}
     assert flatjax.__version__.count(".") == 2
+
+
+def modules() -> list[str]:
+    return ["flatjax", *(module.name for module in pkgutil.walk_packages(flatjax.__path__, "flatjax."))]
+
+
+def test_every_module_is_imported_and_says_what_it_is():
+    assert len(modules()) > 90
+    for name in modules():
+        assert ast.get_docstring(ast.parse(inspect.getsource(importlib.import_module(name)))), name
+
+
+PUBLIC_FOLDERS = [
+    module.name for module in pkgutil.iter_modules(flatjax.__path__) if module.ispkg and module.name != "core"
+]
+
+
+def test_the_map_of_the_package_names_every_folder_and_what_one_starts_with():
+    assert PUBLIC_FOLDERS
+    for folder in PUBLIC_FOLDERS:
+        assert f"* `flatjax.{folder}`:" in flatjax.__doc__
+    start, _ = flatjax.__doc__.split("The folders")
+    named = re.findall(r"`(\w+)`", start)
+    assert len(named) == 10 + 1  # with the record that one of them takes
+    assert all(callable(getattr(flatjax, name)) for name in named)
+
+
+def test_what_dir_lists_is_public():
+    names = {name for name in dir(flatjax) if not name.startswith("__")} - {"jaxtyping"}  # which the tests import there
+    folders = {name for name in names if inspect.ismodule(getattr(flatjax, name))}
+    assert folders == set(PUBLIC_FOLDERS)
+    others = [getattr(flatjax, name) for name in names - folders]
+    assert all(inspect.isfunction(value) or inspect.isclass(value) for value in others)
+
+
+@pytest.mark.parametrize("folder", PUBLIC_FOLDERS)
+def test_a_folder_exports_its_public_names_and_each_by_its_own_name(folder):
+    package = importlib.import_module(f"flatjax.{folder}")
+    body = ast.parse(inspect.getsource(package)).body
+    exports = [alias for node in body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    assert exports
+    assert all(alias.name == alias.asname for alias in exports)
+    assert all(not inspect.ismodule(getattr(package, alias.name)) for alias in exports)
 
 
 def test_a_clone_beside_which_python_starts_does_not_hide_the_editable_install(tmp_path):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flatjax.pairwise import squared_distances
+from flatjax.core.distances import squared_distances
 from harness.pushes import Quantity
 
 Head = dict[str, jax.Array]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 import flatjax
 from flatjax import collapse, representations
-from flatjax.flatness.logit_sharpness import head_logit_sharpness
+from flatjax.flatness import head_logit_sharpness
 
 
 class Call(NamedTuple):

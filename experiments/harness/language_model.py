@@ -18,12 +18,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flatjax import cross_entropy, cross_entropy_and_flatness
-from flatjax.curvature.leaves import leaves_by_path, with_leaves
+from flatjax.core.dtypes import computing_dtype
+from flatjax.core.trees import leaves_by_path, with_leaves
 from flatjax.curvature.vectors import random_signs
-from flatjax.layers.kernels import find_layers
-from flatjax.models import Decoder, DecoderConfig
-from flatjax.models.decoder_sharding import decoder_shardings
-from flatjax.models.precision import at_least_float32
+from flatjax.layers import find_layers
+from flatjax.models import Decoder, DecoderConfig, decoder_shardings
 from harness.checkpoints import load_part
 from harness.text import Part
 
@@ -49,7 +48,7 @@ class Network(NamedTuple):
 
     def loss(self, params: State, windows: jax.Array) -> jax.Array:
         logits = self.model(params)(windows[:, :-1])
-        return cross_entropy(logits.astype(at_least_float32(logits.dtype)), windows[:, 1:]).mean()
+        return cross_entropy(logits.astype(computing_dtype(logits)), windows[:, 1:]).mean()
 
 
 def network(config: DecoderConfig, seed: int, dtype: Any = jnp.float32) -> tuple[Network, State]:

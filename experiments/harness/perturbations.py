@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from flatjax.curvature.leaves import Tree, leaves_by_path, with_leaves
-from flatjax.layers.kernels import find_layers
+from flatjax.core.trees import Tree, leaves_by_path, with_leaves
+from flatjax.layers import find_layers
 
 
 def with_noise(params: Tree, key: jax.Array, size: jax.Array) -> Tree:

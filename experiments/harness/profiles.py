@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from flatjax.curvature.estimate import Estimate
+from flatjax.curvature import Estimate
 from harness.runs import Record
 
 Profile = Mapping[str, Any]

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from flatjax.collapse.moments import ClassMoments, check_moments
-from flatjax.double import Double
+from flatjax.core.double_word import Double
+from flatjax.core.integers import whole_number
+from flatjax.core.sharding import axis_names, sum_over_devices
+from flatjax.core.units import unit_near
 from flatjax.heads import HeadParams, LinearHead, linear_head
-from flatjax.integers import whole_number
-from flatjax.sharding import axis_names, sum_over_devices
-from flatjax.units import unit_near
 
 AxisName = str | tuple[str, ...] | None
 """Of a `jax.shard_map`, along which the classes are split."""

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from flatjax.sharding import sum_over_devices
-from flatjax.units import root_of_squares
+from flatjax.core.sharding import sum_over_devices
+from flatjax.core.units import root_of_squares
 
 
 class Inverse(NamedTuple):

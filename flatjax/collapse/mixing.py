@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Integer, Key, Shaped
 
-from flatjax import results
-from flatjax.collapse.geometry import row_norms
+from flatjax.collapse.nc2_geometry import row_norms
+from flatjax.core import results
+from flatjax.core.metric import metric
 from flatjax.heads import HeadParams, linear_head
-from flatjax.metric import metric
 from flatjax.samples import check_one_class_a_sample, flatten_samples, mark_class_labels
 
 

@@ -18,10 +18,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
 from flatjax.collapse.batch import Batch, read_batch
-from flatjax.double import Double
-from flatjax.integers import whole_number
-from flatjax.metric import metric
-from flatjax.sharding import axis_names
+from flatjax.core.double_word import Double
+from flatjax.core.integers import whole_number
+from flatjax.core.metric import metric
+from flatjax.core.sharding import axis_names
 
 
 class ClassMoments(NamedTuple):

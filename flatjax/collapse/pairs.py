@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from flatjax.double import Double
-from flatjax.integers import whole_number
-from flatjax.pairwise import products_between, squared_distances_between
-from flatjax.sharding import num_devices, sum_over_devices, varying_like
+from flatjax.core.distances import products_between, squared_distances_between
+from flatjax.core.double_word import Double
+from flatjax.core.integers import whole_number
+from flatjax.core.sharding import num_devices, sum_over_devices, varying_like
 
 TILE_SIZE = 512
 """At which a product of matrices of some hundred columns is as fast as a larger one."""

@@ -5,15 +5,15 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from flatjax import results
 from flatjax.collapse.class_means import AxisName, ClassMeans, class_means, classifier
-from flatjax.collapse.duality import duality_variation, self_duality
-from flatjax.collapse.geometry import cosine_statistics, distance_to_etf, least_distance_to_etf, norm_variation
 from flatjax.collapse.moments import ClassMoments
-from flatjax.collapse.uniformity import log_distances
-from flatjax.collapse.variability import square_within_means, sum_of_cdnv
+from flatjax.collapse.nc1_variability import square_within_means, sum_of_cdnv
+from flatjax.collapse.nc2_geometry import cosine_statistics, distance_to_etf, least_distance_to_etf, norm_variation
+from flatjax.collapse.nc2_uniformity import log_distances
+from flatjax.collapse.nc3_duality import duality_variation, self_duality
+from flatjax.core import results
+from flatjax.core.metric import metric
 from flatjax.heads import HeadParams, LinearHead
-from flatjax.metric import metric
 
 
 class CollapseReport(NamedTuple):

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Real
 
-from flatjax import results
 from flatjax.collapse.moments import ClassMoments, check_moments
+from flatjax.core import results
+from flatjax.core.dtypes import computing_dtype
+from flatjax.core.metric import metric
 from flatjax.heads import HeadParams, linear_head
-from flatjax.metric import metric
 
 
 class SquaredErrorDecomposition(NamedTuple):
@@ -217,8 +218,7 @@ def _moments(
         if array.shape != wanted:
             raise ValueError(f"{name} has shape {array.shape}, wanted {wanted}, as means has {means.shape}")
 
-    arrays = (means, within, masses, *of_head)
-    dtype = jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32
+    dtype = computing_dtype(means, within, masses, *of_head)
     within, masses, decay = (x.astype(dtype) for x in (within, masses, decay))
     decay = jnp.where(decay < 0, jnp.nan, decay)
     means = jnp.where(masses[:, None] == 0, 0, means.astype(dtype))

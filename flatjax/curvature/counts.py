@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
-from flatjax.metric import metric
+from flatjax.core.dtypes import computing_dtype
+from flatjax.core.metric import metric
 from flatjax.samples import IGNORED_LABEL, widened
 
 
@@ -70,7 +71,7 @@ def _total(labels: Shaped[ArrayLike, "..."], weights: Shaped[ArrayLike, "..."] |
     if weights is None:
         return jnp.sum(counts, dtype=jnp.int32).astype(jnp.float32)
     weights = jnp.asarray(weights)
-    wide = weights.astype(jnp.float64 if weights.dtype == jnp.float64 else jnp.float32)
+    wide = weights.astype(computing_dtype(weights))
     return jnp.sum(jnp.where(counts, wide, 0))
 
 

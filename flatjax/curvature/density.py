@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Key
 
-from flatjax import results
+from flatjax.core import results
+from flatjax.core.integers import whole_number
 from flatjax.curvature.estimate import check_num_probes, mean_of
 from flatjax.curvature.lanczos import Tridiagonal, lanczos
 from flatjax.curvature.products import Curvature
-from flatjax.integers import whole_number
 
 _REACH = 6
 """Of the grid beyond the outermost nodes, in widths of a Gaussian; 1e-9 of its mass is further out."""

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from flatjax import results
-from flatjax.integers import whole_number
-from flatjax.units import unit_near
+from flatjax.core import results
+from flatjax.core.integers import whole_number
+from flatjax.core.units import unit_near
 
 
 class Estimate(NamedTuple):

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Key
 
-from flatjax.curvature.leaves import Tree
+from flatjax.core.dtypes import computing_dtype
+from flatjax.core.integers import whole_number
+from flatjax.core.trees import Tree
 from flatjax.curvature.products import Curvature
 from flatjax.curvature.vectors import (
     at,
@@ -18,11 +20,9 @@ from flatjax.curvature.vectors import (
     num_entries,
     orthonormalised,
     scale,
-    sum_dtype,
     with_vector,
     zeros_stack,
 )
-from flatjax.integers import whole_number
 
 
 class Tridiagonal(NamedTuple):
@@ -148,7 +148,7 @@ def extreme_eigenpairs(
 def _start(like: Tree, key: Key[Array, ""], steps: Integer[Array, " k"]) -> Tridiagonal:
     first = normal_like(like, key)
     basis = with_vector(zeros_stack(like, len(steps)), 0, scale(1 / norm(first), first))
-    zeros = jnp.zeros(len(steps), sum_dtype(like))
+    zeros = jnp.zeros(len(steps), computing_dtype(like))
     return Tridiagonal(zeros, zeros, basis)
 
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
+from flatjax.core.integers import whole_number
 from flatjax.curvature.estimate import Estimate, check_num_probes
 from flatjax.curvature.vectors import norm
-from flatjax.integers import whole_number
 
 State = TypeVar("State")
 

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from flatjax.curvature.convolutions import with_convolutions_in_order
-from flatjax.curvature.leaves import Tree, chosen_leaves, leaf_path, with_leaves
-from flatjax.integers import whole_number
+from flatjax.core.dtypes import computing_dtype
+from flatjax.core.integers import whole_number
+from flatjax.core.trees import Tree, chosen_leaves, leaf_path, with_leaves
+from flatjax.curvature.jaxprs import with_convolutions_in_order
 
 LossFn = Callable[..., jax.Array]
 """`(params, *batch) -> scalar`, the mean over the samples of a batch."""
@@ -234,7 +235,7 @@ def _like(params: Tree, paths: tuple[str, ...] | None) -> Tree:
 
     def widened(leaf: ArrayLike) -> jax.Array:
         leaf = jnp.asarray(leaf)
-        return leaf.astype(jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32)
+        return leaf.astype(computing_dtype(leaf))
 
     return jax.tree.map(widened, chosen_leaves(params, paths))
 

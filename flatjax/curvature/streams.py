@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from flatjax.core.trees import Tree
 from flatjax.curvature.counts import counted
-from flatjax.curvature.leaves import Tree
 from flatjax.curvature.products import Curvature, given, itself
 
 

@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from flatjax.core.dtypes import computing_dtype
+from flatjax.core.integers import whole_number
+from flatjax.core.trees import Tree
+from flatjax.core.units import root_of_squares
 from flatjax.curvature.estimate import Estimate, mean_of
-from flatjax.curvature.leaves import Tree
 from flatjax.curvature.probes import estimated
 from flatjax.curvature.products import Curvature
-from flatjax.curvature.vectors import inner_product, rademacher_like, sum_dtype
+from flatjax.curvature.vectors import inner_product, rademacher_like
 from flatjax.curvature.xtrace import empty_sketch, extended, trace_of
-from flatjax.integers import whole_number
-from flatjax.units import root_of_squares
 
 
 def trace(
@@ -78,7 +79,7 @@ def trace(
             more = curvature.forms(rademacher_like, inner_product, keys, chunk_size=chunk_size)
             return jnp.concatenate([samples, more])
 
-        return estimated(add, mean_of, jnp.zeros(0, sum_dtype(curvature.like)), key, **options)
+        return estimated(add, mean_of, jnp.zeros(0, computing_dtype(curvature.like)), key, **options)
     if method == "xtrace":
         return estimated(
             lambda sketch, keys: extended(curvature, sketch, keys, chunk_size=chunk_size),

@@ -13,20 +13,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer, Key
 
-from flatjax.curvature.leaves import Tree
-from flatjax.sharding import explicit_mesh, placed_like
-from flatjax.units import unit_near
+from flatjax.core.dtypes import computing_dtype
+from flatjax.core.sharding import explicit_mesh, placed_like
+from flatjax.core.trees import Tree
+from flatjax.core.units import unit_near
 
 
 def num_entries(like: Tree) -> int:
     """Of one vector."""
     return sum(leaf.size for leaf in jax.tree.leaves(like))
-
-
-def sum_dtype(like: Tree) -> jnp.dtype:
-    """Of inner products: the widest of the leaves', float32 at least."""
-    dtypes = [leaf.dtype for leaf in jax.tree.leaves(like)]
-    return jnp.dtype(jnp.float64 if jnp.float64 in dtypes else jnp.float32)
 
 
 def rademacher_like(like: Tree, key: Key[Array, ""]) -> Tree:
@@ -60,7 +55,7 @@ def random_signs(key: Key[Array, ""], shape: tuple[int, ...], dtype: DTypeLike) 
 
 def inner_product(x: Tree, y: Tree) -> Float[Array, ""]:
     """⟨x, y⟩."""
-    dtype = sum_dtype(x)
+    dtype = computing_dtype(x)
     terms = jax.tree.map(lambda a, b: jnp.sum(a.astype(dtype) * b.astype(dtype)), x, y)
     return sum(jax.tree.leaves(terms), start=jnp.zeros((), dtype))
 
@@ -86,7 +81,7 @@ def scale(factor: Float[Array, ""], x: Tree) -> Tree:
 
 def inner_products(xs: Tree, ys: Tree) -> Float[Array, "k l"]:
     """⟨x_i, y_j⟩ of two stacks."""
-    dtype = sum_dtype(xs)
+    dtype = computing_dtype(xs)
 
     def of_leaf(a: Array, b: Array) -> Float[Array, "k l"]:
         axes = tuple(range(1, a.ndim))
@@ -141,7 +136,7 @@ def orthonormalised(x: Tree, basis: Tree, key: Key[Array, ""]) -> tuple[Tree, Fl
 
 def _without(x: Tree, basis: Tree, times: int) -> tuple[Tree, Float[Array, " k"]]:
     """x less its part in a basis, taken away several times, as once leaves rounding errors; and that part."""
-    total = jnp.zeros(len(jax.tree.leaves(basis)[0]), sum_dtype(x))
+    total = jnp.zeros(len(jax.tree.leaves(basis)[0]), computing_dtype(x))
     for _ in range(times):
         coefficients = inner_products(basis, jax.tree.map(lambda leaf: leaf[None], x))
         x = jax.tree.map(lambda leaf, along: leaf - along[0], x, combinations(coefficients, basis))
@@ -151,7 +146,7 @@ def _without(x: Tree, basis: Tree, times: int) -> tuple[Tree, Float[Array, " k"]
 
 def _in_units_of_the_largest(x: Tree) -> tuple[Float[Array, ""], Tree]:
     """The unit, and x in it: numbers of which the squares can be summed."""
-    dtype = sum_dtype(x)
+    dtype = computing_dtype(x)
     sizes = [jnp.max(jnp.abs(leaf), initial=0).astype(dtype) for leaf in jax.tree.leaves(x)]
     unit = unit_near(functools.reduce(jnp.maximum, sizes, jnp.zeros((), dtype)))
     return unit, jax.tree.map(lambda leaf: leaf.astype(dtype) / unit, x)

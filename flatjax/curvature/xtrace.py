@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from flatjax.core.dtypes import computing_dtype
+from flatjax.core.trees import Tree
+from flatjax.core.units import unit_near
 from flatjax.curvature.estimate import Estimate, mean_of
-from flatjax.curvature.leaves import Tree
 from flatjax.curvature.products import Curvature
 from flatjax.curvature.vectors import (
     inner_products,
@@ -17,11 +19,9 @@ from flatjax.curvature.vectors import (
     num_entries,
     orthonormalised,
     scale,
-    sum_dtype,
     with_vector,
     zeros_stack,
 )
-from flatjax.units import unit_near
 
 
 class Sketch(NamedTuple):
@@ -39,7 +39,7 @@ class Sketch(NamedTuple):
 def empty_sketch(like: Tree) -> Sketch:
     """Of no test vectors."""
     empty = zeros_stack(like, 0)
-    return Sketch(empty, empty, jnp.zeros((0, 0), sum_dtype(like)), empty)
+    return Sketch(empty, empty, jnp.zeros((0, 0), computing_dtype(like)), empty)
 
 
 def extended(curvature: Curvature, sketch: Sketch, keys: Key[Array, " l"], *, chunk_size: int) -> Sketch:

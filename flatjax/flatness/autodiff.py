@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from flatjax.core.units import unit_near
 from flatjax.heads import LinearHead
-from flatjax.units import unit_near
 
 _ELEMENTS_IN_FLIGHT = 2**24
 """Directions are vmapped in chunks of so many logits, that memory does not grow with their number."""

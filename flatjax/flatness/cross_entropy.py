@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer, Shaped
 
+from flatjax.core.metric import metric
+from flatjax.core.sharding import axis_names, sum_over_devices, varying_axes
 from flatjax.flatness.frame import unit_of
-from flatjax.flatness.vocabulary import read_out
+from flatjax.flatness.tiled.readout import read_out
 from flatjax.heads import HeadParams, linear_head
-from flatjax.metric import metric
 from flatjax.samples import check_one_class_a_sample, flatten_samples, mark_class_labels
-from flatjax.sharding import axis_names, sum_over_devices, varying_axes
 
 
 @metric

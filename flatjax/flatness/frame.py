@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flatjax.curvature.vectors import sum_dtype
+from flatjax.core.dtypes import computing_dtype
+from flatjax.core.units import unit_near
 from flatjax.flatness.parts import AxisNames, SplitHead, split
 from flatjax.heads import LinearHead
-from flatjax.units import unit_near
 
 
 class Frame(NamedTuple):
@@ -28,7 +28,7 @@ class Frame(NamedTuple):
 def unit_of(head: LinearHead, axis_names: AxisNames = ()) -> Float[Array, ""]:
     """A power of two in whose units the largest weight is `_LARGEST`, of the rows of all devices along `axis_names`."""
     largest = jnp.max(jnp.abs(jax.lax.stop_gradient(head.matrix)))
-    largest = largest.astype(sum_dtype(largest))
+    largest = largest.astype(computing_dtype(largest))
     if axis_names:
         largest = jax.lax.pmax(largest, axis_names)
     least = float(jnp.finfo(largest.dtype).tiny) * _LARGEST

@@ -8,16 +8,17 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer, Shaped
 
-from flatjax import results
+from flatjax.core import results
+from flatjax.core.metric import metric
+from flatjax.core.sharding import varying_like
 from flatjax.flatness.frame import frame_of, unit_of
-from flatjax.flatness.other_outputs import OtherOutputs
+from flatjax.flatness.inputs import check_tile_size
 from flatjax.flatness.parts import map_parts, split
-from flatjax.flatness.tiles import check_tile_size, rows_of, tile, tile_indices
-from flatjax.flatness.vocabulary import FEWEST_ROWS, LOGITS_AT_ONCE
+from flatjax.flatness.tiled.other_outputs import OtherOutputs
+from flatjax.flatness.tiled.readout import FEWEST_ROWS, LOGITS_AT_ONCE
+from flatjax.flatness.tiled.tiles import rows_of, tile, tile_indices
 from flatjax.heads import HeadParams, LinearHead, linear_head
-from flatjax.metric import metric
 from flatjax.samples import Samples, check_one_class_a_sample, flatten_samples, mark_class_labels
-from flatjax.sharding import varying_like
 
 
 class LogitSharpness(NamedTuple):

@@ -17,8 +17,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
+from flatjax.core.sharding import num_devices, sum_over_devices
 from flatjax.heads import LinearHead
-from flatjax.sharding import num_devices, sum_over_devices
 
 AxisNames = tuple[str, ...]
 """Axes of the mesh of a `jax.shard_map`."""

@@ -5,10 +5,17 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
+from flatjax.core.metric import metric
+from flatjax.flatness.autodiff import AutodiffCurvature
 from flatjax.flatness.frame import unit_for, unit_of
-from flatjax.flatness.losses import Loss, logit_curvature, read_samples, summed_curvature
-from flatjax.heads import HeadParams
-from flatjax.metric import metric
+from flatjax.flatness.inputs import Loss, read_samples
+from flatjax.flatness.separable import SeparableCurvature, sigmoid_cross_entropy, squared_error
+from flatjax.flatness.softmax import SoftmaxCurvature, TiledSoftmaxCurvature, reads_in_tiles
+from flatjax.heads import HeadParams, LinearHead
+from flatjax.samples import Samples
+
+LogitCurvature = SoftmaxCurvature | SeparableCurvature | AutodiffCurvature
+"""The Hessians G_i (d, d) of a loss in the logits, and their sums over samples of shares e_i."""
 
 
 @metric
@@ -78,7 +85,8 @@ def relative_flatness(
     References:
         Petzka, Kamp, Adilova, Sminchisescu, Boley: *Relative Flatness and Generalization*, NeurIPS 2021.
     """
-    return summed_curvature(params, feats, labels, loss, weights, tile_size).relative_flatness()
+    head, samples = read_samples(params, feats, labels, loss, weights, tile_size)
+    return _summed_curvature(head, samples, loss, tile_size).relative_flatness()
 
 
 @metric
@@ -111,7 +119,8 @@ def simplified_relative_flatness(
     References:
         Adilova, Abourayya, Li, Dada, Petzka, Egger, Kleesiek, Kamp: *FAM: Relative Flatness Aware Minimization*, 2023.
     """
-    return summed_curvature(params, feats, labels, loss, weights, tile_size).simplified_flatness()
+    head, samples = read_samples(params, feats, labels, loss, weights, tile_size)
+    return _summed_curvature(head, samples, loss, tile_size).simplified_flatness()
 
 
 @metric
@@ -145,7 +154,7 @@ def max_relative_flatness(
         Petzka, Kamp, Adilova, Sminchisescu, Boley: *Relative Flatness and Generalization*, NeurIPS 2021.
     """
     head, samples = read_samples(params, feats, labels, loss, weights)
-    curvature = logit_curvature(head, samples, loss, unit_of(head))
+    curvature = _curvature(head, samples, loss, unit_of(head))
     measures = curvature.shares[:, None] * curvature.diagonal()
     unit = unit_for(curvature.feats)
     feats = curvature.feats * unit
@@ -197,4 +206,29 @@ def row_block_traces(
     head, samples = read_samples(params, feats, labels, loss, weights)
     unit = unit_for(samples.feats)
     # Divided twice by the unit it would be divided by its square, which overflows.
-    return logit_curvature(head, samples, loss, unit).block_traces() * (1 / unit) * (1 / unit)
+    return _curvature(head, samples, loss, unit).block_traces() * (1 / unit) * (1 / unit)
+
+
+def _summed_curvature(
+    head: LinearHead, samples: Samples, loss: Loss, tile_size: int | None
+) -> LogitCurvature | TiledSoftmaxCurvature:
+    """The curvature where κ and κ̂ alone are asked for: of a large softmax head, without its logits."""
+    if loss == "softmax_cross_entropy" and reads_in_tiles(head, len(samples.feats), tile_size):
+        return TiledSoftmaxCurvature(head, samples.feats, samples.shares, tile_size)
+    return _curvature(head, samples, loss, unit_of(head))
+
+
+def _curvature(head: LinearHead, samples: Samples, loss: Loss, unit: Float[Array, ""]) -> LogitCurvature:
+    """The curvature with the weights divided by `unit` and the features times it, so that no square overflows."""
+    dtype = samples.feats.dtype
+    unit = unit.astype(dtype)
+    head = LinearHead(head.matrix.astype(dtype) / unit, head.bias.astype(dtype), head.rows_axis)
+    feats = samples.feats * unit
+    if callable(loss):
+        return AutodiffCurvature(loss, head, feats, samples.labels, samples.shares)
+    closed_form = {
+        "softmax_cross_entropy": SoftmaxCurvature,
+        "squared_error": squared_error,
+        "sigmoid_cross_entropy": sigmoid_cross_entropy,
+    }[loss]
+    return closed_form(head, feats, samples.shares)

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, Shaped
 
-from flatjax.arrays import a_key, one_number
+from flatjax.core.arrays import a_key, one_number
+from flatjax.core.metric import metric
 from flatjax.curvature.estimate import Estimate, mean_of
 from flatjax.flatness.frame import framed
-from flatjax.flatness.losses import Loss, read_samples
+from flatjax.flatness.inputs import Loss, read_samples
 from flatjax.heads import HeadParams
-from flatjax.metric import metric
 
 
 @metric

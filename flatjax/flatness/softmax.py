@@ -17,11 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
+from flatjax.core.distances import squared_distances_around
 from flatjax.flatness.frame import framed, mean_by_importance, unit_of
-from flatjax.flatness.tiles import check_tile_size
-from flatjax.flatness.vocabulary import Readout, read_out
+from flatjax.flatness.tiled.readout import Readout, read_out
 from flatjax.heads import LinearHead
-from flatjax.pairwise import squared_distances_around
 
 MOST_LOGITS = 2**23
 """In memory at once, by choice."""
@@ -131,18 +130,11 @@ class TiledSoftmaxCurvature(NamedTuple):
         return jnp.sum(self.shares * (squares * squared_norm) * self._readout().traces)
 
     def _readout(self) -> Readout:
-        any_label = jnp.zeros_like(self.feats[:, 0], int)
-        return read_out(self.head, self.feats, any_label, tile_size=self.tile_size)
+        return read_out(self.head, self.feats, tile_size=self.tile_size)
 
 
 def reads_in_tiles(head: LinearHead, num_samples: int, tile_size: int | None) -> bool:
-    """Whether the logits are not to be in memory at once: if many, and larger than the features.
-
-    Raises:
-        TypeError: `tile_size` is no integer.
-        ValueError: `tile_size` is below 1.
-    """
-    check_tile_size(tile_size)
+    """Whether the logits are not to be in memory at once: if many, and larger than the features."""
     if tile_size is not None:
         return tile_size < head.num_outputs
     return head.num_outputs > head.num_features and num_samples * head.num_outputs > MOST_LOGITS

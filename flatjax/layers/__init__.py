@@ -1,1 +1,7 @@
-"""Relative flatness of any layer of any network."""
+"""Relative flatness of any layer of any network, and of all of them."""
+
+from flatjax.layers.flatness import layer_relative_flatness as layer_relative_flatness
+from flatjax.layers.kernels import Layer as Layer
+from flatjax.layers.kernels import find_layers as find_layers
+from flatjax.layers.profile import flatness_profile as flatness_profile
+from flatjax.layers.record import FlatnessProfile as FlatnessProfile

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
-from flatjax.curvature.convolutions import with_convolutions_in_order
-from flatjax.curvature.leaves import Tree
+from flatjax.core.sharding import gathered, placed_like
+from flatjax.core.trees import Tree
+from flatjax.curvature.jaxprs import with_convolutions_in_order
 from flatjax.curvature.products import Hessian
 from flatjax.curvature.vectors import random_signs
 from flatjax.layers.kernels import Layer
-from flatjax.layers.outputs import LayerOutputs
-from flatjax.sharding import gathered, placed_like
+from flatjax.layers.reading.outputs import LayerOutputs
 
 
 class LayerCurvature(NamedTuple):

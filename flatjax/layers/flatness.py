@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from flatjax.arrays import a_key
+from flatjax.core.arrays import a_key
+from flatjax.core.trees import Tree
 from flatjax.curvature.estimate import Estimate, check_num_probes, exactly, mean_of
-from flatjax.curvature.leaves import Tree
 from flatjax.layers.curvature import LayerCurvature
 from flatjax.layers.kernels import Layer, find_kernel
-from flatjax.layers.outputs import layer_outputs, try_layer_outputs
-from flatjax.layers.program import Program
-from flatjax.layers.readings import read_layer
+from flatjax.layers.reading.feature_axes import read_layer
+from flatjax.layers.reading.outputs import layer_outputs, try_layer_outputs
+from flatjax.layers.reading.program import Program
 
 
 def layer_relative_flatness(

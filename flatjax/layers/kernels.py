@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from flatjax.curvature.leaves import Tree, arrays_by_path
+from flatjax.core.trees import Tree, arrays_by_path
 
 
 class Layer(NamedTuple):

@@ -10,13 +10,13 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
-from flatjax.arrays import a_key
+from flatjax.core.arrays import a_key
+from flatjax.core.trees import Tree, leaves_by_path
 from flatjax.curvature.counts import num_samples
 from flatjax.curvature.estimate import Estimate, exactly
-from flatjax.curvature.leaves import Tree, leaves_by_path
 from flatjax.layers.kernels import Layer, find_kernel, find_layers
-from flatjax.layers.program import Program
-from flatjax.layers.readings import as_call, readable_kernels
+from flatjax.layers.reading.feature_axes import as_call, readable_kernels
+from flatjax.layers.reading.program import Program
 from flatjax.layers.record import FlatnessProfile
 from flatjax.layers.routes import Draws, Prober, plan_routes
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from flatjax import results
+from flatjax.core import results
 from flatjax.curvature.estimate import Estimate
 
 

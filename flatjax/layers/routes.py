@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
-from flatjax.curvature.leaves import Tree
+from flatjax.core.trees import Tree
 from flatjax.layers.curvature import LayerCurvature, joint_probes
 from flatjax.layers.kernels import Layer
-from flatjax.layers.outputs import LayerOutputs, layer_outputs, try_layer_outputs
-from flatjax.layers.program import Program
-from flatjax.layers.readings import MisreadKernelError, read_layer
+from flatjax.layers.reading.feature_axes import MisreadKernelError, read_layer
+from flatjax.layers.reading.outputs import LayerOutputs, layer_outputs, try_layer_outputs
+from flatjax.layers.reading.program import Program
 
 Group: TypeAlias = tuple[Layer, ...]
 """Layers that are probed together."""

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from flatjax.curvature.leaves import leaf_path
+from flatjax.core.trees import leaf_path
 from flatjax.loading.families import depth_key, family_of, read_config
 from flatjax.loading.files import existing, listed, read_object
 from flatjax.loading.folder import find_folder
@@ -21,9 +21,9 @@ from flatjax.loading.names import Published, is_no_parameter, number_of_layers, 
 from flatjax.loading.optional import optional
 from flatjax.loading.shapes import decoder_shapes
 from flatjax.loading.tensors import Tensors, stored
-from flatjax.models.decoder import Decoder
-from flatjax.models.decoder_config import DecoderConfig
-from flatjax.models.decoder_sharding import decoder_shardings
+from flatjax.models.decoder.config import DecoderConfig
+from flatjax.models.decoder.model import Decoder
+from flatjax.models.decoder.sharding import decoder_shardings
 
 
 def load_decoder(

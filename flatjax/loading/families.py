@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from flatjax.loading.files import listed, shown
 from flatjax.loading.values import Values
-from flatjax.models.decoder_config import DecoderConfig, RotaryScaling
+from flatjax.models.decoder.config import DecoderConfig, RotaryScaling
 
 Json = Mapping[str, Any]
 

@@ -5,7 +5,7 @@ So a checkpoint is held against its config.json before anything is made that is 
 
 from collections.abc import Iterator
 
-from flatjax.models.decoder_config import DecoderConfig
+from flatjax.models.decoder.config import DecoderConfig
 
 Shape = tuple[int, ...]
 

@@ -5,7 +5,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Integer
 
-from flatjax.arrays import as_arrays
+from flatjax.core.arrays import as_arrays
 from flatjax.samples import widened
 
 

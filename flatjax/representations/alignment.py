@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from flatjax import results
-from flatjax.metric import metric
+from flatjax.core import results
+from flatjax.core.metric import metric
 from flatjax.representations.projections import Projections
 
 

@@ -4,9 +4,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from flatjax.curvature.vectors import sum_dtype
-from flatjax.integers import whole_number
-from flatjax.metric import metric
+from flatjax.core.dtypes import computing_dtype
+from flatjax.core.integers import whole_number
+from flatjax.core.metric import metric
 from flatjax.representations.jacobians import SingularTriplets
 from flatjax.representations.projections import Projections
 
@@ -48,7 +48,7 @@ def block_coupling(first: Float[ArrayLike, "m m"], second: Float[ArrayLike, "m m
     top = whole_number(top, "top")
     if not 1 <= top <= len(first):
         raise ValueError(f"top is {top}, wanted 1 to {len(first)}, the features")
-    dtype = sum_dtype((first, second))
+    dtype = computing_dtype((first, second))
     first, second = first.astype(dtype), second.astype(dtype)
     sound = jnp.all(jnp.isfinite(first)) & jnp.all(jnp.isfinite(second))
     first, second = jnp.where(sound, first, jnp.nan), jnp.where(sound, second, 0)

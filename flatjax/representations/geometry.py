@@ -5,13 +5,13 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
-from flatjax.curvature.vectors import sum_dtype
-from flatjax.double import Double
+from flatjax.core.double_word import Double
+from flatjax.core.dtypes import computing_dtype
+from flatjax.core.metric import metric
+from flatjax.core.units import safe_sqrt
 from flatjax.heads import LinearHead
-from flatjax.metric import metric
 from flatjax.representations.spectrum import FIT_RANGE, RepresentationGeometry, geometry_of_spectrum
 from flatjax.samples import Samples, flatten_samples
-from flatjax.units import safe_sqrt
 
 
 @metric
@@ -114,7 +114,7 @@ def geometry_of_covariance(
         raise TypeError(f"covariance has dtype {covariance.dtype}, wanted a floating dtype")
     if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1] or 0 in covariance.shape:
         raise ValueError(f"covariance has shape {covariance.shape}, wanted (m, m)")
-    covariance = covariance.astype(sum_dtype(covariance))
+    covariance = covariance.astype(computing_dtype(covariance))
     m, epsilon = len(covariance), float(jnp.finfo(covariance.dtype).eps)
     size = jax.lax.stop_gradient(jnp.max(jnp.abs(covariance)))
     sound = jnp.isfinite(size) & (size > 0)

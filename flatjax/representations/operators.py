@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Integer
 
-from flatjax.curvature.vectors import sum_dtype
-from flatjax.integers import known_integer, whole_number
-from flatjax.metric import metric
+from flatjax.core.dtypes import computing_dtype
+from flatjax.core.integers import known_integer, whole_number
+from flatjax.core.metric import metric
 
 Block = Callable[[Array], Array]
 """(n, t, m) -> (n, t, m). If it is a pytree, as an `nnx.Module` is, its arrays are arguments of what is compiled."""
@@ -31,7 +31,7 @@ class ResidualJacobian:
 
     def __init__(self, point: Point):
         block, inputs, position = point
-        self.dtype = sum_dtype(inputs)
+        self.dtype = computing_dtype(inputs)
         self.num_features = inputs.shape[1]
 
         def at_position(x: Float[Array, " m"]) -> Float[Array, " m"]:

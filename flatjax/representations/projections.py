@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
 
-from flatjax import results
-from flatjax.integers import whole_number
-from flatjax.metric import metric
+from flatjax.core import results
+from flatjax.core.integers import whole_number
+from flatjax.core.metric import metric
 from flatjax.representations.jacobians import SingularTriplets
 from flatjax.representations.operators import (
     Block,

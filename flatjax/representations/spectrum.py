@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from flatjax import results
-from flatjax.integers import whole_number
+from flatjax.core import results
+from flatjax.core.integers import whole_number
 
 FIT_RANGE = (11, 98)
 """Of the eigenvalues, counted from 1, to which α-ReQ is fitted by default: that of the published code."""

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
-from flatjax.double import Double
-from flatjax.integers import whole_number
-from flatjax.metric import metric
+from flatjax.core.double_word import Double
+from flatjax.core.integers import whole_number
+from flatjax.core.metric import metric
+from flatjax.core.sharding import num_devices
+from flatjax.core.units import root_of_squares
 from flatjax.representations.geometry import centred, read_features, without_rounding
 from flatjax.representations.spectrum import FIT_RANGE, RepresentationGeometry, geometry_of_spectrum
-from flatjax.sharding import num_devices
-from flatjax.units import root_of_squares
 
 
 class FeatureSpectrum(NamedTuple):

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from flatjax.curvature.vectors import sum_dtype
-from flatjax.metric import metric
+from flatjax.core.dtypes import computing_dtype
+from flatjax.core.metric import metric
 
 
 @metric
@@ -98,7 +98,7 @@ def _checked(stream: ArrayLike, fewest_blocks: int) -> Float[Array, "l *n m"]:
             f"stream has shape {stream.shape}, wanted (l, ..., m), l at least {fewest_blocks + 1}: before the first "
             "block, and after each"
         )
-    return stream.astype(sum_dtype(stream))
+    return stream.astype(computing_dtype(stream))
 
 
 def _variation(values: Float[Array, "l ..."]) -> Float[Array, "..."]:

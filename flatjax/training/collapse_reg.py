@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from flatjax.collapse.snapshot import neural_collapse
-from flatjax.training.arguments import with_static_arguments
+from flatjax.collapse.neural_collapse import neural_collapse
 from flatjax.training.injection import Strength, check_strength, injection, of_penalty
+from flatjax.training.wrappers import with_static_arguments
 
 
 class CollapseRegState(NamedTuple):

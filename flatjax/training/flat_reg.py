@@ -7,10 +7,9 @@ import jax
 import optax
 from jaxtyping import Array, Float, Int
 
+from flatjax.core.trees import Tree, leaf_path, leaves_by_path
 from flatjax.curvature.counts import counted
-from flatjax.curvature.leaves import Tree, leaf_path, leaves_by_path
 from flatjax.flatness.relative import relative_flatness
-from flatjax.training.arguments import with_static_arguments
 from flatjax.training.injection import (
     Gradient,
     Strength,
@@ -20,6 +19,7 @@ from flatjax.training.injection import (
     injection,
     of_penalty,
 )
+from flatjax.training.wrappers import with_static_arguments
 
 
 class FlatRegState(NamedTuple):

@@ -12,13 +12,13 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from flatjax.arrays import as_arrays
+from flatjax.core.arrays import as_arrays
+from flatjax.core.dtypes import computing_dtype
+from flatjax.core.sharding import axis_names, varying_along, varying_axes
+from flatjax.core.trees import Tree
 from flatjax.curvature.counts import counted
-from flatjax.curvature.leaves import Tree
 from flatjax.curvature.products import checked_scalar
-from flatjax.curvature.vectors import sum_dtype
-from flatjax.sharding import axis_names, varying_along, varying_axes
-from flatjax.training.arguments import check_fits, check_given
+from flatjax.training.wrappers import check_fits, check_given
 
 Strength: TypeAlias = ArrayLike | optax.Schedule
 """λ, or λ of the number of updates so far."""
@@ -138,7 +138,7 @@ def averaged(
                 f"the penalty is the same on all devices along {axis_name!r}, which it must have been averaged over: "
                 "leave axis_name out"
             )
-        own = varying_along(jnp.asarray(count(), sum_dtype((value, gradient))), names)
+        own = varying_along(jnp.asarray(count(), computing_dtype((value, gradient))), names)
         total = jax.lax.psum(own, names)
 
         def weighed(x: Array) -> Array:
@@ -184,7 +184,7 @@ def _added(updates: Tree, rate: Any, gradients: Tree) -> Tree:
     def added(update: Array, gradient: Array | None) -> Array:
         if gradient is None:
             return update
-        dtype = jnp.float64 if jnp.float64 in (update.dtype, gradient.dtype) else jnp.float32
+        dtype = computing_dtype(update, gradient)
         wide = gradient.astype(dtype)
         # 0 · ∞ would be NaN. Another gradient is multiplied by 0, too: so the result has its slope in the rate.
         is_left_out = (jnp.asarray(rate) == 0) & ~jnp.isfinite(wide)

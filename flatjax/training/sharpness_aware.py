@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatjax.curvature.leaves import Tree
-from flatjax.curvature.vectors import sum_dtype, unit
-from flatjax.sharding import axis_names, varying_along
-from flatjax.training.arguments import check_given
+from flatjax.core.dtypes import computing_dtype
+from flatjax.core.sharding import axis_names, varying_along
+from flatjax.core.trees import Tree
+from flatjax.curvature.vectors import unit
+from flatjax.training.wrappers import check_given
 
 GradFn = Callable[[Tree, int], Tree]
 
@@ -104,7 +105,7 @@ def sharpness_aware(
 
 def _ascent_direction(*, adaptive: bool) -> optax.GradientTransformation:
     def direction(grads: Tree, params: Tree) -> Tree:
-        dtype = sum_dtype((grads, params))
+        dtype = computing_dtype((grads, params))
         ascent = unit(jax.tree.map(lambda g: g.astype(dtype), grads))
         if adaptive:
             sizes = jax.tree.map(lambda w: jnp.abs(w).astype(dtype), params)

@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flatjax import pairwise
 from flatjax.collapse.pairs import sum_over_distances, sum_over_products
+from flatjax.core import distances
 
 M = 5
 
@@ -89,7 +89,7 @@ def test_close_rows_are_told_apart_in_float32_in_tiles_of_many(distance):
     # Pairs in one tile and in two, and more of them than are refined at once.
     rows[150:] = rows[:150] + np.float32(distance) * rows[::-1][:150]
     use = np.ones(300, bool)
-    assert pairwise.FEW < 150
+    assert distances.FEW < 150
     np.testing.assert_allclose(sums(rows, v, use, 150)[0], dense(rows, v, use)[0], rtol=2e-6)
 
 
@@ -97,7 +97,7 @@ def test_more_close_pairs_than_are_refined_at_once_are_refined_all():
     rows, v, _ = problem(300, "float32")
     rows = np.float32(1) + np.float32(1e-4) * rows
     use = np.ones(300, bool)
-    assert pairwise._CLOSE_AT_ONCE < 150 * 149 / 2
+    assert distances._CLOSE_AT_ONCE < 150 * 149 / 2
     np.testing.assert_allclose(sums(rows, v, use, 150)[0], dense(rows, v, use)[0], rtol=1e-5)
 
 

@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import flatjax
-from flatjax.flatness.online_softmax import OnlineSoftmax, merged
+from flatjax.flatness.tiled.online_softmax import OnlineSoftmax, merged
 
 AXES = {"data": 4, "model": 2}
 DATA, MODEL, ALL = ("data",), ("model",), ("data", "model")

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flatjax.core.distances import squared_distances, squared_distances_around
 from flatjax.flatness.softmax import SoftmaxCurvature
 from flatjax.heads import LinearHead
-from flatjax.pairwise import squared_distances, squared_distances_around
 
 ROUTES = ["variances_over_pairs", "variances_around_the_largest"]
 

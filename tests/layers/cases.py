@@ -11,7 +11,7 @@ import optax
 from flax import linen as nn
 from flax import nnx
 
-from flatjax.curvature.leaves import leaves_by_path, with_leaves
+from flatjax.core.trees import leaves_by_path, with_leaves
 from flatjax.layers.kernels import Layer, by_convention
 
 

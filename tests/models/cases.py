@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flatjax.curvature.leaves import leaf_path
+from flatjax.core.trees import leaf_path
 
 
 def drawn(make, dtype=np.float64, seed=0):

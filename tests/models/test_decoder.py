@@ -10,11 +10,11 @@ from helpers import raises
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import flatjax
-from flatjax.curvature.leaves import leaf_path, leaves_by_path, with_leaves
+from flatjax.core.trees import leaf_path, leaves_by_path, with_leaves
 from flatjax.layers.kernels import find_layers
 from flatjax.models import Decoder, DecoderConfig, RotaryScaling, decoder_shardings
-from flatjax.models.decoder_parts import Norm, attend
-from flatjax.models.rotary import frequencies, rotate
+from flatjax.models.decoder.parts import Norm, attend
+from flatjax.models.decoder.rotary import frequencies, rotate
 
 SCALING = RotaryScaling(factor=4.0, low_frequency_factor=1.0, high_frequency_factor=4.0, context=32)
 LLAMA = DecoderConfig(vocab_size=12, width=8, depth=2, num_heads=4, num_key_value_heads=2, rotary_scaling=SCALING)

@@ -14,8 +14,8 @@ import numpy as np
 
 from flatjax import ClassMoments, collapse_report
 from flatjax.collapse import nc4
+from flatjax.core.dtypes import computing_dtype
 from flatjax.heads import HeadParams, linear_head
-from flatjax.models.precision import at_least_float32
 from flatjax.samples import IGNORED_LABEL
 from harness.diagnosis.quantities import BLOCKS, jackknife_error, quantity, ratio
 from harness.diagnosis.reading import BySequence, Network, Read, Text
@@ -62,7 +62,7 @@ def collapse_part(network: Network, text: Text, classes: Classes, min_count: int
 
     def init() -> ClassMoments:
         head = linear_head(network.head)
-        dtype = at_least_float32(head.matrix.dtype)
+        dtype = computing_dtype(head.matrix)
         one = ClassMoments.init(len(classes.tokens), head.num_features, dtype=dtype)
         return jax.tree.map(lambda leaf: jnp.zeros((num_blocks, *leaf.shape), leaf.dtype), one)
 

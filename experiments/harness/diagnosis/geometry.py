@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatjax.models.precision import at_least_float32
+from flatjax.core.dtypes import computing_dtype
 from flatjax.representations import FeatureSpectrum, RepresentationGeometry
 from flatjax.samples import IGNORED_LABEL
 from harness.diagnosis.quantities import BLOCKS, jackknife_error, plain, quantity
@@ -32,7 +32,7 @@ def geometry_part(network: Network, text: Text, fit_range: tuple[int, int]) -> P
 
     def init() -> FeatureSpectrum:
         (leaf,) = {leaf.dtype for leaf in jax.tree.leaves(network.head)}
-        one = FeatureSpectrum.init(config.width, dtype=at_least_float32(leaf))
+        one = FeatureSpectrum.init(config.width, dtype=computing_dtype(leaf))
         return jax.tree.map(lambda leaf: jnp.zeros((num_blocks, num_layers, *leaf.shape), leaf.dtype), one)
 
     def update(spectra: FeatureSpectrum, read: Read) -> FeatureSpectrum:

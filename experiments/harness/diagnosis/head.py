@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatjax.flatness.logit_sharpness import head_logit_sharpness
-from flatjax.flatness.vocabulary import read_out
+from flatjax.core.dtypes import computing_dtype
+from flatjax.flatness import head_logit_sharpness
+from flatjax.flatness.tiled.readout import read_out
 from flatjax.heads import HeadParams, linear_head
-from flatjax.models.precision import at_least_float32
 from harness.diagnosis.quantities import BLOCKS, mean, quantity
 from harness.diagnosis.reading import BySequence, Network, Read, Text
 from harness.diagnosis.stages import Part
@@ -79,7 +79,7 @@ def _rises(head: HeadParams, feats: jax.Array, labels: jax.Array, radii: tuple[f
 def of_sequences(head: HeadParams, feats: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
     """Means over the tokens of each sequence (b,), of ℓ, ‖φ‖² v and ‖φ‖² tr G."""
     flat = feats.reshape(-1, feats.shape[-1])
-    flat = flat.astype(at_least_float32(flat.dtype))
+    flat = flat.astype(computing_dtype(flat))
     with jax.default_matmul_precision("highest"):
         readout = read_out(linear_head(head), flat, labels.reshape(-1))
     squares = jnp.sum(flat**2, axis=1)

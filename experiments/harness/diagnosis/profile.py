@@ -9,8 +9,8 @@ import numpy as np
 from flax import nnx
 
 from flatjax import Layer, cross_entropy, flatness_profile
-from flatjax.layers.kernels import find_layers
-from flatjax.models.precision import at_least_float32
+from flatjax.core.dtypes import computing_dtype
+from flatjax.layers import find_layers
 from harness.diagnosis.head import kappa_of_batch
 from harness.diagnosis.quantities import BLOCKS, quantity
 from harness.diagnosis.reading import Network, Text
@@ -117,7 +117,7 @@ def loss_of(graphdef: nnx.GraphDef) -> Any:
 
     def loss(params: Any, tokens: jax.Array, labels: jax.Array) -> jax.Array:
         logits = nnx.merge(graphdef, params)(tokens)
-        return cross_entropy(logits.astype(at_least_float32(logits.dtype)), labels).mean()
+        return cross_entropy(logits.astype(computing_dtype(logits)), labels).mean()
 
     return loss
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flatjax.models.precision import at_least_float32
+from flatjax.core.dtypes import computing_dtype
 from flatjax.representations import growth_variation, line_shape_score, spacing_variation
 from harness.diagnosis.geometry import layer_names
 from harness.diagnosis.quantities import BLOCKS, mean, quantity
@@ -42,7 +42,7 @@ def trajectory_part(network: Network, text: Text) -> Part:
 def _of_sequences(stream: jax.Array) -> dict[str, jax.Array]:
     """(b,), and of norms (b, blocks + 1)."""
     num_blocks = len(stream) - 1
-    norms = jnp.linalg.norm(stream.astype(at_least_float32(stream.dtype)), axis=-1)
+    norms = jnp.linalg.norm(stream.astype(computing_dtype(stream)), axis=-1)
     of_tokens = {
         "line_shape": line_shape_score(stream),
         "growth_rate": (jnp.log(norms[-1]) - jnp.log(norms[0])) / num_blocks,

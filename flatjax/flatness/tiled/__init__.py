@@ -1,0 +1,1 @@
+"""A head too large for its logits, read in tiles of rows."""
