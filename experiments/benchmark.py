@@ -19,11 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from harness.baselines import cross_entropy, tiled_cross_entropy, weight_by_weight
-from harness.calls import Call, public_calls
-from harness.growth import Growth, report_growth
-from harness.records import temporary_memory, write_record
-from harness.timing import side_by_side
 
 from flatjax import (
     cross_entropy_and_flatness,
@@ -33,6 +28,11 @@ from flatjax import (
     simplified_relative_flatness,
 )
 from flatjax.flatness.vocabulary import FEWEST_ROWS, LOGITS_AT_ONCE
+from harness.baselines import cross_entropy, tiled_cross_entropy, weight_by_weight
+from harness.calls import Call, public_calls
+from harness.growth import Growth, report_growth
+from harness.records import temporary_memory, write_record
+from harness.timing import side_by_side
 
 Batch = tuple[dict[str, jax.Array], jax.Array, jax.Array]
 

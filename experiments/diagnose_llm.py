@@ -38,6 +38,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
+from jax.sharding import AxisType, Mesh
+
+from flatjax.heads import linear_head
+from flatjax.loading.shapes import decoder_shapes
 from harness import checkpoint_sources, page
 from harness.checkpoint_sources import Source
 from harness.diagnosis.collapse import Classes, collapse_part, decisions_part
@@ -53,10 +57,6 @@ from harness.options import check_above_0, check_least, check_not_empty
 from harness.progress import Progress
 from harness.runs import Record, RunFolder, as_json
 from harness.text import Document, evenly, read, windows
-from jax.sharding import AxisType, Mesh
-
-from flatjax.heads import linear_head
-from flatjax.loading.shapes import decoder_shapes
 
 Name = Literal["head", "sharpness", "collapse", "geometry", "trajectory", "profile", "jacobians"]
 

@@ -36,14 +36,6 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
-from harness import scarce
-from harness.correlations import Correlation, correlations
-from harness.effects import number, to_record
-from harness.progress import Progress
-from harness.regularisers import REGULARISERS
-from harness.runs import Record, RunFolder
-from harness.tables import aligned
-from harness.trials import PARTS, Network, Programs, State, Trial, network
 
 from flatjax import (
     cross_entropy,
@@ -54,6 +46,14 @@ from flatjax import (
 )
 from flatjax.curvature import Hessian, extreme_eigenpairs, trace
 from flatjax.models import MLP
+from harness import scarce
+from harness.correlations import Correlation, correlations
+from harness.effects import number, to_record
+from harness.progress import Progress
+from harness.regularisers import REGULARISERS
+from harness.runs import Record, RunFolder
+from harness.tables import aligned
+from harness.trials import PARTS, Network, Programs, State, Trial, network
 
 Gap = Literal["loss_gap", "error_gap"]
 

@@ -23,16 +23,16 @@ import jax.numpy as jnp
 import optax
 import tyro
 from flax import nnx
+from tqdm import tqdm
+
+from flatjax import cross_entropy, neural_collapse, relative_flatness, simplified_relative_flatness
+from flatjax.models import Transformer
 from harness import modular
 from harness.batches import batch_at
 from harness.checkpoints import checkpointer, load_latest
 from harness.figures import Panel, draw_training
 from harness.milestones import first_step_at_least, halfway_down
 from harness.runs import Record, RunFolder
-from tqdm import tqdm
-
-from flatjax import cross_entropy, neural_collapse, relative_flatness, simplified_relative_flatness
-from flatjax.models import Transformer
 
 State = dict[str, Any]
 

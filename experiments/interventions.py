@@ -38,6 +38,7 @@ from typing import Any, Literal
 import jax
 import optax
 import tyro
+
 from harness.arm_figures import draw_delays, draw_dose, draw_training
 from harness.arms import BASELINE, Arm, controls, held, pushed
 from harness.bounds import Bounds

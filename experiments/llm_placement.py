@@ -29,6 +29,9 @@ import jax
 import numpy as np
 import optax
 import tyro
+
+from flatjax.models import DecoderConfig
+from flatjax.training import sharpness_aware
 from harness import text
 from harness.effects import number, to_record
 from harness.language_model import HEAD, Descent, Penalty, State, network, penalty
@@ -39,9 +42,6 @@ from harness.progress import Progress
 from harness.runs import Record, RunFolder
 from harness.several import mesh_of_trials, of_several, stacked
 from harness.timing import side_by_side
-
-from flatjax.models import DecoderConfig
-from flatjax.training import sharpness_aware
 
 Arm = Literal["plain", "head", "block", "blocks", "sam"]
 

@@ -29,6 +29,12 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
+
+from flatjax import cross_entropy
+from flatjax.collapse.decisions import nc4
+from flatjax.collapse.layers import LayerMoments, init_layers, layer_reports, update_layers
+from flatjax.collapse.squared_error import central_path
+from flatjax.models import MLP, ResNet18
 from harness import images
 from harness.classifiers import (
     LossOfSamples,
@@ -48,12 +54,6 @@ from harness.milestones import first_step_at_least
 from harness.options import check_least
 from harness.profiles import in_forward_order
 from harness.runs import Record, RunFolder
-
-from flatjax import cross_entropy
-from flatjax.collapse.decisions import nc4
-from flatjax.collapse.layers import LayerMoments, init_layers, layer_reports, update_layers
-from flatjax.collapse.squared_error import central_path
-from flatjax.models import MLP, ResNet18
 
 Model = Literal["mlp", "resnet"]
 Loss = Literal["cross_entropy", "squared_error"]

@@ -22,6 +22,10 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
+
+from flatjax import cross_entropy, flatness_profile
+from flatjax.layers.kernels import find_layers
+from flatjax.models import MLP, ResNet18, ViT
 from harness import images
 from harness.classifiers import (
     Network,
@@ -38,10 +42,6 @@ from harness.options import check_least
 from harness.profiles import Profile, draw_history, draw_profile, from_record, in_forward_order, over_seeds, table
 from harness.profiles import to_record as profile_record
 from harness.runs import Record, RunFolder
-
-from flatjax import cross_entropy, flatness_profile
-from flatjax.layers.kernels import find_layers
-from flatjax.models import MLP, ResNet18, ViT
 
 
 @dataclasses.dataclass(frozen=True)

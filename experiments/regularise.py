@@ -28,6 +28,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import numpy as np
 import tyro
+
+from flatjax.models import MLP, ResNet18
 from harness import scarce
 from harness.comparison import Row, draw, interval, is_clear, table, to_record
 from harness.convolutions import by_products
@@ -38,8 +40,6 @@ from harness.runs import Record, RunFolder
 from harness.scarce import Task
 from harness.timing import side_by_side
 from harness.trials import PARTS, Network, Programs, Trial, network
-
-from flatjax.models import MLP, ResNet18
 
 Model = Literal["mlp", "resnet"]
 TaskName = Literal["few", "wrong"]

@@ -16,12 +16,12 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
-from harness.records import write_record
 from sklearn.datasets import load_digits
 from tqdm import trange
 
 from flatjax import cross_entropy, feature_robustness, relative_flatness
 from flatjax.models import MLP
+from harness.records import write_record
 
 matplotlib.use("Agg")
 

@@ -19,13 +19,13 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
-from harness import images
-from harness.comparison import interval
-from harness.records import write_record
 from tqdm import trange
 
 from flatjax import cross_entropy, flat_reg, relative_flatness
 from flatjax.models import MLP
+from harness import images
+from harness.comparison import interval
+from harness.records import write_record
 
 matplotlib.use("Agg")
 

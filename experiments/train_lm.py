@@ -26,6 +26,8 @@ import jax
 import matplotlib
 import numpy as np
 import tyro
+
+from flatjax.models import DecoderConfig
 from harness import text
 from harness.batches import batch_at
 from harness.checkpoints import checkpointer, load_latest
@@ -34,11 +36,10 @@ from harness.options import check_heads, check_least
 from harness.progress import Progress
 from harness.runs import Record, RunFolder
 
-from flatjax.models import DecoderConfig
-
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+
 from harness.figures import COLOURS, draw_curve
 
 

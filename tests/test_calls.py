@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness.calls import Call, public_calls
 
 import flatjax
 import flatjax.collapse
 import flatjax.representations
+from harness.calls import Call, public_calls
 
 PUBLIC = {
     name: getattr(module, name)

@@ -3,17 +3,17 @@
 import json
 from functools import partial
 
-import benchmark
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import random_problem
+
+import benchmark
+import flatjax
 from harness.baselines import cross_entropy, tiled_cross_entropy, weight_by_weight
 from harness.calls import Call
 from harness.growth import Growth, draw_growth, exponent
-from helpers import random_problem
-
-import flatjax
 
 
 @pytest.mark.parametrize("tile_size", [1, 5, 36, 37])

@@ -2,10 +2,11 @@
 
 import json
 
-import benchmark_layers
 import jax
 import numpy as np
 import pytest
+
+import benchmark_layers
 from harness.networks import perceptron, transformer
 
 

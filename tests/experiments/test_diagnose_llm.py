@@ -9,13 +9,18 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
-import diagnose_llm
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
+
+import diagnose_llm
+from flatjax.models import Decoder, DecoderConfig
 from harness import page
 from harness.checkpoints import checkpointer
 from harness.diagnosis import stages
@@ -24,11 +29,6 @@ from harness.diagnosis.quantities import jackknife_error, mean
 from harness.diagnosis.reading import forward, tokens_of
 from harness.language_model import load_checkpoint
 from harness.text import evenly, read, train_tokenizer, windows
-from jax.sharding import AxisType
-from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer
-
-from flatjax.models import Decoder, DecoderConfig
 
 VOCAB, WIDTH, DEPTH, CONTEXT, BATCH, BLOCKS, MIN_COUNT, TOP = 264, 8, 2, 12, 4, 3, 4, 2
 STEPS = (0, 7)

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from harness.arms import BASELINE, Arm, controls, held, pushed
 from harness.bounds import Bounds
 from harness.doses import dose_table, doses

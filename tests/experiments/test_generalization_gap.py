@@ -2,18 +2,18 @@
 
 import json
 
-import generalization_gap
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from harness import scarce
-from harness.trials import Trial, network
 from helpers import Problem, dense_flatness, softmax_cross_entropy
 
+import generalization_gap
 from flatjax import cross_entropy
 from flatjax.models import MLP
+from harness import scarce
+from harness.trials import Trial, network
 
 from .processes import finish, kill_when, metrics, starter
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+
 from harness import images
 
 RNG = np.random.default_rng(0)

@@ -4,18 +4,19 @@ import functools
 import json
 import shutil
 
-import interventions
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import Problem, collapsed_problem, dense_flatness, softmax_cross_entropy
+
+import interventions
 from harness.arms import BASELINE
 from harness.bounds import Bounds
 from harness.lanes import Lanes, Rule, Setting, gradient
 from harness.learners import Learner, Samples, image_classification
 from harness.pushes import CONTROLS, QUANTITIES, distance_from_level, measured
-from helpers import Problem, collapsed_problem, dense_flatness, softmax_cross_entropy
 
 from .processes import finish, kill_when, metrics, starter
 

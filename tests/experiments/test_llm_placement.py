@@ -4,9 +4,10 @@ import json
 
 import jax
 import jax.numpy as jnp
-import llm_placement
 import numpy as np
 import pytest
+
+import llm_placement
 from harness.language_model import Penalty, network, penalty
 from harness.perturbations import rounded, with_noise
 from harness.placement_tables import edge, quantities, row_of, table

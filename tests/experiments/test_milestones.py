@@ -1,6 +1,7 @@
 import math
 
 import pytest
+
 from harness.milestones import first_step_at_least, halfway_down
 
 

@@ -4,10 +4,11 @@ import json
 
 import jax
 import jax.numpy as jnp
-import neural_collapse
 import numpy as np
 import optax
 import pytest
+
+import neural_collapse
 from harness import images
 from harness.classifiers import evaluating
 from harness.profiles import in_forward_order

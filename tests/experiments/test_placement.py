@@ -6,11 +6,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import placement
 import pytest
-from harness import images
 
 import flatjax
+import placement
+from harness import images
 
 from .processes import finish, kill_when, metrics, starter
 

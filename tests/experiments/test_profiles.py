@@ -3,11 +3,11 @@ import math
 
 import numpy as np
 import pytest
+
+from flatjax.curvature.estimate import Estimate
 from harness.profiles import draw_history, draw_profile, from_record, in_forward_order, over_seeds, table, to_record
 from harness.progress import Progress
 from harness.runs import RunFolder
-
-from flatjax.curvature.estimate import Estimate
 
 PROFILE = {
     "layers/0/kernel": Estimate(np.float32(-1.25), np.float32(0.5), np.int32(32)),

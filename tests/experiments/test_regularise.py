@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import regularise
 from flax import nnx
-from harness import comparison, scarce
-from harness.convolutions import convolve
-from harness.regularisers import REGULARISERS
-from harness.trials import PARTS, Programs, network
 from helpers import dense_flatness, random_problem, softmax_cross_entropy
 from scipy import stats
 
 import flatjax
+import regularise
 from flatjax.models import MLP
+from harness import comparison, scarce
+from harness.convolutions import convolve
+from harness.regularisers import REGULARISERS
+from harness.trials import PARTS, Programs, network
 
 from .processes import finish, kill_when, metrics, starter
 

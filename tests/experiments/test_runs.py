@@ -2,6 +2,7 @@ import json
 import math
 
 import pytest
+
 from harness.runs import RunFolder
 
 CONFIG = {"learning_rate": 0.1, "seed": 0}

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from harness import text
 from harness.text import Document, Shares
 

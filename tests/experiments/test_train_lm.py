@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import train_lm
 from flax import nnx
+
+import train_lm
+from flatjax import cross_entropy, layer_relative_flatness, relative_flatness
+from flatjax.models import Decoder, DecoderConfig
 from harness.language_model import (
     Descent,
     Network,
@@ -21,9 +24,6 @@ from harness.language_model import (
     placement,
     probed,
 )
-
-from flatjax import cross_entropy, layer_relative_flatness, relative_flatness
-from flatjax.models import Decoder, DecoderConfig
 
 from .processes import finish, kill_when, metrics, starter, write_text
 
