@@ -1,9 +1,9 @@
 """What the metrics cost, side by side with the loss itself and with the published algorithm.
 
-    python experiments/benchmark.py head        # κ of a head against its cross-entropy: about two minutes on 2 cores
-    python experiments/benchmark.py vocabulary  # the same for a language model's head, with memory and error: ten
-    python experiments/benchmark.py growth      # time and memory against the vocabulary and the batch, a figure: ten
-    python experiments/benchmark.py calls       # every public function outside of jit, against the same jitted: ten
+    python experiments/benchmark_head.py head        # κ of a head against its cross-entropy: two minutes on 2 cores
+    python experiments/benchmark_head.py vocabulary  # the same for a language model's head, with its error: ten
+    python experiments/benchmark_head.py growth      # time and memory against vocabulary and batch, a figure: ten
+    python experiments/benchmark_head.py calls       # every public function outside of jit, against jitted: ten
 
 Prints a table and writes the same figures to `runs/benchmark/<name>.json`. Every figure is a median over rounds in
 which the functions take turns; a ratio is taken within a round, and stands with its quartiles.

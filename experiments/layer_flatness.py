@@ -1,13 +1,13 @@
 """Which layers of a network are flat? Relative flatness κ of every layer, with its standard error, over training.
 
-    python experiments/placement.py                   # a perceptron on scikit-learn's digits: about 1 min on 2 cores
-    python experiments/placement.py --model vit       # 2 to 3 min
-    python experiments/placement.py --model resnet --data cifar10 --data-dir ~/data --width 64 --num-train 50000
+    python experiments/layer_flatness.py                   # a perceptron on scikit-learn's digits: a minute on 2 cores
+    python experiments/layer_flatness.py --model vit       # 2 to 3 min
+    python experiments/layer_flatness.py --model resnet --data cifar10 --data-dir ~/data --width 64 --num-train 50000
 
 κ is that of a fixed part of what is trained on, streamed in batches, with batch normalisation as it is used after
 training: the running statistics are constants. The network is trained by AdamW, without augmentation.
 
-Writes to `runs/placement/<name>/`: `config.json`, `metrics.jsonl` (a line a measurement, with the whole profile),
+Writes to `runs/layer_flatness/<name>/`: `config.json`, `metrics.jsonl` (a line a measurement, with the whole profile),
 `checkpoints/` (Orbax), `profile.png` (the end), `history.png` (over training) and `summary.json`. Killed at any moment,
 the same command with --resume goes on, and ends with the same metrics to the last bit.
 """
@@ -96,7 +96,7 @@ class Config:
     """How many seeds to run, from `seed` on."""
     name: str | None = None
     """Of the run's folder; made of the model and the data by default."""
-    folder: Path = Path("runs/placement")
+    folder: Path = Path("runs/layer_flatness")
     """Where the runs' folders are."""
     resume: bool = False
     """Continue the run of this name where it was left."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import random_problem
 
-import benchmark
+import benchmark_head
 import flatjax
 from harness.baselines import cross_entropy, tiled_cross_entropy, weight_by_weight
 from harness.calls import Call
@@ -18,9 +18,9 @@ from harness.growth import Growth, draw_growth, exponent
 
 @pytest.mark.parametrize("tile_size", [1, 5, 36, 37])
 def test_the_tiled_loss_is_the_loss_and_has_its_gradient(tile_size):
-    batch = benchmark.random_batch(37, 5, 11, seed=0)
-    got = benchmark.value_and_gradient(partial(tiled_cross_entropy, tile_size=tile_size))(*batch)
-    want = benchmark.value_and_gradient(cross_entropy)(*batch)
+    batch = benchmark_head.random_batch(37, 5, 11, seed=0)
+    got = benchmark_head.value_and_gradient(partial(tiled_cross_entropy, tile_size=tile_size))(*batch)
+    want = benchmark_head.value_and_gradient(cross_entropy)(*batch)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-13)
 
@@ -34,12 +34,12 @@ def test_the_published_algorithm_gives_kappa():
 
 def test_errors_are_those_of_float32_down_to_certainty():
     for certainty in (0, 60):
-        assert 0 < benchmark.errors(200, certainty=certainty, seed=0, num_samples=8)["relative_error"] < 1e-4
+        assert 0 < benchmark_head.errors(200, certainty=certainty, seed=0, num_samples=8)["relative_error"] < 1e-4
 
 
 def test_temporary_memory_of_a_product_is_that_of_its_intermediate_results():
     batch = {"kernel": jnp.ones((3, 1000)), "bias": jnp.zeros(1000)}, jnp.ones((500, 3)), jnp.zeros(500, int)
-    assert benchmark.temporary_memory(cross_entropy, batch) >= 500 * 1000 * 8
+    assert benchmark_head.temporary_memory(cross_entropy, batch) >= 500 * 1000 * 8
 
 
 def test_the_exponent_of_a_power_law_and_its_standard_error():
@@ -57,19 +57,21 @@ def test_growth_is_drawn(tmp_path):
 
 
 def test_a_call_is_timed_the_first_time_later_and_jitted(monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "side_by_side", partial(benchmark.side_by_side, min_rounds=1))
-    batch = benchmark.random_batch(4, 3, 8, seed=0)
-    row = benchmark.cost_of("κ", Call(flatjax.relative_flatness, batch), seconds=0)
+    monkeypatch.setattr(benchmark_head, "side_by_side", partial(benchmark_head.side_by_side, min_rounds=1))
+    batch = benchmark_head.random_batch(4, 3, 8, seed=0)
+    row = benchmark_head.cost_of("κ", Call(flatjax.relative_flatness, batch), seconds=0)
     assert row["first"] > 10 * row["later"]
     assert row["ratio"] == row["later"] / row["jitted"]["seconds"]
-    unjitted = benchmark.cost_of("check", Call(flatjax.check_inputs, batch, can_be_jitted=False), seconds=0)
+    unjitted = benchmark_head.cost_of("check", Call(flatjax.check_inputs, batch, can_be_jitted=False), seconds=0)
     assert unjitted["jitted"] is None
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_the_vocabulary_benchmark_writes_its_record(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(benchmark, "side_by_side", partial(benchmark.side_by_side, min_rounds=1))
-    benchmark.vocabulary(num_outputs=300, num_features=8, num_samples=16, tile_size=128, seconds=0, folder=tmp_path)
+    monkeypatch.setattr(benchmark_head, "side_by_side", partial(benchmark_head.side_by_side, min_rounds=1))
+    benchmark_head.vocabulary(
+        num_outputs=300, num_features=8, num_samples=16, tile_size=128, seconds=0, folder=tmp_path
+    )
     record = json.loads((tmp_path / "vocabulary.json").read_text())
     ratios = {row["function"]: row["ratio"] for row in record["rows"] if "ratio" in row}
     assert ratios["cross-entropy"] == ratios["∇ tiled cross-entropy"] == 1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import flatjax
-import placement
+import layer_flatness
 from harness import images
 
 from .processes import finish, kill_when, metrics, starter
@@ -21,7 +21,7 @@ STEPS = [0, 1, 3, 10, 30]
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    return starter("placement.py", SMALL, tmp_path_factory.mktemp("cache"))
+    return starter("layer_flatness.py", SMALL, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
@@ -58,19 +58,19 @@ def test_a_killed_run_resumes_to_the_same_bits(start, uninterrupted, tmp_path):
 def test_the_profile_is_that_of_the_images_measured_on():
     """κ of the head at the first step, against the closed form in one batch; and the accuracy by hand."""
     sizes = {"width": 6, "depth": 1, "num_train": 50, "measure_on": 20, "measure_batch": 12, "num_probes": 4}
-    config = placement.with_defaults(placement.Config(**sizes, max_probes=4))
+    config = layer_flatness.with_defaults(layer_flatness.Config(**sizes, max_probes=4))
     train_set, test_set = images.load("digits", None, seed=0)
     train_set = train_set.some(config.num_train, 0)
-    network, state = placement.initial(config, 0, train_set)
+    network, state = layer_flatness.initial(config, 0, train_set)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as experiments run
-        measured = placement.measuring(config, network, 0, train_set, test_set)(state, 0)
+        measured = layer_flatness.measuring(config, network, 0, train_set, test_set)(state, 0)
 
     def forward(pixels):
         pixels = pixels.reshape(len(pixels), -1).astype(float)
         return np.asarray(model.features(jnp.asarray((pixels - mean) / deviation, jnp.float32)))
 
     mean, deviation = train_set.pixels.astype(float).mean(), train_set.pixels.astype(float).std()
-    model = placement.nnx.merge(network.in_use, state["params"], state["rest"])
+    model = layer_flatness.nnx.merge(network.in_use, state["params"], state["rest"])
     chosen = train_set.some(config.measure_on, 0)
     head = state["params"]["head"]
     kappa = flatjax.relative_flatness(head, jnp.asarray(forward(chosen.pixels)), jnp.asarray(chosen.labels))
@@ -80,15 +80,15 @@ def test_the_profile_is_that_of_the_images_measured_on():
 
 
 def test_batch_normalisation_is_of_the_batch_in_training_and_fixed_in_use():
-    config = placement.with_defaults(placement.Config(model="resnet", width=1))
+    config = layer_flatness.with_defaults(layer_flatness.Config(model="resnet", width=1))
     train_set, _ = images.load("digits", None, seed=0)
-    network, state = placement.initial(config, 0, train_set)
+    network, state = layer_flatness.initial(config, 0, train_set)
     inputs = network.inputs(jnp.asarray(train_set.pixels[:6]))
 
     @partial(jax.jit, static_argnums=0)
     def change(graph, inputs):
         """Of the outputs for some images when others leave the batch."""
-        model = placement.nnx.merge(graph, state["params"], state["rest"], copy=True)
+        model = layer_flatness.nnx.merge(graph, state["params"], state["rest"], copy=True)
         return jnp.max(jnp.abs(model(inputs)[:3] - model(inputs[:3])))
 
     assert change(network.in_use, inputs) < 1e-5 < change(network.in_training, inputs)
@@ -105,4 +105,4 @@ def test_batch_normalisation_is_of_the_batch_in_training_and_fixed_in_use():
 )
 def test_options_that_do_not_fit_are_an_error(options, wanted):
     with pytest.raises(SystemExit, match=wanted):
-        placement.Config(**options)
+        layer_flatness.Config(**options)
