@@ -42,6 +42,9 @@ from jax.sharding import AxisType, Mesh
 
 from flatjax.heads import linear_head
 from flatjax.loading.shapes import decoder_shapes
+from flatjax.run.options import check_above_0, check_least, check_not_empty
+from flatjax.run.progress import Progress
+from flatjax.run.records import Record, RunFolder, as_json
 from harness import checkpoint_sources, page
 from harness.checkpoint_sources import Source
 from harness.diagnosis.collapse import Classes, collapse_part, decisions_part
@@ -53,9 +56,6 @@ from harness.diagnosis.reading import Network, Text, mean_loss, reader, tokens_o
 from harness.diagnosis.record import Called, Diagnoses
 from harness.diagnosis.stages import Done, Saves, Stage, run_stage, seconds_of, usual_seconds
 from harness.diagnosis.trajectory import trajectory_part
-from harness.options import check_above_0, check_least, check_not_empty
-from harness.progress import Progress
-from harness.runs import Record, RunFolder, as_json
 from harness.text import Document, evenly, read, windows
 
 Name = Literal["head", "sharpness", "collapse", "geometry", "trajectory", "profile", "jacobians"]

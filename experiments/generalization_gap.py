@@ -46,13 +46,13 @@ from flatjax import (
 )
 from flatjax.curvature import Hessian, extreme_eigenpairs, trace
 from flatjax.models import MLP
+from flatjax.run.progress import Progress
+from flatjax.run.records import Record, RunFolder
+from flatjax.run.tables import aligned
 from harness import scarce
 from harness.correlations import Correlation, correlations
 from harness.effects import number, to_record
-from harness.progress import Progress
 from harness.regularisers import REGULARISERS
-from harness.runs import Record, RunFolder
-from harness.tables import aligned
 from harness.trials import PARTS, Network, Programs, State, Trial, network
 
 Gap = Literal["loss_gap", "error_gap"]

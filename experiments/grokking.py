@@ -27,12 +27,12 @@ from tqdm import tqdm
 
 from flatjax import cross_entropy, neural_collapse, relative_flatness, simplified_relative_flatness
 from flatjax.models import Transformer
+from flatjax.run.checkpoints import checkpointer, load_latest
+from flatjax.run.records import Record, RunFolder
 from harness import modular
 from harness.batches import batch_at
-from harness.checkpoints import checkpointer, load_latest
 from harness.figures import Panel, draw_training
 from harness.milestones import first_step_at_least, halfway_down
-from harness.runs import Record, RunFolder
 
 State = dict[str, Any]
 

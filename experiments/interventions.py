@@ -39,17 +39,17 @@ import jax
 import optax
 import tyro
 
+from flatjax.run.checkpoints import checkpointer, load_latest
+from flatjax.run.progress import Progress
+from flatjax.run.records import Record, RunFolder, as_json
 from harness.arm_figures import draw_delays, draw_dose, draw_training
 from harness.arms import BASELINE, Arm, controls, held, pushed
 from harness.bounds import Bounds
-from harness.checkpoints import checkpointer, load_latest
 from harness.doses import dose_table, doses
 from harness.effects import diverged_at, generalized_at, to_record
 from harness.lanes import Lanes, Rule, Setting, State
 from harness.learners import Learner, image_classification, modular_addition
-from harness.progress import Progress
 from harness.pushes import QUANTITIES, Quantity
-from harness.runs import Record, RunFolder, as_json
 from harness.verdicts import table, to_summary, verdicts
 
 Group = Literal["pushed", "controls", "held", "unplugged"]

@@ -26,6 +26,8 @@ from flax import nnx
 from flatjax import cross_entropy, flatness_profile
 from flatjax.layers.kernels import find_layers
 from flatjax.models import MLP, ResNet18, ViT
+from flatjax.run.options import check_least
+from flatjax.run.records import Record, RunFolder
 from harness import images
 from harness.classifiers import (
     Network,
@@ -38,10 +40,8 @@ from harness.classifiers import (
     training,
 )
 from harness.images import Images
-from harness.options import check_least
 from harness.profiles import Profile, draw_history, draw_profile, from_record, in_forward_order, over_seeds, table
 from harness.profiles import to_record as profile_record
-from harness.runs import Record, RunFolder
 
 
 @dataclasses.dataclass(frozen=True)

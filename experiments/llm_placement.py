@@ -31,15 +31,15 @@ import optax
 import tyro
 
 from flatjax.models import DecoderConfig
+from flatjax.run.options import check_heads, check_least
+from flatjax.run.progress import Progress
+from flatjax.run.records import Record, RunFolder
 from flatjax.training import sharpness_aware
 from harness import text
 from harness.effects import number, to_record
 from harness.language_model import HEAD, Descent, Penalty, State, network, penalty
 from harness.language_trials import Trial, in_order, measure, train
-from harness.options import check_heads, check_least
 from harness.placement_tables import draw, quantities, row_of, table
-from harness.progress import Progress
-from harness.runs import Record, RunFolder
 from harness.several import mesh_of_trials, of_several, stacked
 from harness.timing import side_by_side
 

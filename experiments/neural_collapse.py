@@ -35,6 +35,8 @@ from flatjax.collapse.decisions import nc4
 from flatjax.collapse.layers import LayerMoments, init_layers, layer_reports, update_layers
 from flatjax.collapse.squared_error import central_path
 from flatjax.models import MLP, ResNet18
+from flatjax.run.options import check_least
+from flatjax.run.records import Record, RunFolder
 from harness import images
 from harness.classifiers import (
     LossOfSamples,
@@ -51,9 +53,7 @@ from harness.collapse import Case, draw
 from harness.convolutions import by_products
 from harness.images import Images
 from harness.milestones import first_step_at_least
-from harness.options import check_least
 from harness.profiles import in_forward_order
-from harness.runs import Record, RunFolder
 
 Model = Literal["mlp", "resnet"]
 Loss = Literal["cross_entropy", "squared_error"]

@@ -28,13 +28,13 @@ import numpy as np
 import tyro
 
 from flatjax.models import DecoderConfig
+from flatjax.run.checkpoints import checkpointer, load_latest
+from flatjax.run.options import check_heads, check_least
+from flatjax.run.progress import Progress
+from flatjax.run.records import Record, RunFolder
 from harness import text
 from harness.batches import batch_at
-from harness.checkpoints import checkpointer, load_latest
 from harness.language_model import HEAD, Descent, evaluating, network, one_step, penalty, placement
-from harness.options import check_heads, check_least
-from harness.progress import Progress
-from harness.runs import Record, RunFolder
 
 matplotlib.use("Agg")
 

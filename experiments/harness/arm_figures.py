@@ -13,11 +13,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import NullFormatter
 
+from flatjax.run.records import Record
 from harness.arms import BASELINE, Arm
 from harness.comparison import interval
 from harness.effects import at_the_end, number
 from harness.pushes import QUANTITIES, SYMBOLS
-from harness.runs import Record
 from harness.verdicts import Verdict
 
 _PANELS = {

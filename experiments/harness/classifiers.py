@@ -10,11 +10,11 @@ import numpy as np
 import optax
 from flax import nnx
 
+from flatjax.run.checkpoints import checkpointer, load_latest
+from flatjax.run.progress import Progress
+from flatjax.run.records import Record, RunFolder
 from harness.batches import batch_at
-from harness.checkpoints import checkpointer, load_latest
 from harness.images import Images
-from harness.progress import Progress
-from harness.runs import Record, RunFolder
 
 State = dict[str, Any]
 """Parameters, running statistics, and the optimizer's state."""

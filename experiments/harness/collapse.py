@@ -11,8 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from flatjax.run.records import Record
 from harness.figures import COLOURS, draw_curve
-from harness.runs import Record
 
 
 class Case(NamedTuple):

@@ -13,8 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy import stats
 
-from harness.runs import Record
-from harness.tables import aligned
+from flatjax.run.records import Record
+from flatjax.run.tables import aligned
 
 
 class Interval(NamedTuple):

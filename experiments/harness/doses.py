@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flatjax.run.records import Record
+from flatjax.run.tables import aligned
 from harness.comparison import Interval, interval
 from harness.effects import Seed, at_the_end, generalized_at, number
 from harness.pushes import QUANTITIES, RECORDED, SYMBOLS, Quantity
-from harness.runs import Record
-from harness.tables import aligned
 from harness.verdicts import Verdict
 
 

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flatjax.run.records import Record
 from harness.comparison import Interval, interval
-from harness.runs import Record
 
 FITTED = GENERALIZED = 0.99
 _AT_THE_END = 5

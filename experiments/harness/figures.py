@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from harness.runs import Record
+from flatjax.run.records import Record
 
 COLOURS = {"train": "#0b4f8a", "held_out": "#d1600f"}
 NAMES = {"train": "trained on", "held_out": "held out"}

@@ -24,7 +24,7 @@ from flatjax.layers.kernels import find_layers
 from flatjax.models import Decoder, DecoderConfig
 from flatjax.models.decoder_sharding import decoder_shardings
 from flatjax.models.precision import at_least_float32
-from harness.checkpoints import load_part
+from flatjax.run.checkpoints import load_part
 from harness.text import Part
 
 State = dict[str, Any]

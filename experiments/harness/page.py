@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flatjax.run.records import Record
+from flatjax.run.tables import aligned
 from harness import page_figures as figures
 from harness import page_words as words
 from harness.page_style import STYLE
 from harness.page_words import Word
 from harness.page_words import with_conventions as with_conventions
-from harness.runs import Record
-from harness.tables import aligned
 
 NAME, RECORD = "diagnosis.html", "diagnosis.json"
 

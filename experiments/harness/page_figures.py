@@ -16,8 +16,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from flatjax.run.records import Record
 from harness.page_words import COLLAPSE, FLATNESS, GEOMETRY, JACOBIANS, LOSS, TRAJECTORY, Word
-from harness.runs import Record
 
 _INK = "#123456"
 """Stands for the colour of the text, which is not known here."""

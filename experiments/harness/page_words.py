@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from harness.runs import Record
+from flatjax.run.records import Record
 
 
 class Word(NamedTuple):

@@ -9,11 +9,11 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
+from flatjax.run.records import Record
+from flatjax.run.tables import aligned
 from harness.comparison import Interval, interval, is_clear
 from harness.effects import effect, number
 from harness.language_trials import BITS
-from harness.runs import Record
-from harness.tables import aligned
 
 _KAPPAS = {"kappa_of_head": "κ of head", "kappa_of_blocks": "κ of blocks"}
 

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from flatjax.curvature.estimate import Estimate
-from harness.runs import Record
+from flatjax.run.records import Record
 
 Profile = Mapping[str, Any]
 """By the path of the layer: value, standard_error and num_probes, as `flatjax.flatness_profile` returns them."""

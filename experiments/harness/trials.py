@@ -11,8 +11,8 @@ import optax
 from flax import nnx
 
 from flatjax import cross_entropy, relative_flatness
+from flatjax.run.records import Record
 from harness.regularisers import Regulariser
-from harness.runs import Record
 from harness.several import mesh_of_trials, of_several, stacked
 
 State = dict[str, Any]

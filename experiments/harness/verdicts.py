@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flatjax.run.records import Record
+from flatjax.run.tables import aligned
 from harness.arms import BASELINE, Arm
 from harness.bounds import Bounds
 from harness.comparison import Interval, interval
@@ -23,8 +25,6 @@ from harness.effects import (
     to_record,
 )
 from harness.pushes import RECORDED
-from harness.runs import Record
-from harness.tables import aligned
 
 AT_THE_CEILING = 0.95
 """Of it, and above."""

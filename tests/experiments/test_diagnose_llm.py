@@ -21,8 +21,8 @@ from tokenizers import Tokenizer
 
 import diagnose_llm
 from flatjax.models import Decoder, DecoderConfig
+from flatjax.run.checkpoints import checkpointer
 from harness import page
-from harness.checkpoints import checkpointer
 from harness.diagnosis import stages
 from harness.diagnosis.head import of_sequences
 from harness.diagnosis.quantities import jackknife_error, mean

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from flatjax.curvature.estimate import Estimate
+from flatjax.run.progress import Progress
+from flatjax.run.records import RunFolder
 from harness.profiles import draw_history, draw_profile, from_record, in_forward_order, over_seeds, table, to_record
-from harness.progress import Progress
-from harness.runs import RunFolder
 
 PROFILE = {
     "layers/0/kernel": Estimate(np.float32(-1.25), np.float32(0.5), np.int32(32)),
@@ -69,7 +69,7 @@ def test_profiles_are_drawn_whatever_their_signs(tmp_path, sign):
 
 def test_the_time_left_is_that_of_each_kind_of_work_at_its_median_pace(monkeypatch):
     now = iter([0.0, 2.0, 12.0, 14.0, 30.0, 31.0])
-    monkeypatch.setattr("harness.progress.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("flatjax.run.progress.time.monotonic", lambda: next(now))
     with Progress("work", {"step": 10, "measurement": 3}) as progress:
         progress.done("step", 2)
         assert progress.seconds_left == 8 * 1
@@ -84,7 +84,7 @@ def test_the_time_left_is_that_of_each_kind_of_work_at_its_median_pace(monkeypat
 
 def test_a_bar_has_one_total_of_all_kinds_and_counts_what_was_done_before(monkeypatch):
     now = iter([0.0, 5.0, 6.0, 26.0])
-    monkeypatch.setattr("harness.progress.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("flatjax.run.progress.time.monotonic", lambda: next(now))
     with Progress("work", {"step": 10, "measurement": 3}, {"step": 1.0, "measurement": 10.0}) as progress:
         progress.were_done({"step": 6, "measurement": 1})
         assert progress.share_done == 16 / 40

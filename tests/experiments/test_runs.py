@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from harness.runs import RunFolder
+from flatjax.run.records import RunFolder
 
 CONFIG = {"learning_rate": 0.1, "seed": 0}
 

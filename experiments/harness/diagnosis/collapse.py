@@ -16,11 +16,11 @@ from flatjax import ClassMoments, collapse_report
 from flatjax.collapse import nc4
 from flatjax.heads import HeadParams, linear_head
 from flatjax.models.precision import at_least_float32
+from flatjax.run.records import Record
 from flatjax.samples import IGNORED_LABEL
 from harness.diagnosis.quantities import BLOCKS, jackknife_error, quantity, ratio
 from harness.diagnosis.reading import BySequence, Network, Read, Text
 from harness.diagnosis.stages import Part
-from harness.runs import Record
 
 METRICS = ("cdnv", "nc3", "unc3", "gnc2_mean_means", "gnc2_variation_means", "gnc2_mean_classifier",
            "gnc2_variation_classifier", "nc2_equinorm_means", "nc2_equinorm_classifier",

@@ -11,11 +11,11 @@ import numpy as np
 
 from flatjax.models.precision import at_least_float32
 from flatjax.representations import FeatureSpectrum, RepresentationGeometry
+from flatjax.run.records import Record
 from flatjax.samples import IGNORED_LABEL
 from harness.diagnosis.quantities import BLOCKS, jackknife_error, plain, quantity
 from harness.diagnosis.reading import Network, Read, Text
 from harness.diagnosis.stages import Part
-from harness.runs import Record
 
 METRICS = ("rankme", "rankme_of_variances", "participation_ratio", "alpha_req")
 

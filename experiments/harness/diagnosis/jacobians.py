@@ -15,10 +15,10 @@ from flatjax.representations import (
     residual_projections,
 )
 from flatjax.representations.jacobians import OVERSAMPLING
+from flatjax.run.records import Record
 from harness.diagnosis.quantities import NONE, WINDOWS, quantity
 from harness.diagnosis.reading import Network, Read, Text
 from harness.diagnosis.stages import Part
-from harness.runs import Record
 
 _ITERATIONS = 4
 

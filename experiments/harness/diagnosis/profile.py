@@ -11,12 +11,12 @@ from flax import nnx
 from flatjax import Layer, cross_entropy, flatness_profile
 from flatjax.layers.kernels import find_layers
 from flatjax.models.precision import at_least_float32
+from flatjax.run.records import Record
 from harness.diagnosis.head import kappa_of_batch
 from harness.diagnosis.quantities import BLOCKS, quantity
 from harness.diagnosis.reading import Network, Text
 from harness.diagnosis.stages import Part
 from harness.profiles import in_forward_order, short
-from harness.runs import Record
 
 
 def layers_named(params: Any, patterns: tuple[str, ...], *, tied: bool) -> list[Layer]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.runs import Record
+from flatjax.run.records import Record
 
 BLOCKS, PROBES, WINDOWS, NONE = "blocks of text", "probes", "windows of text", "none"
 """What a standard error is over."""

@@ -7,7 +7,7 @@ its old numbers.
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from harness.runs import Record, RunFolder
+from flatjax.run.records import Record, RunFolder
 
 
 class Called(NamedTuple):

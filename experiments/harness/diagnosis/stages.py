@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from harness.checkpoints import checkpointer, load_latest
+from flatjax.run.checkpoints import checkpointer, load_latest
+from flatjax.run.progress import Progress
+from flatjax.run.records import Record
 from harness.diagnosis.reading import Text
-from harness.progress import Progress
-from harness.runs import Record
 
 State = Any
 """A tree of arrays."""

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 
 from flatjax.models.precision import at_least_float32
 from flatjax.representations import growth_variation, line_shape_score, spacing_variation
+from flatjax.run.records import Record
 from harness.diagnosis.geometry import layer_names
 from harness.diagnosis.quantities import BLOCKS, mean, quantity
 from harness.diagnosis.reading import BySequence, Network, Read, Text
 from harness.diagnosis.stages import Part
-from harness.runs import Record
 
 _CONVENTION = "median over the tokens of a sequence, mean over the sequences"
 
