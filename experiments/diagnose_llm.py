@@ -47,6 +47,7 @@ from flatjax.run.progress import Progress
 from flatjax.run.records import Record, RunFolder, as_json
 from harness import checkpoint_sources, page
 from harness.checkpoint_sources import Source
+from harness.data.text import Document, evenly, read, windows
 from harness.diagnosis.collapse import Classes, collapse_part, decisions_part
 from harness.diagnosis.geometry import geometry_part
 from harness.diagnosis.head import head_part, sharpness_part
@@ -56,7 +57,6 @@ from harness.diagnosis.reading import Network, Text, mean_loss, reader, tokens_o
 from harness.diagnosis.record import Called, Diagnoses
 from harness.diagnosis.stages import Done, Saves, Stage, run_stage, seconds_of, usual_seconds
 from harness.diagnosis.trajectory import trajectory_part
-from harness.text import Document, evenly, read, windows
 
 Name = Literal["head", "sharpness", "collapse", "geometry", "trajectory", "profile", "jacobians"]
 

@@ -49,8 +49,8 @@ from flatjax.models import MLP
 from flatjax.run.progress import Progress
 from flatjax.run.records import Record, RunFolder
 from flatjax.run.tables import aligned
-from harness import scarce
 from harness.correlations import Correlation, correlations
+from harness.data import few_labels as scarce
 from harness.effects import number, to_record
 from harness.regularisers import REGULARISERS
 from harness.trials import PARTS, Network, Programs, State, Trial, network

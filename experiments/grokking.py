@@ -29,8 +29,8 @@ from flatjax import cross_entropy, neural_collapse, relative_flatness, simplifie
 from flatjax.models import Transformer
 from flatjax.run.checkpoints import checkpointer, load_latest
 from flatjax.run.records import Record, RunFolder
-from harness import modular
-from harness.batches import batch_at
+from harness.data import modular
+from harness.data.batches import batch_at
 from harness.figures import Panel, draw_training
 from harness.milestones import first_step_at_least, halfway_down
 

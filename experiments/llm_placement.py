@@ -35,7 +35,7 @@ from flatjax.run.options import check_heads, check_least
 from flatjax.run.progress import Progress
 from flatjax.run.records import Record, RunFolder
 from flatjax.training import sharpness_aware
-from harness import text
+from harness.data import text
 from harness.effects import number, to_record
 from harness.language_model import HEAD, Descent, Penalty, State, network, penalty
 from harness.language_trials import Trial, in_order, measure, train

@@ -37,7 +37,6 @@ from flatjax.collapse.squared_error import central_path
 from flatjax.models import MLP, ResNet18
 from flatjax.run.options import check_least
 from flatjax.run.records import Record, RunFolder
-from harness import images
 from harness.classifiers import (
     LossOfSamples,
     Network,
@@ -51,7 +50,8 @@ from harness.classifiers import (
 )
 from harness.collapse import Case, draw
 from harness.convolutions import by_products
-from harness.images import Images
+from harness.data import images
+from harness.data.images import Images
 from harness.milestones import first_step_at_least
 from harness.profiles import in_forward_order
 

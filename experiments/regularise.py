@@ -33,11 +33,11 @@ from flatjax.models import MLP, ResNet18
 from flatjax.run.options import check_least
 from flatjax.run.progress import Progress
 from flatjax.run.records import Record, RunFolder
-from harness import scarce
 from harness.comparison import Row, draw, interval, is_clear, table, to_record
 from harness.convolutions import by_products
+from harness.data import few_labels as scarce
+from harness.data.few_labels import Task
 from harness.regularisers import REGULARISERS, Method
-from harness.scarce import Task
 from harness.timing import side_by_side
 from harness.trials import PARTS, Network, Programs, Trial, network
 

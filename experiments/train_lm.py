@@ -32,8 +32,8 @@ from flatjax.run.checkpoints import checkpointer, load_latest
 from flatjax.run.options import check_heads, check_least
 from flatjax.run.progress import Progress
 from flatjax.run.records import Record, RunFolder
-from harness import text
-from harness.batches import batch_at
+from harness.data import text
+from harness.data.batches import batch_at
 from harness.language_model import HEAD, Descent, evaluating, network, one_step, penalty, placement
 
 matplotlib.use("Agg")

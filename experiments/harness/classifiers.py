@@ -13,8 +13,8 @@ from flax import nnx
 from flatjax.run.checkpoints import checkpointer, load_latest
 from flatjax.run.progress import Progress
 from flatjax.run.records import Record, RunFolder
-from harness.batches import batch_at
-from harness.images import Images
+from harness.data.batches import batch_at
+from harness.data.images import Images
 
 State = dict[str, Any]
 """Parameters, running statistics, and the optimizer's state."""

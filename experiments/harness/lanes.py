@@ -11,8 +11,8 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flatjax import cross_entropy, neural_collapse, relative_flatness, simplified_relative_flatness
-from harness.batches import batch_at
 from harness.bounds import Bounds, softened_ncc
+from harness.data.batches import batch_at
 from harness.learners import Learner, Params, Samples
 from harness.pushes import Control, Quantity, control_of, distance_from_level, measured, of_size
 

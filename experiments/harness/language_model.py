@@ -25,7 +25,7 @@ from flatjax.models import Decoder, DecoderConfig
 from flatjax.models.decoder_sharding import decoder_shardings
 from flatjax.models.precision import at_least_float32
 from flatjax.run.checkpoints import load_part
-from harness.text import Part
+from harness.data.text import Part
 
 State = dict[str, Any]
 """Parameters, and the optimizer's state."""

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from flatjax.models import MLP, Transformer
-from harness import images, modular
+from harness.data import images, modular
 
 Params = dict[str, Any]
 

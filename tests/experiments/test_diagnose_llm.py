@@ -23,12 +23,12 @@ import diagnose_llm
 from flatjax.models import Decoder, DecoderConfig
 from flatjax.run.checkpoints import checkpointer
 from harness import page
+from harness.data.text import evenly, read, train_tokenizer, windows
 from harness.diagnosis import stages
 from harness.diagnosis.head import of_sequences
 from harness.diagnosis.quantities import jackknife_error, mean
 from harness.diagnosis.reading import forward, tokens_of
 from harness.language_model import load_checkpoint
-from harness.text import evenly, read, train_tokenizer, windows
 
 VOCAB, WIDTH, DEPTH, CONTEXT, BATCH, BLOCKS, MIN_COUNT, TOP = 264, 8, 2, 12, 4, 3, 4, 2
 STEPS = (0, 7)

@@ -12,7 +12,7 @@ from helpers import Problem, dense_flatness, softmax_cross_entropy
 import generalization_gap
 from flatjax import cross_entropy
 from flatjax.models import MLP
-from harness import scarce
+from harness.data import few_labels as scarce
 from harness.trials import Trial, network
 
 from .processes import finish, kill_when, metrics, starter

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from harness import images
+from harness.data import images
 
 RNG = np.random.default_rng(0)
 

@@ -10,7 +10,7 @@ import pytest
 
 import flatjax
 import layer_flatness
-from harness import images
+from harness.data import images
 
 from .processes import finish, kill_when, metrics, starter
 

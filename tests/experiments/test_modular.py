@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from harness import modular
+from harness.data import modular
 
 OPERATIONS = {
     "add": lambda x, y, p: (x + y) % p,

@@ -9,8 +9,8 @@ import optax
 import pytest
 
 import neural_collapse
-from harness import images
 from harness.classifiers import evaluating
+from harness.data import images
 from harness.profiles import in_forward_order
 
 from .processes import finish, kill_when, metrics, starter

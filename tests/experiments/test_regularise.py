@@ -16,8 +16,9 @@ from scipy import stats
 import flatjax
 import regularise
 from flatjax.models import MLP
-from harness import comparison, scarce
+from harness import comparison
 from harness.convolutions import convolve
+from harness.data import few_labels as scarce
 from harness.regularisers import REGULARISERS
 from harness.trials import PARTS, Programs, network
 

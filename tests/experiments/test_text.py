@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from harness import text
-from harness.text import Document, Shares
+from harness.data import text
+from harness.data.text import Document, Shares
 
 from .processes import EXPERIMENTS
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flatjax import cross_entropy
 from flatjax.samples import IGNORED_LABEL
-from harness.text import Tokenizer
+from harness.data.text import Tokenizer
 
 
 class Network(NamedTuple):

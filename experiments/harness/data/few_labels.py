@@ -4,8 +4,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from harness import images
-from harness.images import NUM_CLASSES, Images
+from harness.data import images
+from harness.data.images import NUM_CLASSES, Images
 
 Part = Literal["train", "validation", "test"]
 
