@@ -52,8 +52,8 @@ from flatjax.run.tables import aligned
 from harness.correlations import Correlation, correlations
 from harness.data import few_labels as scarce
 from harness.effects import number, to_record
-from harness.regularisers import REGULARISERS
-from harness.trials import PARTS, Network, Programs, State, Trial, network
+from harness.training.regularisers import REGULARISERS
+from harness.training.small_networks import PARTS, Network, Programs, State, Trial, network
 
 Gap = Literal["loss_gap", "error_gap"]
 

@@ -28,7 +28,11 @@ from flatjax.layers.kernels import find_layers
 from flatjax.models import MLP, ResNet18, ViT
 from flatjax.run.options import check_least
 from flatjax.run.records import Record, RunFolder
-from harness.classifiers import (
+from harness.data import images
+from harness.data.images import Images
+from harness.profiles import Profile, draw_history, draw_profile, from_record, in_forward_order, over_seeds, table
+from harness.profiles import to_record as profile_record
+from harness.training.classifiers import (
     Network,
     State,
     at_equal_ratios,
@@ -38,10 +42,6 @@ from harness.classifiers import (
     train_and_measure,
     training,
 )
-from harness.data import images
-from harness.data.images import Images
-from harness.profiles import Profile, draw_history, draw_profile, from_record, in_forward_order, over_seeds, table
-from harness.profiles import to_record as profile_record
 
 
 @dataclasses.dataclass(frozen=True)

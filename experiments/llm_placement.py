@@ -37,11 +37,11 @@ from flatjax.run.records import Record, RunFolder
 from flatjax.training import sharpness_aware
 from harness.data import text
 from harness.effects import number, to_record
-from harness.language_model import HEAD, Descent, Penalty, State, network, penalty
 from harness.language_trials import Trial, in_order, measure, train
 from harness.placement_tables import draw, quantities, row_of, table
-from harness.several import mesh_of_trials, of_several, stacked
 from harness.timing import side_by_side
+from harness.training.decoders import HEAD, Descent, Penalty, State, network, penalty
+from harness.training.parallel import mesh_of_trials, of_several, stacked
 
 Arm = Literal["plain", "head", "block", "blocks", "sam"]
 

@@ -37,7 +37,12 @@ from flatjax.collapse.squared_error import central_path
 from flatjax.models import MLP, ResNet18
 from flatjax.run.options import check_least
 from flatjax.run.records import Record, RunFolder
-from harness.classifiers import (
+from harness.collapse import Case, draw
+from harness.data import images
+from harness.data.images import Images
+from harness.milestones import first_step_at_least
+from harness.profiles import in_forward_order
+from harness.training.classifiers import (
     LossOfSamples,
     Network,
     State,
@@ -48,12 +53,7 @@ from harness.classifiers import (
     train_and_measure,
     training,
 )
-from harness.collapse import Case, draw
-from harness.convolutions import by_products
-from harness.data import images
-from harness.data.images import Images
-from harness.milestones import first_step_at_least
-from harness.profiles import in_forward_order
+from harness.training.convolutions import by_products
 
 Model = Literal["mlp", "resnet"]
 Loss = Literal["cross_entropy", "squared_error"]

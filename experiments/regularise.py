@@ -34,12 +34,12 @@ from flatjax.run.options import check_least
 from flatjax.run.progress import Progress
 from flatjax.run.records import Record, RunFolder
 from harness.comparison import Row, draw, interval, is_clear, table, to_record
-from harness.convolutions import by_products
 from harness.data import few_labels as scarce
 from harness.data.few_labels import Task
-from harness.regularisers import REGULARISERS, Method
 from harness.timing import side_by_side
-from harness.trials import PARTS, Network, Programs, Trial, network
+from harness.training.convolutions import by_products
+from harness.training.regularisers import REGULARISERS, Method
+from harness.training.small_networks import PARTS, Network, Programs, Trial, network
 
 Model = Literal["mlp", "resnet"]
 TaskName = Literal["few", "wrong"]

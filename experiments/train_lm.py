@@ -34,7 +34,7 @@ from flatjax.run.progress import Progress
 from flatjax.run.records import Record, RunFolder
 from harness.data import text
 from harness.data.batches import batch_at
-from harness.language_model import HEAD, Descent, evaluating, network, one_step, penalty, placement
+from harness.training.decoders import HEAD, Descent, evaluating, network, one_step, penalty, placement
 
 matplotlib.use("Agg")
 

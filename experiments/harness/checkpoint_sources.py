@@ -16,7 +16,7 @@ from flatjax.loading.files import read_object
 from flatjax.loading.headers import Entry, sample
 from flatjax.models import Decoder, DecoderConfig
 from harness.data.text import Document, Tokenizer, read, standard_library
-from harness.language_model import load_checkpoint
+from harness.training.decoders import load_checkpoint
 
 T = TypeVar("T")
 

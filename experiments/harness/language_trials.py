@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from harness.language_model import Network, Penalty, State, one_step, probed
 from harness.perturbations import rounded, with_noise
+from harness.training.decoders import Network, Penalty, State, one_step, probed
 
 BITS = (8, 4)
 _PROBES = 16

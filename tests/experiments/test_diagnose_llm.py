@@ -28,7 +28,7 @@ from harness.diagnosis import stages
 from harness.diagnosis.head import of_sequences
 from harness.diagnosis.quantities import jackknife_error, mean
 from harness.diagnosis.reading import forward, tokens_of
-from harness.language_model import load_checkpoint
+from harness.training.decoders import load_checkpoint
 
 VOCAB, WIDTH, DEPTH, CONTEXT, BATCH, BLOCKS, MIN_COUNT, TOP = 264, 8, 2, 12, 4, 3, 4, 2
 STEPS = (0, 7)

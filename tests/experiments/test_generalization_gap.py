@@ -13,7 +13,7 @@ import generalization_gap
 from flatjax import cross_entropy
 from flatjax.models import MLP
 from harness.data import few_labels as scarce
-from harness.trials import Trial, network
+from harness.training.small_networks import Trial, network
 
 from .processes import finish, kill_when, metrics, starter
 

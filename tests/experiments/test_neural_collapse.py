@@ -9,9 +9,9 @@ import optax
 import pytest
 
 import neural_collapse
-from harness.classifiers import evaluating
 from harness.data import images
 from harness.profiles import in_forward_order
+from harness.training.classifiers import evaluating
 
 from .processes import finish, kill_when, metrics, starter
 

@@ -17,10 +17,10 @@ import flatjax
 import regularise
 from flatjax.models import MLP
 from harness import comparison
-from harness.convolutions import convolve
 from harness.data import few_labels as scarce
-from harness.regularisers import REGULARISERS
-from harness.trials import PARTS, Programs, network
+from harness.training.convolutions import convolve
+from harness.training.regularisers import REGULARISERS
+from harness.training.small_networks import PARTS, Programs, network
 
 from .processes import finish, kill_when, metrics, starter
 

@@ -13,7 +13,7 @@ from flax import nnx
 import train_lm
 from flatjax import cross_entropy, layer_relative_flatness, relative_flatness
 from flatjax.models import Decoder, DecoderConfig
-from harness.language_model import (
+from harness.training.decoders import (
     Descent,
     Network,
     Penalty,

@@ -12,8 +12,8 @@ from flax import nnx
 
 from flatjax import cross_entropy, relative_flatness
 from flatjax.run.records import Record
-from harness.regularisers import Regulariser
-from harness.several import mesh_of_trials, of_several, stacked
+from harness.training.parallel import mesh_of_trials, of_several, stacked
+from harness.training.regularisers import Regulariser
 
 State = dict[str, Any]
 
