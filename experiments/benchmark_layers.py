@@ -27,8 +27,8 @@ from flatjax.curvature.products import Hessian
 from flatjax.curvature.traces import trace
 from flatjax.layers.kernels import find_layers
 from harness.networks import Network, decoder, perceptron, resnet, transformer
-from harness.profiles import in_forward_order
 from harness.records import temporary_memory, write_record
+from harness.results.profiles import in_forward_order
 from harness.timing import side_by_side
 from harness.torch_peer import curvlinops_calls
 

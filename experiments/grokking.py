@@ -31,8 +31,8 @@ from flatjax.run.checkpoints import checkpointer, load_latest
 from flatjax.run.records import Record, RunFolder
 from harness.data import modular
 from harness.data.batches import batch_at
-from harness.figures import Panel, draw_training
-from harness.milestones import first_step_at_least, halfway_down
+from harness.results.figures import Panel, draw_training
+from harness.results.milestones import first_step_at_least, halfway_down
 
 State = dict[str, Any]
 

@@ -30,8 +30,16 @@ from flatjax.run.options import check_least
 from flatjax.run.records import Record, RunFolder
 from harness.data import images
 from harness.data.images import Images
-from harness.profiles import Profile, draw_history, draw_profile, from_record, in_forward_order, over_seeds, table
-from harness.profiles import to_record as profile_record
+from harness.results.profiles import (
+    Profile,
+    draw_history,
+    draw_profile,
+    from_record,
+    in_forward_order,
+    over_seeds,
+    table,
+)
+from harness.results.profiles import to_record as profile_record
 from harness.training.classifiers import (
     Network,
     State,

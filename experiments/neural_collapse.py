@@ -40,8 +40,8 @@ from flatjax.run.records import Record, RunFolder
 from harness.collapse import Case, draw
 from harness.data import images
 from harness.data.images import Images
-from harness.milestones import first_step_at_least
-from harness.profiles import in_forward_order
+from harness.results.milestones import first_step_at_least
+from harness.results.profiles import in_forward_order
 from harness.training.classifiers import (
     LossOfSamples,
     Network,

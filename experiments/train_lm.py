@@ -40,7 +40,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from harness.figures import COLOURS, draw_curve
+from harness.results.figures import COLOURS, draw_curve
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from flatjax.run.records import Record
-from harness.figures import COLOURS, draw_curve
+from harness.results.figures import COLOURS, draw_curve
 
 
 class Case(NamedTuple):

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from harness.milestones import first_step_at_least, halfway_down
+from harness.results.milestones import first_step_at_least, halfway_down
 
 
 def test_the_first_step_at_a_threshold_is_the_first_not_the_last():

@@ -10,7 +10,7 @@ import pytest
 
 import neural_collapse
 from harness.data import images
-from harness.profiles import in_forward_order
+from harness.results.profiles import in_forward_order
 from harness.training.classifiers import evaluating
 
 from .processes import finish, kill_when, metrics, starter

@@ -7,7 +7,15 @@ import pytest
 from flatjax.curvature.estimate import Estimate
 from flatjax.run.progress import Progress
 from flatjax.run.records import RunFolder
-from harness.profiles import draw_history, draw_profile, from_record, in_forward_order, over_seeds, table, to_record
+from harness.results.profiles import (
+    draw_history,
+    draw_profile,
+    from_record,
+    in_forward_order,
+    over_seeds,
+    table,
+    to_record,
+)
 
 PROFILE = {
     "layers/0/kernel": Estimate(np.float32(-1.25), np.float32(0.5), np.int32(32)),

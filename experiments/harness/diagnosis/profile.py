@@ -16,7 +16,7 @@ from harness.diagnosis.head import kappa_of_batch
 from harness.diagnosis.quantities import BLOCKS, quantity
 from harness.diagnosis.reading import Network, Text
 from harness.diagnosis.stages import Part
-from harness.profiles import in_forward_order, short
+from harness.results.profiles import in_forward_order, short
 
 
 def layers_named(params: Any, patterns: tuple[str, ...], *, tied: bool) -> list[Layer]:
