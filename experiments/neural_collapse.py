@@ -37,9 +37,9 @@ from flatjax.collapse.squared_error import central_path
 from flatjax.models import MLP, ResNet18
 from flatjax.run.options import check_least
 from flatjax.run.records import Record, RunFolder
-from harness.collapse import Case, draw
 from harness.data import images
 from harness.data.images import Images
+from harness.neural_collapse.figures import Case, draw
 from harness.results.milestones import first_step_at_least
 from harness.results.profiles import in_forward_order
 from harness.training.classifiers import (

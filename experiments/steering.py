@@ -23,9 +23,9 @@ from tqdm import trange
 
 from flatjax import cross_entropy, flat_reg, relative_flatness
 from flatjax.models import MLP
-from harness.comparison import interval
 from harness.data import images
 from harness.records import write_record
+from harness.regularise.comparison import interval
 
 matplotlib.use("Agg")
 

@@ -15,9 +15,9 @@ from matplotlib.ticker import NullFormatter
 
 from flatjax.run.records import Record
 from harness.arms import BASELINE, Arm
-from harness.comparison import interval
 from harness.effects import at_the_end, number
 from harness.pushes import QUANTITIES, SYMBOLS
+from harness.regularise.comparison import interval
 from harness.verdicts import Verdict
 
 _PANELS = {

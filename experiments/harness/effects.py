@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flatjax.run.records import Record
-from harness.comparison import Interval, interval
+from harness.regularise.comparison import Interval, interval
 
 FITTED = GENERALIZED = 0.99
 _AT_THE_END = 5

@@ -10,7 +10,6 @@ from flatjax.run.records import Record
 from flatjax.run.tables import aligned
 from harness.arms import BASELINE, Arm
 from harness.bounds import Bounds
-from harness.comparison import Interval, interval
 from harness.effects import (
     FITTED,
     Effect,
@@ -25,6 +24,7 @@ from harness.effects import (
     to_record,
 )
 from harness.pushes import RECORDED
+from harness.regularise.comparison import Interval, interval
 
 AT_THE_CEILING = 0.95
 """Of it, and above."""

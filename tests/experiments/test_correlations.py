@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from harness.correlations import correlations, kendall, partial, spearman
+from harness.generalization_gap.correlations import correlations, kendall, partial, spearman
 
 
 def test_a_monotone_function_is_perfectly_correlated_and_its_mirror_image_perfectly_the_other_way():

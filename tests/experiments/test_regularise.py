@@ -16,8 +16,8 @@ from scipy import stats
 import flatjax
 import regularise
 from flatjax.models import MLP
-from harness import comparison
 from harness.data import few_labels as scarce
+from harness.regularise import comparison
 from harness.training.convolutions import convolve
 from harness.training.regularisers import REGULARISERS
 from harness.training.small_networks import PARTS, Programs, network
