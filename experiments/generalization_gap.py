@@ -50,8 +50,8 @@ from flatjax.run.progress import Progress
 from flatjax.run.records import Record, RunFolder
 from flatjax.run.tables import aligned
 from harness.data import few_labels as scarce
-from harness.effects import number, to_record
 from harness.generalization_gap.correlations import Correlation, correlations
+from harness.interventions.outcomes import number, to_record
 from harness.training.regularisers import REGULARISERS
 from harness.training.small_networks import PARTS, Network, Programs, State, Trial, network
 

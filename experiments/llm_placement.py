@@ -36,7 +36,7 @@ from flatjax.run.progress import Progress
 from flatjax.run.records import Record, RunFolder
 from flatjax.training import sharpness_aware
 from harness.data import text
-from harness.effects import number, to_record
+from harness.interventions.outcomes import number, to_record
 from harness.language_trials import Trial, in_order, measure, train
 from harness.placement_tables import draw, quantities, row_of, table
 from harness.timing import side_by_side

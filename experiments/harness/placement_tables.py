@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 
 from flatjax.run.records import Record
 from flatjax.run.tables import aligned
-from harness.effects import effect, number
+from harness.interventions.outcomes import effect, number
 from harness.language_trials import BITS
 from harness.regularise.comparison import Interval, interval, is_clear
 

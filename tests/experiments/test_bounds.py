@@ -7,7 +7,7 @@ import pytest
 from helpers import dense_flatness, random_problem, softmax_cross_entropy
 
 from flatjax import neural_collapse, relative_flatness, simplified_relative_flatness
-from harness.bounds import Bounds, softened_ncc
+from harness.interventions.bounds import Bounds, softened_ncc
 
 BOUNDS = Bounds(feature_norm=3.0, head_norm=2.0, softness=0.01)
 

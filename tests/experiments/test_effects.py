@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from harness.arms import BASELINE, Arm, controls, held, pushed
-from harness.bounds import Bounds
-from harness.doses import dose_table, doses
-from harness.effects import answers, delay_ratio, effect, outcome
-from harness.lanes import Rule
-from harness.verdicts import off_level_of, table, verdicts
+from harness.interventions.arm_results import off_level_of, table, verdicts
+from harness.interventions.arms import BASELINE, Arm, controls, held, pushed
+from harness.interventions.bounds import Bounds
+from harness.interventions.dose_response import dose_table, doses
+from harness.interventions.outcomes import answers, delay_ratio, effect, outcome
+from harness.interventions.training import Rule
 
 NAMES = ["loss", "relative_flatness", "simplified_relative_flatness", "ncc", "softened_ncc"]
 

@@ -7,10 +7,10 @@ import numpy as np
 
 from flatjax.run.records import Record
 from flatjax.run.tables import aligned
-from harness.effects import Seed, at_the_end, generalized_at, number
-from harness.pushes import QUANTITIES, RECORDED, SYMBOLS, Quantity
+from harness.interventions.arm_results import Verdict
+from harness.interventions.outcomes import Seed, at_the_end, generalized_at, number
+from harness.interventions.pushes import QUANTITIES, RECORDED, SYMBOLS, Quantity
 from harness.regularise.comparison import Interval, interval
-from harness.verdicts import Verdict
 
 
 class Dose(NamedTuple):

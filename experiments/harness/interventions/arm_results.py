@@ -8,9 +8,9 @@ import numpy as np
 
 from flatjax.run.records import Record
 from flatjax.run.tables import aligned
-from harness.arms import BASELINE, Arm
-from harness.bounds import Bounds
-from harness.effects import (
+from harness.interventions.arms import BASELINE, Arm
+from harness.interventions.bounds import Bounds
+from harness.interventions.outcomes import (
     FITTED,
     Effect,
     Ratio,
@@ -23,7 +23,7 @@ from harness.effects import (
     outcome,
     to_record,
 )
-from harness.pushes import RECORDED
+from harness.interventions.pushes import RECORDED
 from harness.regularise.comparison import Interval, interval
 
 AT_THE_CEILING = 0.95

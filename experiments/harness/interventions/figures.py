@@ -14,11 +14,11 @@ import numpy as np
 from matplotlib.ticker import NullFormatter
 
 from flatjax.run.records import Record
-from harness.arms import BASELINE, Arm
-from harness.effects import at_the_end, number
-from harness.pushes import QUANTITIES, SYMBOLS
+from harness.interventions.arm_results import Verdict
+from harness.interventions.arms import BASELINE, Arm
+from harness.interventions.outcomes import at_the_end, number
+from harness.interventions.pushes import QUANTITIES, SYMBOLS
 from harness.regularise.comparison import interval
-from harness.verdicts import Verdict
 
 _PANELS = {
     "accuracy": "accuracy (dashed: trained on)",

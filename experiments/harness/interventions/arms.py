@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from harness.lanes import Rule
-from harness.pushes import CONTROLS, SYMBOLS, Quantity
+from harness.interventions.pushes import CONTROLS, SYMBOLS, Quantity
+from harness.interventions.training import Rule
 
 
 class Arm(NamedTuple):

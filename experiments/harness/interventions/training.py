@@ -11,10 +11,10 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flatjax import cross_entropy, neural_collapse, relative_flatness, simplified_relative_flatness
-from harness.bounds import Bounds, softened_ncc
 from harness.data.batches import batch_at
-from harness.learners import Learner, Params, Samples
-from harness.pushes import Control, Quantity, control_of, distance_from_level, measured, of_size
+from harness.interventions.bounds import Bounds, softened_ncc
+from harness.interventions.learners import Learner, Params, Samples
+from harness.interventions.pushes import Control, Quantity, control_of, distance_from_level, measured, of_size
 
 State = dict[str, Any]
 
