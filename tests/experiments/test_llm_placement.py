@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import llm_placement
-from harness.perturbations import rounded, with_noise
-from harness.placement_tables import edge, quantities, row_of, table
+from harness.llm_placement.perturbations import rounded, with_noise
+from harness.llm_placement.tables import edge, quantities, row_of, table
 from harness.training.decoders import Penalty, network, penalty
 
 from .processes import finish, kill_when, metrics, starter, write_text

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from harness.perturbations import rounded, with_noise
+from harness.llm_placement.perturbations import rounded, with_noise
 from harness.training.decoders import Network, Penalty, State, one_step, probed
 
 BITS = (8, 4)

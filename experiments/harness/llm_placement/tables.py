@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 from flatjax.run.records import Record
 from flatjax.run.tables import aligned
 from harness.interventions.outcomes import effect, number
-from harness.language_trials import BITS
+from harness.llm_placement.trials import BITS
 from harness.regularise.comparison import Interval, interval, is_clear
 
 _KAPPAS = {"kappa_of_head": "κ of head", "kappa_of_blocks": "κ of blocks"}
