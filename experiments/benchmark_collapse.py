@@ -19,10 +19,10 @@ import numpy as np
 import tyro
 
 from flatjax.collapse import ClassMoments, cdnv
-from harness.growth import Growth, report_growth
-from harness.records import temporary_memory, write_record
-from harness.timing import Timing, side_by_side
-from harness.torch_peer import one_hot_update
+from harness.benchmarks.growth import Growth, report_growth
+from harness.benchmarks.records import temporary_memory, write_record
+from harness.benchmarks.timing import Timing, side_by_side
+from harness.benchmarks.torch_peer import one_hot_update
 
 
 def vocabulary(

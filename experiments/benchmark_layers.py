@@ -26,11 +26,11 @@ from flatjax.curvature.estimate import Estimate
 from flatjax.curvature.products import Hessian
 from flatjax.curvature.traces import trace
 from flatjax.layers.kernels import find_layers
-from harness.networks import Network, decoder, perceptron, resnet, transformer
-from harness.records import temporary_memory, write_record
+from harness.benchmarks.networks import Network, decoder, perceptron, resnet, transformer
+from harness.benchmarks.records import temporary_memory, write_record
+from harness.benchmarks.timing import side_by_side
+from harness.benchmarks.torch_peer import curvlinops_calls
 from harness.results.profiles import in_forward_order
-from harness.timing import side_by_side
-from harness.torch_peer import curvlinops_calls
 
 
 def probes(num_probes: int = 16, seed: int = 0, seconds: float = 10, folder: Path = Path("runs/benchmark")) -> None:

@@ -21,8 +21,8 @@ from flax import nnx
 from flatjax import cross_entropy_and_flatness, flat_reg, relative_flatness
 from flatjax.models import ResNet18, Transformer
 from flatjax.training import sharpness_aware
-from harness.records import write_record
-from harness.timing import side_by_side
+from harness.benchmarks.records import write_record
+from harness.benchmarks.timing import side_by_side
 
 STRENGTH = 0.01
 Step = Callable[[Any, Any], tuple[Any, Any]]

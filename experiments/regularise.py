@@ -33,10 +33,10 @@ from flatjax.models import MLP, ResNet18
 from flatjax.run.options import check_least
 from flatjax.run.progress import Progress
 from flatjax.run.records import Record, RunFolder
+from harness.benchmarks.timing import side_by_side
 from harness.data import few_labels as scarce
 from harness.data.few_labels import Task
 from harness.regularise.comparison import Row, draw, interval, is_clear, table, to_record
-from harness.timing import side_by_side
 from harness.training.convolutions import by_products
 from harness.training.regularisers import REGULARISERS, Method
 from harness.training.small_networks import PARTS, Network, Programs, Trial, network

@@ -12,7 +12,7 @@ import pytest
 import flatjax
 import flatjax.collapse
 import flatjax.representations
-from harness.calls import Call, public_calls
+from harness.benchmarks.calls import Call, public_calls
 
 PUBLIC = {
     name: getattr(module, name)

@@ -11,9 +11,9 @@ from helpers import random_problem
 
 import benchmark_head
 import flatjax
-from harness.baselines import cross_entropy, tiled_cross_entropy, weight_by_weight
-from harness.calls import Call
-from harness.growth import Growth, draw_growth, exponent
+from harness.benchmarks.baselines import cross_entropy, tiled_cross_entropy, weight_by_weight
+from harness.benchmarks.calls import Call
+from harness.benchmarks.growth import Growth, draw_growth, exponent
 
 
 @pytest.mark.parametrize("tile_size", [1, 5, 36, 37])

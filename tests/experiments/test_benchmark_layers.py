@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import benchmark_layers
-from harness.networks import perceptron, transformer
+from harness.benchmarks.networks import perceptron, transformer
 
 
 @pytest.fixture(autouse=True)
