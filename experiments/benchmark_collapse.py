@@ -19,9 +19,9 @@ import numpy as np
 import tyro
 
 from flatjax.collapse import ClassMoments, cdnv
+from flatjax.run.records import write_record
 from harness.benchmarks.growth import Growth, report_growth
-from harness.benchmarks.records import temporary_memory, write_record
-from harness.benchmarks.timing import Timing, side_by_side
+from harness.benchmarks.timing import Timing, side_by_side, temporary_memory
 from harness.benchmarks.torch_peer import one_hot_update
 
 

@@ -28,11 +28,11 @@ from flatjax import (
     simplified_relative_flatness,
 )
 from flatjax.flatness.vocabulary import FEWEST_ROWS, LOGITS_AT_ONCE
+from flatjax.run.records import write_record
 from harness.benchmarks.baselines import cross_entropy, tiled_cross_entropy, weight_by_weight
 from harness.benchmarks.calls import Call, public_calls
 from harness.benchmarks.growth import Growth, report_growth
-from harness.benchmarks.records import temporary_memory, write_record
-from harness.benchmarks.timing import side_by_side
+from harness.benchmarks.timing import side_by_side, temporary_memory
 
 Batch = tuple[dict[str, jax.Array], jax.Array, jax.Array]
 

@@ -26,9 +26,9 @@ from flatjax.curvature.estimate import Estimate
 from flatjax.curvature.products import Hessian
 from flatjax.curvature.traces import trace
 from flatjax.layers.kernels import find_layers
+from flatjax.run.records import write_record
 from harness.benchmarks.networks import Network, decoder, perceptron, resnet, transformer
-from harness.benchmarks.records import temporary_memory, write_record
-from harness.benchmarks.timing import side_by_side
+from harness.benchmarks.timing import side_by_side, temporary_memory
 from harness.benchmarks.torch_peer import curvlinops_calls
 from harness.results.profiles import in_forward_order
 

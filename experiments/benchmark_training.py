@@ -20,8 +20,8 @@ from flax import nnx
 
 from flatjax import cross_entropy_and_flatness, flat_reg, relative_flatness
 from flatjax.models import ResNet18, Transformer
+from flatjax.run.records import write_record
 from flatjax.training import sharpness_aware
-from harness.benchmarks.records import write_record
 from harness.benchmarks.timing import side_by_side
 
 STRENGTH = 0.01

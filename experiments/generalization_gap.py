@@ -49,7 +49,7 @@ from flatjax.models import MLP
 from flatjax.run.progress import Progress
 from flatjax.run.records import Record, RunFolder
 from flatjax.run.tables import aligned
-from harness.data import few_labels as scarce
+from harness.data import few_labels
 from harness.generalization_gap.correlations import Correlation, correlations
 from harness.interventions.outcomes import number, to_record
 from harness.training.regularisers import REGULARISERS
@@ -139,10 +139,10 @@ def train_group(
     config: Config, run: RunFolder, width: int, batch: int, combinations: list[Combination], progress: Progress
 ) -> None:
     """All networks of one shape, and of one size of batch."""
-    digits = scarce.digits()
+    digits = few_labels.digits()
     pixels = ((digits.pixels - digits.pixels.mean()) / digits.pixels.std()).astype(np.float32)
     x = pixels.reshape(len(pixels), -1)
-    of_width = network(lambda rngs: MLP((x.shape[1], width, width, scarce.NUM_CLASSES), rngs=rngs))
+    of_width = network(lambda rngs: MLP((x.shape[1], width, width, few_labels.NUM_CLASSES), rngs=rngs))
     programs = Programs(of_width, x, config.steps)
     measure = Measurement(config, of_width, jnp.asarray(x))
     for start in range(0, len(combinations), programs.size):
@@ -160,11 +160,11 @@ def train_group(
 def trial(config: Config, of_width: Network, labels: np.ndarray, batch: int, combination: Combination) -> Trial:
     """What a seed decides, which is the same for all rates and decays, and the setting."""
     rate, decay, noise, seed = combination
-    drawn = scarce.draw(labels, scarce.Task(config.num_train, noise), 0, seed)
+    drawn = few_labels.draw(labels, few_labels.Task(config.num_train, noise), 0, seed)
     parts = np.zeros(len(labels), np.int32)
     for place, part in enumerate(PARTS, start=1):
         parts[drawn.parts[part]] = place
-    batches = scarce.batches(drawn.parts["train"], batch, config.steps, seed)
+    batches = few_labels.batches(drawn.parts["train"], batch, config.steps, seed)
     return Trial(of_width.start(seed), drawn.labels, parts, batches, np.float32(rate), np.float32(decay))
 
 
@@ -187,7 +187,7 @@ class Measurement:
                 "simplified_relative_flatness": simplified_relative_flatness(head, feats, y),
                 "max_relative_flatness": max_relative_flatness(head, feats, y),
                 "head_norm": jnp.linalg.norm(head["kernel"]),
-                "ncc": neural_collapse(head, feats, y, num_classes=scarce.NUM_CLASSES).ncc,
+                "ncc": neural_collapse(head, feats, y, num_classes=few_labels.NUM_CLASSES).ncc,
                 "train_loss": loss_fn(params, x, y),
                 "test_loss": loss_fn(params, x_test, y_test),
                 "train_error": _error(model(x), y),

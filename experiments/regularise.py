@@ -34,7 +34,7 @@ from flatjax.run.options import check_least
 from flatjax.run.progress import Progress
 from flatjax.run.records import Record, RunFolder
 from harness.benchmarks.timing import side_by_side
-from harness.data import few_labels as scarce
+from harness.data import few_labels
 from harness.data.few_labels import Task
 from harness.regularise.comparison import Row, draw, interval, is_clear, table, to_record
 from harness.training.convolutions import by_products
@@ -167,7 +167,7 @@ _TUNING, _FINAL = 1000, 2000
 
 def compare(config: Config, model: Model, run: RunFolder) -> None:
     """Tunes each method on each task, trains it in its best setting, and times a step of each."""
-    digits = scarce.digits()
+    digits = few_labels.digits()
     of_digits = network_of(config, model, digits.pixels.shape)
     programs = Programs(of_digits, inputs(model, digits.pixels), config.steps)
     cases = [(task, method) for task in config.tasks for method in config.methods]
@@ -244,10 +244,10 @@ def of_case(run: RunFolder, phase: str, model: str, task: str | None = None, met
 def network_of(config: Config, model: Model, shape: tuple[int, ...]) -> Network:
     _, height, width, channels = shape
     if model == "mlp":
-        widths = (height * width * channels, config.width, config.width, scarce.NUM_CLASSES)
+        widths = (height * width * channels, config.width, config.width, few_labels.NUM_CLASSES)
         return network(lambda rngs: MLP(widths, rngs=rngs))
     options = {"channels_in": channels, "width": config.resnet_width}
-    return network(lambda rngs: by_products(ResNet18(scarce.NUM_CLASSES, **options, rngs=rngs)))
+    return network(lambda rngs: by_products(ResNet18(few_labels.NUM_CLASSES, **options, rngs=rngs)))
 
 
 def inputs(model: Model, pixels: np.ndarray) -> np.ndarray:
@@ -258,11 +258,11 @@ def inputs(model: Model, pixels: np.ndarray) -> np.ndarray:
 
 def trial(config: Config, network: Network, labels: np.ndarray, task: TaskName, setting: Setting, seed: int) -> Trial:
     """All that a seed decides, and the setting."""
-    drawn = scarce.draw(labels, config.drawn[task], config.num_validation, seed)
+    drawn = few_labels.draw(labels, config.drawn[task], config.num_validation, seed)
     parts = np.zeros(len(labels), np.int32)
     for place, part in enumerate(PARTS, start=1):
         parts[drawn.parts[part]] = place
-    batches = scarce.batches(drawn.parts["train"], config.batch_size, config.steps, seed)
+    batches = few_labels.batches(drawn.parts["train"], config.batch_size, config.steps, seed)
     rate, strength = (np.float32(each or 0.0) for each in setting)
     return Trial(network.start(seed), drawn.labels, parts, batches, rate, strength)
 

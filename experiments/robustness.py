@@ -21,7 +21,7 @@ from tqdm import trange
 
 from flatjax import cross_entropy, feature_robustness, relative_flatness
 from flatjax.models import MLP
-from harness.benchmarks.records import write_record
+from flatjax.run.records import write_record
 
 matplotlib.use("Agg")
 

@@ -23,7 +23,7 @@ from tqdm import trange
 
 from flatjax import cross_entropy, flat_reg, relative_flatness
 from flatjax.models import MLP
-from harness.benchmarks.records import write_record
+from flatjax.run.records import write_record
 from harness.data import images
 from harness.regularise.comparison import interval
 

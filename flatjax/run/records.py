@@ -2,9 +2,12 @@
 
 import json
 import math
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import jax
 
 Record = dict[str, Any]
 
@@ -95,3 +98,12 @@ def _replace(file: Path, text: str) -> None:
     draft = file.with_suffix(".draft")
     draft.write_text(text)
     draft.replace(file)
+
+
+def write_record(file: Path, rows: list[dict[str, Any]]) -> None:
+    """The rows, with what they were measured on."""
+    device = jax.devices()[0]
+    machine = {"jax": jax.__version__, "platform": device.platform, "device": device.device_kind}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(machine | {"processor": platform.machine(), "rows": rows}, indent=2) + "\n")
+    print(f"on {device.device_kind}, jax {jax.__version__}; the record is {file}")

@@ -16,7 +16,7 @@ from scipy import stats
 import flatjax
 import regularise
 from flatjax.models import MLP
-from harness.data import few_labels as scarce
+from harness.data import few_labels
 from harness.regularise import comparison
 from harness.training.convolutions import convolve
 from harness.training.regularisers import REGULARISERS
@@ -110,8 +110,8 @@ def test_options_that_do_not_fit_are_an_error(options, wanted):
 
 
 def test_a_draw_has_each_class_alike_and_parts_that_share_no_image():
-    labels = scarce.digits().labels
-    drawn = scarce.draw(labels, scarce.Task(100, 0.0), 300, seed=3)
+    labels = few_labels.digits().labels
+    drawn = few_labels.draw(labels, few_labels.Task(100, 0.0), 300, seed=3)
     assert np.bincount(drawn.labels[drawn.parts["train"]]).tolist() == [10] * 10
     assert [len(drawn.parts[part]) for part in PARTS] == [100, 300, 797]
     assert len(np.unique(np.concatenate(list(drawn.parts.values())))) == 1197
@@ -119,8 +119,8 @@ def test_a_draw_has_each_class_alike_and_parts_that_share_no_image():
 
 
 def test_so_many_labels_are_wrong_of_the_images_trained_on_and_no_others():
-    labels = scarce.digits().labels
-    drawn = scarce.draw(labels, scarce.Task(500, 0.4), 300, seed=3)
+    labels = few_labels.digits().labels
+    drawn = few_labels.draw(labels, few_labels.Task(500, 0.4), 300, seed=3)
     wrong = np.flatnonzero(drawn.labels != labels)
     assert len(wrong) == 200
     assert np.isin(wrong, drawn.parts["train"]).all()
@@ -131,15 +131,15 @@ def test_so_many_labels_are_wrong_of_the_images_trained_on_and_no_others():
 
 
 def test_seeds_differ_in_what_is_trained_on_and_not_in_what_is_tested_on():
-    labels = scarce.digits().labels
-    one, other = (scarce.draw(labels, scarce.Task(100, 0.0), 300, seed) for seed in (0, 1))
+    labels = few_labels.digits().labels
+    one, other = (few_labels.draw(labels, few_labels.Task(100, 0.0), 300, seed) for seed in (0, 1))
     assert len(np.intersect1d(one.parts["train"], other.parts["train"])) < 40
     np.testing.assert_array_equal(one.parts["test"], other.parts["test"])
 
 
 def test_an_epoch_takes_each_image_once():
     train = np.arange(7, 27)
-    order = scarce.batches(train, 5, 9, seed=0)
+    order = few_labels.batches(train, 5, 9, seed=0)
     assert order.shape == (9, 5)
     for epoch in (order[:4], order[4:8]):
         np.testing.assert_array_equal(np.sort(epoch.ravel()), train)
@@ -186,7 +186,7 @@ def test_a_convolution_by_products_is_the_convolution(size, stride, side):
 def bench():
     """A perceptron's programs, and a maker of its trials."""
     config = regularise.Config(width=5, steps=6, batch_size=20, num_few=40, num_wrong=60, num_validation=30)
-    digits = scarce.digits()
+    digits = few_labels.digits()
     small = network(lambda rngs: MLP((64, 5, 10), rngs=rngs))
     programs = Programs(small, regularise.inputs("mlp", digits.pixels), config.steps)
 

@@ -58,3 +58,11 @@ def _seconds(call: Callable[[], Any], repeats: int) -> float:
     for _ in range(repeats):
         jax.block_until_ready(call())
     return (time.perf_counter() - started) / repeats
+
+
+def temporary_memory(function: Callable, arguments: tuple[Any, ...]) -> int:
+    """Bytes, beside the arguments and the results, as compiled."""
+    analysis = jax.jit(function).lower(*arguments).compile().memory_analysis()
+    if analysis is None:
+        raise RuntimeError(f"the {jax.default_backend()} backend of jax does not say what memory it takes")
+    return analysis.temp_size_in_bytes
