@@ -47,11 +47,10 @@ from flatjax import (
 from flatjax.curvature import Hessian, extreme_eigenpairs, trace
 from flatjax.models import MLP
 from flatjax.run.progress import Progress
-from flatjax.run.records import Record, RunFolder
+from flatjax.run.records import Record, RunFolder, number, to_record
 from flatjax.run.tables import aligned
 from harness.data import few_labels
 from harness.generalization_gap.correlations import Correlation, correlations
-from harness.interventions.outcomes import number, to_record
 from harness.training.regularisers import REGULARISERS
 from harness.training.small_networks import PARTS, Network, Programs, State, Trial, network
 

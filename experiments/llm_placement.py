@@ -33,11 +33,10 @@ import tyro
 from flatjax.models import DecoderConfig
 from flatjax.run.options import check_heads, check_least
 from flatjax.run.progress import Progress
-from flatjax.run.records import Record, RunFolder
+from flatjax.run.records import Record, RunFolder, number, to_record
 from flatjax.training import sharpness_aware
 from harness.benchmarks.timing import side_by_side
 from harness.data import text
-from harness.interventions.outcomes import number, to_record
 from harness.llm_placement.tables import draw, quantities, row_of, table
 from harness.llm_placement.trials import Trial, in_order, measure, train
 from harness.training.decoders import HEAD, Descent, Penalty, State, network, penalty

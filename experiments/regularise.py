@@ -36,7 +36,8 @@ from flatjax.run.records import Record, RunFolder
 from harness.benchmarks.timing import side_by_side
 from harness.data import few_labels
 from harness.data.few_labels import Task
-from harness.regularise.comparison import Row, draw, interval, is_clear, table, to_record
+from harness.regularise.comparison import Row, draw, table, to_record
+from harness.results.intervals import interval, is_clear
 from harness.training.convolutions import by_products
 from harness.training.regularisers import REGULARISERS, Method
 from harness.training.small_networks import PARTS, Network, Programs, Trial, network

@@ -25,7 +25,7 @@ from flatjax import cross_entropy, flat_reg, relative_flatness
 from flatjax.models import MLP
 from flatjax.run.records import write_record
 from harness.data import images
-from harness.regularise.comparison import interval
+from harness.results.intervals import interval
 
 matplotlib.use("Agg")
 

@@ -3,7 +3,7 @@
 import json
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +107,19 @@ def write_record(file: Path, rows: list[dict[str, Any]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(machine | {"processor": platform.machine(), "rows": rows}, indent=2) + "\n")
     print(f"on {device.device_kind}, jax {jax.__version__}; the record is {file}")
+
+
+def number(value: float | str | None) -> float:
+    """As records have it: JSON has no NaN and no infinity."""
+    return math.nan if value is None else float(value)
+
+
+def to_record(value: Any) -> Any:
+    """As plain numbers, named; None for what is no number."""
+    if isinstance(value, Mapping):
+        return {key: to_record(each) for key, each in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return {key: to_record(each) for key, each in value._asdict().items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return [to_record(each) for each in value] if isinstance(value, list | tuple) else value

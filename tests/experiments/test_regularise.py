@@ -17,7 +17,7 @@ import flatjax
 import regularise
 from flatjax.models import MLP
 from harness.data import few_labels
-from harness.regularise import comparison
+from harness.results import intervals
 from harness.training.convolutions import convolve
 from harness.training.regularisers import REGULARISERS
 from harness.training.small_networks import PARTS, Programs, network
@@ -273,15 +273,15 @@ def test_an_interval_is_that_of_the_t_distribution():
     rng = np.random.default_rng(0)
     values = rng.normal(size=7)
     low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    got = comparison.interval(values.tolist())
+    got = intervals.interval(values.tolist())
     np.testing.assert_allclose([got.mean - got.half_width, got.mean + got.half_width], [low, high])
-    assert np.isnan(comparison.interval([1.0]).half_width)
+    assert np.isnan(intervals.interval([1.0]).half_width)
 
 
 def test_a_gain_is_clear_if_its_interval_leaves_out_nothing():
-    assert comparison.is_clear(comparison.Interval(-0.2, 0.1))
-    assert not comparison.is_clear(comparison.Interval(0.1, 0.2))
-    assert not comparison.is_clear(comparison.Interval(0.1, np.nan))
+    assert intervals.is_clear(intervals.Interval(-0.2, 0.1))
+    assert not intervals.is_clear(intervals.Interval(0.1, 0.2))
+    assert not intervals.is_clear(intervals.Interval(0.1, np.nan))
 
 
 def test_each_method_has_as_many_settings_and_strengths_span_three_decades():

@@ -6,25 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flatjax.run.records import Record
+from flatjax.run.records import Record, number, to_record
 from flatjax.run.tables import aligned
 from harness.interventions.arms import BASELINE, Arm
 from harness.interventions.bounds import Bounds
-from harness.interventions.outcomes import (
-    FITTED,
-    Effect,
-    Ratio,
-    Seed,
-    answers,
-    at_the_end,
-    delay_ratio,
-    effect,
-    number,
-    outcome,
-    to_record,
-)
+from harness.interventions.outcomes import FITTED, Ratio, Seed, answers, at_the_end, delay_ratio, outcome
 from harness.interventions.pushes import RECORDED
-from harness.regularise.comparison import Interval, interval
+from harness.results.intervals import Effect, Interval, effect, interval
 
 AT_THE_CEILING = 0.95
 """Of it, and above."""

@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flatjax.run.records import Record
+from flatjax.run.records import Record, number
 from flatjax.run.tables import aligned
 from harness.interventions.arm_results import Verdict
-from harness.interventions.outcomes import Seed, at_the_end, generalized_at, number
+from harness.interventions.outcomes import Seed, at_the_end, generalized_at
 from harness.interventions.pushes import QUANTITIES, RECORDED, SYMBOLS, Quantity
-from harness.regularise.comparison import Interval, interval
+from harness.results.intervals import Interval, interval
 
 
 class Dose(NamedTuple):

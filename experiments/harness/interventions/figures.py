@@ -13,12 +13,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import NullFormatter
 
-from flatjax.run.records import Record
+from flatjax.run.records import Record, number
 from harness.interventions.arm_results import Verdict
 from harness.interventions.arms import BASELINE, Arm
-from harness.interventions.outcomes import at_the_end, number
+from harness.interventions.outcomes import at_the_end
 from harness.interventions.pushes import QUANTITIES, SYMBOLS
-from harness.regularise.comparison import interval
+from harness.results.intervals import interval
 
 _PANELS = {
     "accuracy": "accuracy (dashed: trained on)",

@@ -1,13 +1,13 @@
 """What an arm did, seed by seed, and how far that is from another arm's: paired differences with 95 % intervals."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from flatjax.run.records import Record
-from harness.regularise.comparison import Interval, interval
+from flatjax.run.records import Record, number
+from harness.results.intervals import interval
 
 FITTED = GENERALIZED = 0.99
 _AT_THE_END = 5
@@ -37,11 +37,6 @@ class Seed(NamedTuple):
     @property
     def is_censored(self) -> bool:
         return self.generalized is None
-
-
-def number(value: float | str | None) -> float:
-    """As records have it: JSON has no NaN and no infinity."""
-    return math.nan if value is None else float(value)
 
 
 def generalized_at(records: Sequence[Record]) -> int | None:
@@ -87,25 +82,6 @@ def answers(seeds: Sequence[Seed]) -> bool:
     return all(seed.end["train_accuracy"] >= FITTED for seed in seeds)
 
 
-class Effect(NamedTuple):
-    """A paired difference over seeds, and the same in units of its standard deviation."""
-
-    difference: Interval
-    standardised: float
-
-
-def effect(values: Sequence[float], reference: Sequence[float]) -> Effect:
-    """NaN where any value is: a network that diverged is not left out."""
-    differences = np.subtract(values, reference)
-    spread = float(np.std(differences, ddof=1)) if len(differences) > 1 else math.nan
-    mean = float(np.mean(differences))
-    return Effect(interval(differences.tolist()), mean / spread if spread > _ROUNDING else math.nan)
-
-
-_ROUNDING = 1e-6
-"""Of accuracies in float32: differences that spread less are the same in all seeds."""
-
-
 class Ratio(NamedTuple):
     """A geometric mean of ratios, its 95 % interval, and whether it is but a bound, as some seed never got there."""
 
@@ -129,14 +105,3 @@ def delay_ratio(seeds: Sequence[Seed], reference: Sequence[Seed], resolution: in
     ratio, low, high = np.exp([mean, mean - reach, mean + reach]).tolist()
     censored = any(seed.is_censored for seed in seeds), any(seed.is_censored for seed in reference)
     return Ratio(ratio, low, high, {(0, 0): "", (1, 0): "≥", (0, 1): "≤", (1, 1): "?"}[censored])
-
-
-def to_record(value: Any) -> Any:
-    """As plain numbers, named; None for what is no number."""
-    if isinstance(value, Mapping):
-        return {key: to_record(each) for key, each in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return {key: to_record(each) for key, each in value._asdict().items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return [to_record(each) for each in value] if isinstance(value, list | tuple) else value

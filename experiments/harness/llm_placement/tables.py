@@ -9,11 +9,10 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from flatjax.run.records import Record
+from flatjax.run.records import Record, number
 from flatjax.run.tables import aligned
-from harness.interventions.outcomes import effect, number
 from harness.llm_placement.trials import BITS
-from harness.regularise.comparison import Interval, interval, is_clear
+from harness.results.intervals import Interval, effect, interval, is_clear
 
 _KAPPAS = {"kappa_of_head": "κ of head", "kappa_of_blocks": "κ of blocks"}
 

@@ -1,6 +1,5 @@
 """Methods compared over seeds they have in common: intervals, paired differences, a table and a figure."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,26 +9,10 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-import numpy as np
-from scipy import stats
 
 from flatjax.run.records import Record
 from flatjax.run.tables import aligned
-
-
-class Interval(NamedTuple):
-    """A mean, and half the width of its 95 % confidence interval."""
-
-    mean: float
-    half_width: float
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """By Student's t; its width is NaN of one value alone."""
-    if len(values) < 2:
-        return Interval(float(np.mean(values)), math.nan)
-    error = np.std(values, ddof=1) / math.sqrt(len(values))
-    return Interval(float(np.mean(values)), float(stats.t.ppf(0.975, len(values) - 1) * error))
+from harness.results.intervals import Interval, is_clear
 
 
 class Row(NamedTuple):
@@ -84,11 +67,6 @@ def _setting(row: Row, key: str) -> str:
 
 def _gain(gain: Interval) -> str:
     return f"{100 * gain.mean:+.2f} ± {100 * gain.half_width:.2f}"
-
-
-def is_clear(gain: Interval) -> bool:
-    """The interval leaves out 0."""
-    return abs(gain.mean) > gain.half_width
 
 
 def draw(path: Path, panels: Mapping[tuple[str, str], Sequence[Row]], title: str) -> None:
