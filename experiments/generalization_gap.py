@@ -50,6 +50,7 @@ from flatjax.run.progress import Progress
 from flatjax.run.records import Record, RunFolder, number, to_record
 from flatjax.run.tables import aligned
 from harness.data import few_labels
+from harness.data.batches import all_batches
 from harness.generalization_gap.correlations import Correlation, correlations
 from harness.training.regularisers import REGULARISERS
 from harness.training.small_networks import PARTS, Network, Programs, State, Trial, network
@@ -163,7 +164,7 @@ def trial(config: Config, of_width: Network, labels: np.ndarray, batch: int, com
     parts = np.zeros(len(labels), np.int32)
     for place, part in enumerate(PARTS, start=1):
         parts[drawn.parts[part]] = place
-    batches = few_labels.batches(drawn.parts["train"], batch, config.steps, seed)
+    batches = all_batches(drawn.parts["train"], batch, config.steps, seed)
     return Trial(of_width.start(seed), drawn.labels, parts, batches, np.float32(rate), np.float32(decay))
 
 

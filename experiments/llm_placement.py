@@ -37,8 +37,9 @@ from flatjax.run.records import Record, RunFolder, number, to_record
 from flatjax.training import sharpness_aware
 from harness.benchmarks.timing import side_by_side
 from harness.data import text
+from harness.data.batches import shuffled_epochs
 from harness.llm_placement.tables import draw, quantities, row_of, table
-from harness.llm_placement.trials import Trial, in_order, measure, train
+from harness.llm_placement.trials import Trial, measure, train
 from harness.training.decoders import HEAD, Descent, Penalty, State, network, penalty
 from harness.training.parallel import mesh_of_trials, of_several, stacked
 
@@ -200,7 +201,7 @@ class Programs:
 
     def trial(self, strength: float, seed: int) -> Trial:
         config, windows = self.config, self.windows(seed)
-        chosen = in_order(len(windows["train"]), config.steps * config.batch_size, seed)
+        chosen = shuffled_epochs(len(windows["train"]), config.steps * config.batch_size, seed)
         batches = windows["train"][chosen].reshape(config.steps, config.batch_size, -1)
         if (fewest := min(len(windows["held_out"]), len(windows["transfer"]))) < config.measure_on:
             raise SystemExit(

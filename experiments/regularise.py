@@ -35,6 +35,7 @@ from flatjax.run.progress import Progress
 from flatjax.run.records import Record, RunFolder
 from harness.benchmarks.timing import side_by_side
 from harness.data import few_labels
+from harness.data.batches import all_batches
 from harness.data.few_labels import Task
 from harness.regularise.comparison import Row, draw, table, to_record
 from harness.results.intervals import interval, is_clear
@@ -263,7 +264,7 @@ def trial(config: Config, network: Network, labels: np.ndarray, task: TaskName, 
     parts = np.zeros(len(labels), np.int32)
     for place, part in enumerate(PARTS, start=1):
         parts[drawn.parts[part]] = place
-    batches = few_labels.batches(drawn.parts["train"], config.batch_size, config.steps, seed)
+    batches = all_batches(drawn.parts["train"], config.batch_size, config.steps, seed)
     rate, strength = (np.float32(each or 0.0) for each in setting)
     return Trial(network.start(seed), drawn.labels, parts, batches, rate, strength)
 

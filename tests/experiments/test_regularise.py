@@ -17,6 +17,7 @@ import flatjax
 import regularise
 from flatjax.models import MLP
 from harness.data import few_labels
+from harness.data.batches import all_batches
 from harness.results import intervals
 from harness.training.convolutions import convolve
 from harness.training.regularisers import REGULARISERS
@@ -139,7 +140,7 @@ def test_seeds_differ_in_what_is_trained_on_and_not_in_what_is_tested_on():
 
 def test_an_epoch_takes_each_image_once():
     train = np.arange(7, 27)
-    order = few_labels.batches(train, 5, 9, seed=0)
+    order = all_batches(train, 5, 9, seed=0)
     assert order.shape == (9, 5)
     for epoch in (order[:4], order[4:8]):
         np.testing.assert_array_equal(np.sort(epoch.ravel()), train)

@@ -52,16 +52,3 @@ def draw(labels: np.ndarray, task: Task, num_validation: int, seed: int) -> Draw
     given = labels.copy()
     given[wrong] = (labels[wrong] + rng.integers(1, NUM_CLASSES, len(wrong))) % NUM_CLASSES
     return Draw(given, {"train": train, "validation": left[:num_validation], "test": np.arange(NUM_TEST)})
-
-
-def batches(train: np.ndarray, batch_size: int, num_steps: int, seed: int) -> np.ndarray:
-    """Indices (steps, batch): each epoch goes through a random order in whole batches."""
-    if batch_size > len(train):
-        raise SystemExit(f"--batch-size is {batch_size}, wanted at most the {len(train)} images trained on")
-    rng = np.random.default_rng((seed, 1))
-    an_epoch = len(train) // batch_size
-    epochs = [
-        rng.permutation(train)[: an_epoch * batch_size].reshape(an_epoch, batch_size)
-        for _ in range(-(-num_steps // an_epoch))
-    ]
-    return np.concatenate(epochs)[:num_steps].astype(np.int32)

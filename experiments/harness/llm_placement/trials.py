@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from harness.llm_placement.perturbations import rounded, with_noise
@@ -27,12 +26,6 @@ class Trial(NamedTuple):
     """(n, context + 1), of files of modules that are trained on."""
     transfer: Any
     """(n, context + 1), of modules that are not."""
-
-
-def in_order(size: int, wanted: int, seed: int) -> np.ndarray:
-    """Indices, each epoch in a random order."""
-    rng = np.random.default_rng(seed)
-    return np.concatenate([rng.permutation(size) for _ in range(-(-wanted // size))])[:wanted]
 
 
 def train(
