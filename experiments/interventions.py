@@ -43,14 +43,13 @@ from flatjax.run.checkpoints import checkpointer, load_latest
 from flatjax.run.progress import Progress
 from flatjax.run.records import Record, RunFolder, as_json, to_record
 from harness.interventions.arm_results import table, to_summary, verdicts
-from harness.interventions.arms import BASELINE, Arm, controls, held, pushed
+from harness.interventions.arms import BASELINE, QUANTITIES, Arm, Quantity, Rule, controls, held, pushed
 from harness.interventions.bounds import Bounds
 from harness.interventions.dose_response import dose_table, doses
 from harness.interventions.figures import draw_delays, draw_dose, draw_training
 from harness.interventions.learners import Learner, image_classification, modular_addition
 from harness.interventions.outcomes import diverged_at, generalized_at
-from harness.interventions.pushes import QUANTITIES, Quantity
-from harness.interventions.training import Lanes, Rule, Setting, State
+from harness.interventions.training import Lanes, Setting, State
 
 Group = Literal["pushed", "controls", "held", "unplugged"]
 

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 from harness.interventions.arm_results import off_level_of, table, verdicts
-from harness.interventions.arms import BASELINE, Arm, controls, held, pushed
+from harness.interventions.arms import BASELINE, Arm, Rule, controls, held, pushed
 from harness.interventions.bounds import Bounds
 from harness.interventions.dose_response import dose_table, doses
 from harness.interventions.outcomes import answers, delay_ratio, outcome
-from harness.interventions.training import Rule
 from harness.results.intervals import effect
 
 NAMES = ["loss", "relative_flatness", "simplified_relative_flatness", "ncc", "softened_ncc"]

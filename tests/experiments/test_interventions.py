@@ -12,11 +12,10 @@ import pytest
 from helpers import Problem, collapsed_problem, dense_flatness, softmax_cross_entropy
 
 import interventions
-from harness.interventions.arms import BASELINE
+from harness.interventions.arms import BASELINE, CONTROLS, QUANTITIES, Rule, distance_from_level, measured
 from harness.interventions.bounds import Bounds
 from harness.interventions.learners import Learner, Samples, image_classification
-from harness.interventions.pushes import CONTROLS, QUANTITIES, distance_from_level, measured
-from harness.interventions.training import Lanes, Rule, Setting, gradient
+from harness.interventions.training import Lanes, Setting, gradient
 
 from .processes import finish, kill_when, metrics, starter
 

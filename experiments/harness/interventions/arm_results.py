@@ -8,10 +8,9 @@ import numpy as np
 
 from flatjax.run.records import Record, number, to_record
 from flatjax.run.tables import aligned
-from harness.interventions.arms import BASELINE, Arm
+from harness.interventions.arms import BASELINE, RECORDED, Arm
 from harness.interventions.bounds import Bounds
 from harness.interventions.outcomes import FITTED, Ratio, Seed, answers, at_the_end, delay_ratio, outcome
-from harness.interventions.pushes import RECORDED
 from harness.results.intervals import Effect, Interval, effect, interval
 
 AT_THE_CEILING = 0.95

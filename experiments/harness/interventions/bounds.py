@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from flatjax.pairwise import squared_distances
-from harness.interventions.pushes import Quantity
+from harness.interventions.arms import Quantity
 
 Head = dict[str, jax.Array]
 

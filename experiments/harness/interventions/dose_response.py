@@ -8,8 +8,8 @@ import numpy as np
 from flatjax.run.records import Record, number
 from flatjax.run.tables import aligned
 from harness.interventions.arm_results import Verdict
+from harness.interventions.arms import QUANTITIES, RECORDED, SYMBOLS, Quantity
 from harness.interventions.outcomes import Seed, at_the_end, generalized_at
-from harness.interventions.pushes import QUANTITIES, RECORDED, SYMBOLS, Quantity
 from harness.results.intervals import Interval, interval
 
 

@@ -15,9 +15,8 @@ from matplotlib.ticker import NullFormatter
 
 from flatjax.run.records import Record, number
 from harness.interventions.arm_results import Verdict
-from harness.interventions.arms import BASELINE, Arm
+from harness.interventions.arms import BASELINE, QUANTITIES, SYMBOLS, Arm
 from harness.interventions.outcomes import at_the_end
-from harness.interventions.pushes import QUANTITIES, SYMBOLS
 from harness.results.intervals import interval
 
 _PANELS = {

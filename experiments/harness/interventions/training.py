@@ -12,21 +12,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flatjax import cross_entropy, neural_collapse, relative_flatness, simplified_relative_flatness
 from harness.data.batches import batch_at
+from harness.interventions.arms import Rule, control_of, distance_from_level, measured, of_size
 from harness.interventions.bounds import Bounds, softened_ncc
 from harness.interventions.learners import Learner, Params, Samples
-from harness.interventions.pushes import Control, Quantity, control_of, distance_from_level, measured, of_size
 
 State = dict[str, Any]
-
-
-class Rule(NamedTuple):
-    """What is compiled once: what is added to the loss."""
-
-    quantity: Quantity | None = None
-    is_held: bool = False
-    """Strength · (log q − log level)² is added, else strength · q, with NCC_ε for NCC."""
-    control: Control | None = None
-    """Its gradient is added, in the size that the gradient of strength · q would have at the same parameters."""
 
 
 class Setting(NamedTuple):
