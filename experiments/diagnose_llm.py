@@ -53,7 +53,7 @@ from harness.diagnosis.geometry import geometry_part
 from harness.diagnosis.head import head_part, sharpness_part
 from harness.diagnosis.jacobians import check_depth, jacobians_part
 from harness.diagnosis.profile import batch_reader, layers_named, profile_part
-from harness.diagnosis.reading import Network, Text, mean_loss, reader, tokens_of
+from harness.diagnosis.reading import PlacedDecoder, Text, mean_loss, reader, tokens_of
 from harness.diagnosis.record import Called, Diagnoses
 from harness.diagnosis.stages import Done, Saves, Stage, run_stage, seconds_of, usual_seconds
 from harness.diagnosis.trajectory import trajectory_part
@@ -305,7 +305,7 @@ def diagnose(
 ) -> None:
     """All parts of one checkpoint, in stages that each read the text anew."""
     model = source.load(jnp.dtype(config.dtype), mesh)
-    network = Network(*nnx.split(model, nnx.Param), mesh)
+    network = PlacedDecoder(*nnx.split(model, nnx.Param), mesh)
     settings, decoder = config.parts, model.config
     run, vocab_size = diagnoses.run, linear_head(network.head).num_outputs
     saves = Saves(run.folder / "states" / digest, config.save_every, before=lambda: run.path)
@@ -356,7 +356,7 @@ def diagnose(
     shutil.rmtree(saves.folder, ignore_errors=True)
 
 
-def describe(network: Network, decoder: object, text: Text) -> Record:
+def describe(network: PlacedDecoder, decoder: object, text: Text) -> Record:
     """The model, and what it is diagnosed on."""
     return {
         "num_parameters": sum(leaf.size for leaf in jax.tree.leaves(network.params)),
@@ -370,7 +370,7 @@ def describe(network: Network, decoder: object, text: Text) -> Record:
     }
 
 
-def cost(network: Network, text: Text, spent: Record, diagnoses: Diagnoses, digest: str) -> Record:
+def cost(network: PlacedDecoder, text: Text, spent: Record, diagnoses: Diagnoses, digest: str) -> Record:
     """Of each part on all batches in forward passes on all tokens; and apart, compiling and what is done in the end."""
     batches = [[network.placed(each) for each in text.batch(index)] for index in range(min(text.num_batches, 5))]
     seconds = []

@@ -53,7 +53,7 @@ from harness.data import few_labels
 from harness.data.batches import all_batches
 from harness.generalization_gap.correlations import Correlation, correlations
 from harness.training.regularisers import REGULARISERS
-from harness.training.small_networks import PARTS, Network, Programs, State, Trial, network
+from harness.training.small_networks import PARTS, Programs, State, TrainedNetwork, Trial, network
 
 Gap = Literal["loss_gap", "error_gap"]
 
@@ -157,7 +157,7 @@ def train_group(
         progress.done("network", len(some), f"width {width}, batches of {batch}")
 
 
-def trial(config: Config, of_width: Network, labels: np.ndarray, batch: int, combination: Combination) -> Trial:
+def trial(config: Config, of_width: TrainedNetwork, labels: np.ndarray, batch: int, combination: Combination) -> Trial:
     """What a seed decides, which is the same for all rates and decays, and the setting."""
     rate, decay, noise, seed = combination
     drawn = few_labels.draw(labels, few_labels.Task(config.num_train, noise), 0, seed)
@@ -171,7 +171,7 @@ def trial(config: Config, of_width: Network, labels: np.ndarray, batch: int, com
 class Measurement:
     """Of one trained network; compiled once for a width."""
 
-    def __init__(self, config: Config, of_width: Network, x: jax.Array):
+    def __init__(self, config: Config, of_width: TrainedNetwork, x: jax.Array):
         self.config, self.x = config, x
         graphdef = of_width.in_use
 

@@ -23,8 +23,8 @@ sits at it is called so. All arms are of the same seeds (a split or a choice of 
 not fit its training set to 99 % is marked as not answering, and a network that diverged as one that did.
 
 Writes to `runs/interventions/<name>/`: `config.json`, `metrics.jsonl` (a line a seed and measurement), `checkpoints/`,
-`summary.json`, `table.txt`, `training-….png`, `dose.png` and `delay.png`. Killed at any moment, the same command with
---resume goes on, and ends with the same metrics to the last bit.
+`summary.json`, `table.txt`, `training-….png`, `dose_response.png`, `delay.png`. Killed at any moment, the same command
+with --resume goes on, and ends with the same metrics to the last bit.
 """
 
 import dataclasses
@@ -42,14 +42,14 @@ import tyro
 from flatjax.run.checkpoints import checkpointer, load_latest
 from flatjax.run.progress import Progress
 from flatjax.run.records import Record, RunFolder, as_json, to_record
-from harness.interventions.arm_results import table, to_summary, verdicts
+from harness.interventions.arm_results import arm_results, table, to_summary
 from harness.interventions.arms import BASELINE, QUANTITIES, Arm, Quantity, Rule, controls, held, pushed
 from harness.interventions.bounds import Bounds
-from harness.interventions.dose_response import dose_table, doses
-from harness.interventions.figures import draw_delays, draw_dose, draw_training
+from harness.interventions.dose_response import dose_response_table, dose_responses
+from harness.interventions.figures import draw_delays, draw_dose_response, draw_training
 from harness.interventions.learners import Learner, image_classification, modular_addition
 from harness.interventions.outcomes import diverged_at, generalized_at
-from harness.interventions.training import Lanes, Setting, State
+from harness.interventions.training import SeedTrainer, Setting, State
 
 Group = Literal["pushed", "controls", "held", "unplugged"]
 
@@ -240,11 +240,11 @@ class Experiment:
     def __init__(self, config: Config, run: RunFolder):
         self.config, self.run, self.arms = config, run, arms_of(config)
         self.learner = learner_of(config)
-        self._programs: dict[Rule, Lanes] = {}
+        self._programs: dict[Rule, SeedTrainer] = {}
 
-    def program(self, rule: Rule) -> Lanes:
+    def program(self, rule: Rule) -> SeedTrainer:
         if rule not in self._programs:
-            self._programs[rule] = Lanes(self.learner, setting_of(self.config), rule, self.config.all_seeds)
+            self._programs[rule] = SeedTrainer(self.learner, setting_of(self.config), rule, self.config.all_seeds)
         return self._programs[rule]
 
     def train(self) -> None:
@@ -354,22 +354,22 @@ def report(config: Config, run: RunFolder, arms: list[Arm], num_classes: int) ->
                    for seed in config.all_seeds]
         for arm in arms
     }  # fmt: skip
-    judged = verdicts(
+    results = arm_results(
         arms,
         of_arms,
         num_classes=num_classes,
         bounds=bounds_of(config),
         resolution=config.measure_every,
     )
-    found = doses(judged, of_arms[BASELINE.name], config.measure_every)
-    text = "\n\n".join(part for part in (table(judged), dose_table(found)) if part)
+    found = dose_responses(results, of_arms[BASELINE.name], config.measure_every)
+    text = "\n\n".join(part for part in (table(results), dose_response_table(found)) if part)
     print(text)
     (run.path / "table.txt").write_text(text + "\n")
-    run.summarise(to_summary(judged) | {"doses": to_record(found)})
+    run.summarise(to_summary(results) | {"dose_response": to_record(found)})
     title = f"{config.task}, {config.seeds} seeds"
     draw_training(run.path, arms, of_arms, title)
-    draw_dose(run.path / "dose.png", judged, title)
-    draw_delays(run.path / "delay.png", judged, title)
+    draw_dose_response(run.path / "dose_response.png", results, title)
+    draw_delays(run.path / "delay.png", results, title)
 
 
 if __name__ == "__main__":

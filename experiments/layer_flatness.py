@@ -41,7 +41,7 @@ from harness.results.profiles import (
 )
 from harness.results.profiles import to_record as profile_record
 from harness.training.classifiers import (
-    Network,
+    Classifier,
     State,
     at_equal_ratios,
     evaluating,
@@ -168,7 +168,7 @@ def train(config: Config, seed: int, run: RunFolder) -> None:
     )
 
 
-def initial(config: Config, seed: int, train_set: Images) -> tuple[Network, State]:
+def initial(config: Config, seed: int, train_set: Images) -> tuple[Classifier, State]:
     """The network; its parameters, running statistics and the optimizer's state."""
     _, size, _, channels = train_set.pixels.shape
     rngs = nnx.Rngs(seed)
@@ -198,7 +198,7 @@ def optimizer(config: Config) -> optax.GradientTransformation:
     return optax.adamw(schedule, weight_decay=config.weight_decay)
 
 
-def measuring(config: Config, network: Network, seed: int, train_set: Images, test_set: Images):
+def measuring(config: Config, network: Classifier, seed: int, train_set: Images, test_set: Images):
     """Loss and accuracy on both parts, and the profile on a fixed part of what is trained on."""
 
     def loss(params: State, pixels: jax.Array, labels: jax.Array, rest: State) -> jax.Array:

@@ -43,8 +43,8 @@ from harness.neural_collapse.figures import Case, draw
 from harness.results.milestones import first_step_at_least
 from harness.results.profiles import in_forward_order
 from harness.training.classifiers import (
+    Classifier,
     LossOfSamples,
-    Network,
     State,
     at_equal_ratios,
     evaluating,
@@ -176,7 +176,7 @@ def optimizer(config: Config, model: Model, num_steps: int) -> optax.GradientTra
 
 def initial(
     config: Config, model: Model, seed: int, train_set: Images, optimizer: optax.GradientTransformation
-) -> tuple[Network, State]:
+) -> tuple[Classifier, State]:
     """The network, and the state that training starts from."""
     _, height, width, channels = train_set.pixels.shape
     rngs = nnx.Rngs(seed)
@@ -207,7 +207,7 @@ def layer_features(model: Any, x: jax.Array) -> dict[str, jax.Array]:
 
 
 def measuring(
-    config: Config, network: Network, weight_decay: float, train_set: Images, test_set: Images
+    config: Config, network: Classifier, weight_decay: float, train_set: Images, test_set: Images
 ) -> Callable[[State], Record]:
     """Collapse of what enters the head, and of every layer."""
 

@@ -41,7 +41,7 @@ from harness.regularise.comparison import Row, draw, table, to_record
 from harness.results.intervals import interval, is_clear
 from harness.training.convolutions import by_products
 from harness.training.regularisers import REGULARISERS, Method
-from harness.training.small_networks import PARTS, Network, Programs, Trial, network
+from harness.training.small_networks import PARTS, Programs, TrainedNetwork, Trial, network
 
 Model = Literal["mlp", "resnet"]
 TaskName = Literal["few", "wrong"]
@@ -243,7 +243,7 @@ def of_case(run: RunFolder, phase: str, model: str, task: str | None = None, met
     ]
 
 
-def network_of(config: Config, model: Model, shape: tuple[int, ...]) -> Network:
+def network_of(config: Config, model: Model, shape: tuple[int, ...]) -> TrainedNetwork:
     _, height, width, channels = shape
     if model == "mlp":
         widths = (height * width * channels, config.width, config.width, few_labels.NUM_CLASSES)
@@ -258,7 +258,9 @@ def inputs(model: Model, pixels: np.ndarray) -> np.ndarray:
     return x.reshape(len(x), -1) if model == "mlp" else x
 
 
-def trial(config: Config, network: Network, labels: np.ndarray, task: TaskName, setting: Setting, seed: int) -> Trial:
+def trial(
+    config: Config, network: TrainedNetwork, labels: np.ndarray, task: TaskName, setting: Setting, seed: int
+) -> Trial:
     """All that a seed decides, and the setting."""
     drawn = few_labels.draw(labels, config.drawn[task], config.num_validation, seed)
     parts = np.zeros(len(labels), np.int32)

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from harness.interventions.arm_results import off_level_of, table, verdicts
+from harness.interventions.arm_results import arm_results, off_level_of, table
 from harness.interventions.arms import BASELINE, Arm, Rule, controls, held, pushed
 from harness.interventions.bounds import Bounds
-from harness.interventions.dose_response import dose_table, doses
+from harness.interventions.dose_response import dose_response_table, dose_responses
 from harness.interventions.outcomes import answers, delay_ratio, outcome
 from harness.results.intervals import effect
 
@@ -79,11 +79,11 @@ def test_an_arm_does_what_it_says_between_its_steps_and_nothing_else():
     assert [arm.rule_at(step) for step in (0, 19, 20)] == [Rule(), Rule(), Rule("ncc", is_held=True)]
 
 
-def judged(arm, of_arm, of_baseline):
+def results(arm, of_arm, of_baseline):
     arms = [BASELINE, arm]
     of_arms = {BASELINE.name: of_baseline, arm.name: of_arm}
     bounds = Bounds(feature_norm=2.0, head_norm=1.0, softness=0.1)
-    return verdicts(arms, of_arms, num_classes=4, bounds=bounds, resolution=10)
+    return arm_results(arms, of_arms, num_classes=4, bounds=bounds, resolution=10)
 
 
 def test_an_arm_that_does_not_fit_is_marked_and_one_at_its_ceiling_and_one_that_diverged():
@@ -94,18 +94,18 @@ def test_an_arm_that_does_not_fit_is_marked_and_one_at_its_ceiling_and_one_that_
         "NaN in 1 of 2, first at step 10": records([0.0, 1.0], train_loss=[1.0, None]),
     }
     for remark, of_seed in cases.items():
-        verdict = judged(arm, [of_seed, plain[0]], plain)[1]
-        assert any(remark in each for each in verdict.remarks), remark
-        assert remark in table(judged(arm, [of_seed, plain[0]], plain))
-    assert judged(arm, plain, plain)[1].remarks == []
+        result = results(arm, [of_seed, plain[0]], plain)[1]
+        assert any(remark in each for each in result.remarks), remark
+        assert remark in table(results(arm, [of_seed, plain[0]], plain))
+    assert results(arm, plain, plain)[1].remarks == []
 
 
 def test_a_held_arm_that_is_not_held_is_marked():
     (arm,) = held("kappa", [0.5], 0.1, since=10)
     on, off = (records([0.0] * 5, train_relative_flatness=[9.0, 9.0, 9.0, value, value]) for value in (0.49, 0.25))
     np.testing.assert_allclose(off_level_of(arm, [off]), 2.0)
-    assert judged(arm, [on, on], [on, on])[1].remarks == []
-    assert judged(arm, [off, off], [on, on])[1].remarks == ["not held: off by ×2"]
+    assert results(arm, [on, on], [on, on])[1].remarks == []
+    assert results(arm, [off, off], [on, on])[1].remarks == ["not held: off by ×2"]
 
 
 def test_a_dose_is_the_slope_over_the_levels_of_arms_that_answer():
@@ -115,13 +115,13 @@ def test_a_dose_is_the_slope_over_the_levels_of_arms_that_answer():
     for arm, late in zip(arms[1:], (1, 2, 4, 8), strict=True):
         train = [1.0] * 8 if arm.level < 100 else [0.5] * 8  # the last does not answer
         of_arms[arm.name] = [records([0.0] * late + [0.99] + [last[arm.level]] * (7 - late + 8), [*train, *train])] * 2
-    found = verdicts(arms, of_arms, num_classes=4, bounds=Bounds(1.0, 1.0, 0.1), resolution=10)
-    (dose,) = doses(found, of_arms[BASELINE.name], 10)
+    found = arm_results(arms, of_arms, num_classes=4, bounds=Bounds(1.0, 1.0, 0.1), resolution=10)
+    (dose,) = dose_responses(found, of_arms[BASELINE.name], 10)
     assert dose.levels == [0.1, 1.0, 10.0]
     np.testing.assert_allclose(dose.held_out.mean, 0.005, rtol=1e-9)
     np.testing.assert_allclose(np.exp(dose.log_delay.mean), 2, rtol=1e-9)
     assert dose.at_generalization == [7.0, 7.0]
-    assert "2.00 [2.00, 2.00]" in dose_table([dose])
+    assert "2.00 [2.00, 2.00]" in dose_response_table([dose])
 
 
 def test_controls_are_compared_with_the_arm_whose_size_they_have():
@@ -130,7 +130,7 @@ def test_controls_are_compared_with_the_arm_whose_size_they_have():
     assert [each.strength for each in of_size] == [0.1] * 3
     arms = [BASELINE, arm, *of_size]
     of_arms = {each.name: [records([0.0, 0.5 + 0.1 * place])] * 2 for place, each in enumerate(arms)}
-    found = verdicts(arms, of_arms, num_classes=4, bounds=Bounds(1.0, 1.0, 0.1), resolution=10)
+    found = arm_results(arms, of_arms, num_classes=4, bounds=Bounds(1.0, 1.0, 0.1), resolution=10)
     differences = [each.difference.mean for each in found[1].beside_controls.values()]
     np.testing.assert_allclose(differences, [-0.05, -0.1, -0.15], atol=1e-12)
     assert isinstance(found[1].arm, Arm)

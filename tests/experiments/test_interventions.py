@@ -15,7 +15,7 @@ import interventions
 from harness.interventions.arms import BASELINE, CONTROLS, QUANTITIES, Rule, distance_from_level, measured
 from harness.interventions.bounds import Bounds
 from harness.interventions.learners import Learner, Samples, image_classification
-from harness.interventions.training import Lanes, Setting, gradient
+from harness.interventions.training import SeedTrainer, Setting, gradient
 
 from .processes import finish, kill_when, metrics, starter
 
@@ -180,8 +180,8 @@ def test_where_two_class_means_coincide_the_distance_from_a_level_of_collapse_is
 def test_each_seed_of_several_is_trained_as_it_would_be_alone():
     with jax.numpy_dtype_promotion("standard"):
         ends = [
-            lanes.measure(lanes.advance(lanes.start(), 0, 0.1, 1.0))
-            for lanes in (Lanes(LEARNER, SETTING, Rule("kappa"), seeds) for seeds in ([3, 4, 5], [5]))
+            trainer.measure(trainer.advance(trainer.start(), 0, 0.1, 1.0))
+            for trainer in (SeedTrainer(LEARNER, SETTING, Rule("kappa"), seeds) for seeds in ([3, 4, 5], [5]))
         ]
     for name, value in ends[1][0].items():
         np.testing.assert_allclose(ends[0][2][name], value, rtol=1e-12, err_msg=name)
@@ -189,8 +189,8 @@ def test_each_seed_of_several_is_trained_as_it_would_be_alone():
 
 
 def test_what_is_measured_is_of_the_features_that_the_network_uses():
-    lanes = Lanes(LEARNER, SETTING, Rule(), [0])
-    (values,) = lanes.measure(lanes.start())
+    trainer = SeedTrainer(LEARNER, SETTING, Rule(), [0])
+    (values,) = trainer.measure(trainer.start())
     params = jax.tree.map(np.array, start(0))
     for name, quantity in {
         "relative_flatness": "kappa",
@@ -245,8 +245,8 @@ def test_a_run_leaves_a_record_of_every_arm_and_seed_a_table_figures_and_a_summa
         assert sorted(steps) == [(seed, step) for seed in (0, 1) for step in range(0, 70, 10)]
     run = folder / "run"
     assert (run / "table.txt").read_text() in output
-    assert list(json.loads((run / "summary.json").read_text())) == [*ARMS, "doses"]
-    for name in ("training-held", "training-pushed", "dose", "delay"):
+    assert list(json.loads((run / "summary.json").read_text())) == [*ARMS, "dose_response"]
+    for name in ("training-held", "training-pushed", "dose_response", "delay"):
         assert (run / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 

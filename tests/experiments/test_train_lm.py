@@ -14,8 +14,8 @@ import train_lm
 from flatjax import cross_entropy, layer_relative_flatness, relative_flatness
 from flatjax.models import Decoder, DecoderConfig
 from harness.training.decoders import (
+    DecoderNetwork,
     Descent,
-    Network,
     Penalty,
     load_checkpoint,
     objective,
@@ -41,7 +41,7 @@ def start():
     graph, params = nnx.split(model, nnx.Param)
     params = nnx.to_pure_dict(params)
     params["token_embedding"]["embedding"] *= 30
-    return Network(graph), params
+    return DecoderNetwork(graph), params
 
 
 # What is minimised.

@@ -14,14 +14,14 @@ from flatjax import cross_entropy
 from flatjax.models import MLP, Decoder, DecoderConfig, ResNet18, Transformer
 
 
-class Network(NamedTuple):
+class LossProblem(NamedTuple):
     """A pure loss, its parameters, and batches of a task that the network can learn."""
 
     loss_fn: Callable[..., jax.Array]
     params: Any
     batches: list[tuple[jax.Array, jax.Array]]
 
-    def trained(self, num_steps: int, learning_rate: float = 1e-3) -> "Network":
+    def trained(self, num_steps: int, learning_rate: float = 1e-3) -> "LossProblem":
         """By Adam, on the batches in turn."""
         optimizer = optax.adam(learning_rate)
 
@@ -36,13 +36,15 @@ class Network(NamedTuple):
         return self._replace(params=params)
 
 
-def perceptron(seed: int = 0, *, batch_size: int = 256, num_batches: int = 2, width: int = 512) -> Network:
+def perceptron(seed: int = 0, *, batch_size: int = 256, num_batches: int = 2, width: int = 512) -> LossProblem:
     """Four layers on handwritten digits."""
     model = MLP((64, width, width, width, 10), rngs=nnx.Rngs(seed))
     return _network(model, _digits(batch_size, num_batches, lambda images: images.reshape(len(images), -1)))
 
 
-def resnet(seed: int = 0, *, batch_size: int = 32, num_batches: int = 2, width: int = 64, size: int = 32) -> Network:
+def resnet(
+    seed: int = 0, *, batch_size: int = 32, num_batches: int = 2, width: int = 64, size: int = 32
+) -> LossProblem:
     """ResNet-18 on handwritten digits, enlarged; its batch statistics, untrained, are held fixed."""
     model = ResNet18(10, channels_in=1, width=width, rngs=nnx.Rngs(seed))
     model.eval()
@@ -63,7 +65,7 @@ def transformer(
     num_batches: int = 2,
     context: int = 32,
     vocab_size: int = 64,
-) -> Network:
+) -> LossProblem:
     """Pre-layer normalisation and attention, on the task to say each token again two places later."""
     model = Transformer(
         vocab_size=vocab_size, num_outputs=vocab_size, context=context, width=width, depth=depth, normalise=True,
@@ -82,7 +84,7 @@ def decoder(
     context: int = 32,
     vocab_size: int = 64,
     is_stacked: bool = False,
-) -> Network:
+) -> LossProblem:
     """The transformer's task for a decoder, its blocks one by one or as one stack that is scanned over."""
     config = DecoderConfig(vocab_size=vocab_size, width=width, depth=depth, num_heads=4, tied=False)
     model = Decoder(config, rngs=nnx.Rngs(seed))
@@ -105,7 +107,7 @@ def decoder(
         return cross_entropy(logits, y).mean()
 
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
-    return Network(loss_fn, {"outer": params, "blocks": stack}, network.batches)
+    return LossProblem(loss_fn, {"outer": params, "blocks": stack}, network.batches)
 
 
 def repeated_tokens(
@@ -117,14 +119,14 @@ def repeated_tokens(
     return [(tokens, jnp.roll(tokens, 2, axis=1)) for tokens in drawn]
 
 
-def _network(model: nnx.Module, batches: list[tuple[jax.Array, jax.Array]]) -> Network:
+def _network(model: nnx.Module, batches: list[tuple[jax.Array, jax.Array]]) -> LossProblem:
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         logits = nnx.merge(graphdef, params, rest)(x)
         return cross_entropy(logits, y).mean()
 
-    return Network(loss_fn, params, batches)
+    return LossProblem(loss_fn, params, batches)
 
 
 def _digits(batch_size: int, num_batches: int, shaped: Callable[[jax.Array], jax.Array]) -> list[Any]:

@@ -19,7 +19,7 @@ from flatjax.models.precision import at_least_float32
 from flatjax.run.records import Record
 from flatjax.samples import IGNORED_LABEL
 from harness.diagnosis.quantities import BLOCKS, jackknife_error, quantity, ratio
-from harness.diagnosis.reading import BySequence, Network, Read, Text
+from harness.diagnosis.reading import BySequence, PlacedDecoder, Read, Text
 from harness.diagnosis.stages import Part
 
 METRICS = ("cdnv", "nc3", "unc3", "gnc2_mean_means", "gnc2_variation_means", "gnc2_mean_classifier",
@@ -55,7 +55,7 @@ class Classes(NamedTuple):
         return np.where(labels == IGNORED_LABEL, IGNORED_LABEL, self.places[np.maximum(labels, 0)])
 
 
-def collapse_part(network: Network, text: Text, classes: Classes, min_count: int) -> Part:
+def collapse_part(network: PlacedDecoder, text: Text, classes: Classes, min_count: int) -> Part:
     """All that moments tell."""
     blocks = text.blocks
     num_blocks = int(blocks[-1]) + 1
@@ -98,7 +98,7 @@ def collapse_part(network: Network, text: Text, classes: Classes, min_count: int
     return Part(init, update, finish)
 
 
-def decisions_part(network: Network, text: Text, classes: Classes, moments: ClassMoments, min_count: int) -> Part:
+def decisions_part(network: PlacedDecoder, text: Text, classes: Classes, moments: ClassMoments, min_count: int) -> Part:
     """NC4, of the same tokens that the means are of, which are taken as given."""
     by_sequence = BySequence(text)
     of_vocabulary = among_vocabulary(merged(split(moments)), classes)

@@ -14,7 +14,7 @@ from flatjax.representations import FeatureSpectrum, RepresentationGeometry
 from flatjax.run.records import Record
 from flatjax.samples import IGNORED_LABEL
 from harness.diagnosis.quantities import BLOCKS, jackknife_error, plain, quantity
-from harness.diagnosis.reading import Network, Read, Text
+from harness.diagnosis.reading import PlacedDecoder, Read, Text
 from harness.diagnosis.stages import Part
 
 METRICS = ("rankme", "rankme_of_variances", "participation_ratio", "alpha_req")
@@ -25,7 +25,7 @@ def layer_names(depth: int) -> list[str]:
     return ["embedding", *(f"block {i}" for i in range(depth)), "head"]
 
 
-def geometry_part(network: Network, text: Text, fit_range: tuple[int, int]) -> Part:
+def geometry_part(network: PlacedDecoder, text: Text, fit_range: tuple[int, int]) -> Part:
     """Of each layer a spectrum a block of text."""
     blocks, config = text.blocks, network.model.config
     num_blocks, num_layers = int(blocks[-1]) + 1, config.depth + 2

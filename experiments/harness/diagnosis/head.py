@@ -13,13 +13,13 @@ from flatjax.heads import HeadParams, linear_head
 from flatjax.models.precision import at_least_float32
 from flatjax.run.records import Record
 from harness.diagnosis.quantities import BLOCKS, mean, quantity
-from harness.diagnosis.reading import BySequence, Network, Read, Text
+from harness.diagnosis.reading import BySequence, PlacedDecoder, Read, Text
 from harness.diagnosis.stages import Part
 
 _EXACT = "exact for these tokens; the standard error is of these tokens as a sample of the text"
 
 
-def head_part(network: Network, text: Text) -> Part:
+def head_part(network: PlacedDecoder, text: Text) -> Part:
     """Loss, perplexity, κ and κ̂."""
     by_sequence = BySequence(text)
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("loss", "kappa", "trace", "squared_feature_norm"), ())
@@ -45,7 +45,7 @@ def head_part(network: Network, text: Text) -> Part:
     return Part(lambda: by_sequence.empty(shapes), update, finish)
 
 
-def sharpness_part(network: Network, text: Text, radii: tuple[float, ...]) -> Part:
+def sharpness_part(network: PlacedDecoder, text: Text, radii: tuple[float, ...]) -> Part:
     """How the loss rises under the worst change of the logits, by its relative size."""
     by_sequence = BySequence(text)
 

@@ -17,7 +17,7 @@ from flatjax.representations import (
 from flatjax.representations.jacobians import OVERSAMPLING
 from flatjax.run.records import Record
 from harness.diagnosis.quantities import NONE, WINDOWS, quantity
-from harness.diagnosis.reading import Network, Read, Text
+from harness.diagnosis.reading import PlacedDecoder, Read, Text
 from harness.diagnosis.stages import Part
 
 _ITERATIONS = 4
@@ -35,7 +35,7 @@ def check_depth(depth: int) -> None:
         )
 
 
-def jacobians_part(network: Network, text: Text, num_directions: int, seed: int) -> Part:
+def jacobians_part(network: PlacedDecoder, text: Text, num_directions: int, seed: int) -> Part:
     """Of each window the last token, which sees all of it; the window is all that the blocks are run on."""
     depth, width = network.model.config.depth, network.model.config.width
     check_depth(depth)

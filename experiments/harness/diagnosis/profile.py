@@ -14,7 +14,7 @@ from flatjax.models.precision import at_least_float32
 from flatjax.run.records import Record
 from harness.diagnosis.head import kappa_of_batch
 from harness.diagnosis.quantities import BLOCKS, quantity
-from harness.diagnosis.reading import Network, Text
+from harness.diagnosis.reading import PlacedDecoder, Text
 from harness.diagnosis.stages import Part
 from harness.results.profiles import in_forward_order, short
 
@@ -39,7 +39,7 @@ _TIED = "token_embedding/embedding"
 
 
 def profile_part(
-    network: Network,
+    network: PlacedDecoder,
     text: Text,
     layers: list[Layer],
     *,
@@ -101,7 +101,7 @@ def profile_part(
     return Part(init, update, finish)
 
 
-def batch_reader(network: Network, text: Text) -> Any:
+def batch_reader(network: PlacedDecoder, text: Text) -> Any:
     """Tokens and labels of batch after batch, which fill it."""
 
     def read(index: int) -> tuple[int, jax.Array, jax.Array]:

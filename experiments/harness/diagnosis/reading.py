@@ -15,7 +15,7 @@ from flatjax.samples import IGNORED_LABEL
 from harness.data.text import Tokenizer
 
 
-class Network(NamedTuple):
+class PlacedDecoder(NamedTuple):
     """A decoder, as its structure and its parameters."""
 
     graphdef: nnx.GraphDef
@@ -90,7 +90,7 @@ class Read(NamedTuple):
     """(b, t, m), what enters the head."""
 
 
-def reader(network: Network, text: Text) -> Any:
+def reader(network: PlacedDecoder, text: Text) -> Any:
     """Of batch after batch."""
 
     def read(index: int) -> Read:

@@ -10,13 +10,13 @@ from flatjax.representations import growth_variation, line_shape_score, spacing_
 from flatjax.run.records import Record
 from harness.diagnosis.geometry import layer_names
 from harness.diagnosis.quantities import BLOCKS, mean, quantity
-from harness.diagnosis.reading import BySequence, Network, Read, Text
+from harness.diagnosis.reading import BySequence, PlacedDecoder, Read, Text
 from harness.diagnosis.stages import Part
 
 _CONVENTION = "median over the tokens of a sequence, mean over the sequences"
 
 
-def trajectory_part(network: Network, text: Text) -> Part:
+def trajectory_part(network: PlacedDecoder, text: Text) -> Part:
     """The median token's way of each sequence; of one block there is no spacing."""
     by_sequence = BySequence(text)
     depth = network.model.config.depth

@@ -19,7 +19,7 @@ NOT_HELD = 1.25
 """A held arm's median of max(q/q*, q*/q) above which it is said not to be held."""
 
 
-class Verdict(NamedTuple):
+class ArmResult(NamedTuple):
     """An arm's seeds, and its effects."""
 
     arm: Arm
@@ -38,17 +38,17 @@ class Verdict(NamedTuple):
     remarks: list[str]
 
 
-def verdicts(
+def arm_results(
     arms: Sequence[Arm],
     of_arms: Mapping[str, Sequence[Sequence[Record]]],
     *,
     num_classes: int,
     bounds: Bounds,
     resolution: int,
-) -> list[Verdict]:
+) -> list[ArmResult]:
     """Of the records of each arm's seeds."""
     seeds = {arm.name: [outcome(records) for records in of_arms[arm.name]] for arm in arms}
-    judged = []
+    results = []
     for arm in arms:
         own, reference = seeds[arm.name], seeds[BASELINE.name]
         accuracy = at_the_end(own, "held_out_accuracy")
@@ -59,8 +59,8 @@ def verdicts(
             name = "softened_ncc" if arm.rule.quantity == "ncc" else RECORDED[arm.rule.quantity]
             share = float(np.max(at_the_end(own, f"train_{name}"))) / top
         off_level = off_level_of(arm, of_arms[arm.name]) if arm.rule.is_held else None
-        judged.append(
-            Verdict(
+        results.append(
+            ArmResult(
                 arm,
                 own,
                 answers(own),
@@ -76,7 +76,7 @@ def verdicts(
                 remarks(own, share, off_level),
             )
         )
-    return judged
+    return results
 
 
 def is_pushed(arm: Arm) -> bool:
@@ -109,13 +109,13 @@ def remarks(seeds: Sequence[Seed], share_of_ceiling: float | None, off_level: fl
     return said
 
 
-def table(judged: Sequence[Verdict]) -> str:
+def table(results: Sequence[ArmResult]) -> str:
     """A row an arm, and what the columns are."""
     cells = [
         ["", "train, %", "held out, %", "less baseline, %", "d", "delay", "n", "× baseline's", "κ", "κ̂", "NCC",
          "train loss", "of ceiling", ""]
     ]  # fmt: skip
-    for each in judged:
+    for each in results:
         delays = [seed.delay for seed in each.seeds if seed.delay is not None]
         cells.append(
             [
@@ -137,8 +137,8 @@ def table(judged: Sequence[Verdict]) -> str:
                 "; ".join(each.remarks),
             ]
         )
-    num_seeds = len(judged[0].seeds)
-    lines = [aligned(cells), "", *_beside_controls(judged)]
+    num_seeds = len(results[0].seeds)
+    lines = [aligned(cells), "", *_beside_controls(results)]
     return "\n".join(line.rstrip() for line in [*lines, _EXPLAINED.format(num_seeds)])
 
 
@@ -150,13 +150,13 @@ or ≤ a bound. κ, κ̂, NCC, loss: medians, of what is trained on, at the end.
 seeds, as a share of what the bounds allow."""
 
 
-def _beside_controls(judged: Sequence[Verdict]) -> list[str]:
+def _beside_controls(results: Sequence[ArmResult]) -> list[str]:
     rows = [
         [
             f"{each.arm.name}, less {control.removesuffix(' as ' + each.arm.name)}",
             _plus_minus(_percent(its.difference), "+"),
         ]
-        for each in judged
+        for each in results
         for control, its in each.beside_controls.items()
     ]
     return [aligned([["beside controls of the same size", "held out, %"], *rows]), ""] if rows else []
@@ -178,7 +178,7 @@ def _ratio(ratio: Ratio | None) -> str:
     return f"{ratio.ratio:.2g} [{ratio.low:.2g}, {ratio.high:.2g}]"
 
 
-def to_summary(judged: Sequence[Verdict]) -> Record:
+def to_summary(results: Sequence[ArmResult]) -> Record:
     """By the names of the arms, with a number a seed for what a table shows but one of."""
     return {
         each.arm.name: {
@@ -194,5 +194,5 @@ def to_summary(judged: Sequence[Verdict]) -> Record:
             "share_of_ceiling": to_record(each.share_of_ceiling),
             "off_level": to_record(each.off_level),
         }
-        for each in judged
+        for each in results
     }

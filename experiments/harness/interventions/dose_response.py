@@ -7,13 +7,13 @@ import numpy as np
 
 from flatjax.run.records import Record, number
 from flatjax.run.tables import aligned
-from harness.interventions.arm_results import Verdict
+from harness.interventions.arm_results import ArmResult
 from harness.interventions.arms import QUANTITIES, RECORDED, SYMBOLS, Quantity
 from harness.interventions.outcomes import Seed, at_the_end, generalized_at
 from harness.results.intervals import Interval, interval
 
 
-class Dose(NamedTuple):
+class DoseResponse(NamedTuple):
     """Of a quantity, over the levels whose arms fit their training set; intervals over seeds."""
 
     quantity: Quantity
@@ -27,12 +27,14 @@ class Dose(NamedTuple):
     """The quantity of the baseline's training set as it generalizes, of seeds that do."""
 
 
-def doses(judged: Sequence[Verdict], baseline: Sequence[Sequence[Record]], resolution: int) -> list[Dose]:
+def dose_responses(
+    results: Sequence[ArmResult], baseline: Sequence[Sequence[Record]], resolution: int
+) -> list[DoseResponse]:
     """Of every quantity that is held at two levels or more."""
     found = []
     for quantity in QUANTITIES:
         arms = [
-            each for each in judged if each.arm.rule.is_held and each.arm.rule.quantity == quantity and each.answers
+            each for each in results if each.arm.rule.is_held and each.arm.rule.quantity == quantity and each.answers
         ]
         if len(arms) < 2:
             continue
@@ -44,7 +46,9 @@ def doses(judged: Sequence[Verdict], baseline: Sequence[Sequence[Record]], resol
         steps = [(records, generalized_at(records)) for records in baseline]
         at = [number(r[name]) for records, step in steps for r in records if r["step"] == step]
         found.append(
-            Dose(quantity, levels, _slopes(levels, accuracies), _slopes(levels, np.log(delays)) if some else None, at)
+            DoseResponse(
+                quantity, levels, _slopes(levels, accuracies), _slopes(levels, np.log(delays)) if some else None, at
+            )
         )
     return found
 
@@ -57,7 +61,7 @@ def _slopes(levels: Sequence[float], values: Sequence[Sequence[float]] | np.ndar
     return interval(np.polyfit(np.log10(levels), np.asarray(values), 1)[0].tolist())
 
 
-def dose_table(found: Sequence[Dose]) -> str:
+def dose_response_table(found: Sequence[DoseResponse]) -> str:
     """A row a quantity; empty where none is held at two levels."""
     if not found:
         return ""

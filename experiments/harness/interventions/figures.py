@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.ticker import NullFormatter
 
 from flatjax.run.records import Record, number
-from harness.interventions.arm_results import Verdict
+from harness.interventions.arm_results import ArmResult
 from harness.interventions.arms import BASELINE, QUANTITIES, SYMBOLS, Arm
 from harness.interventions.outcomes import at_the_end
 from harness.results.intervals import interval
@@ -118,26 +118,26 @@ def _curve(
         axes.fill_between(steps, low, high, color=colour, alpha=0.13, linewidth=0)
 
 
-def draw_dose(path: Path, judged: Sequence[Verdict], title: str) -> None:
+def draw_dose_response(path: Path, results: Sequence[ArmResult], title: str) -> None:
     """Against the level held: the delay, the final held-out accuracy, and the training loss; a point a seed."""
-    held = [q for q in QUANTITIES if any(each.arm.rule.is_held and each.arm.rule.quantity == q for each in judged)]
+    held = [q for q in QUANTITIES if any(each.arm.rule.is_held and each.arm.rule.quantity == q for each in results)]
     if not held:
         return
-    rows = _LABELS if generalizes(judged) else _LABELS[1:]
+    rows = _LABELS if generalizes(results) else _LABELS[1:]
     with plt.rc_context(_STYLE):
         figure, all_axes = plt.subplots(
             len(rows), len(held), squeeze=False, sharex="col", sharey="row", figsize=(3.4 * len(held) + 0.6, 6.8),
             layout="constrained", dpi=150,
         )  # fmt: skip
         for column, quantity in zip(all_axes.T, held, strict=True):
-            for each in (each for each in judged if each.arm.rule.is_held and each.arm.rule.quantity == quantity):
+            for each in (each for each in results if each.arm.rule.is_held and each.arm.rule.quantity == quantity):
                 colour = _ANSWERS if each.answers else _DOES_NOT
                 _seeds(column, each, colour)
                 for axes, values in zip(column, _values(each)[-len(rows) :], strict=True):
                     mean, *reach = _mean(values, is_log=axes is column[-1])
                     style = {"fmt": "s", "markersize": 5, "color": colour, "capsize": 3, "linewidth": 1.2}
                     axes.errorbar(each.arm.level, mean, np.array(reach)[:, None], **style)
-            plain = next(each for each in judged if each.arm == BASELINE)
+            plain = next(each for each in results if each.arm == BASELINE)
             for axes, values in zip(column, _values(plain)[-len(rows) :], strict=True):
                 mean, *_ = _mean(values, is_log=axes is column[-1])
                 axes.axhline(mean, color=_BASELINE, linewidth=0.9, linestyle=(0, (4, 3)))
@@ -162,9 +162,9 @@ def draw_dose(path: Path, judged: Sequence[Verdict], title: str) -> None:
 _LABELS = ("delay of generalization, steps", "held-out accuracy at the end", "training loss at the end")
 
 
-def generalizes(judged: Sequence[Verdict]) -> bool:
+def generalizes(results: Sequence[ArmResult]) -> bool:
     """Any network did: else there is no delay to draw."""
-    return any(not seed.is_censored for each in judged for seed in each.seeds)
+    return any(not seed.is_censored for each in results for seed in each.seeds)
 
 
 def _mean(values: Sequence[float], *, is_log: bool) -> tuple[float, float, float]:
@@ -176,12 +176,12 @@ def _mean(values: Sequence[float], *, is_log: bool) -> tuple[float, float, float
     return math.exp(mean), math.exp(mean) - math.exp(mean - reach), math.exp(mean + reach) - math.exp(mean)
 
 
-def _values(each: Verdict) -> tuple[list[float], list[float], list[float]]:
+def _values(each: ArmResult) -> tuple[list[float], list[float], list[float]]:
     delays = [np.nan if seed.delay is None else float(seed.delay) for seed in each.seeds]
     return delays, at_the_end(each.seeds, "held_out_accuracy"), at_the_end(each.seeds, "train_loss")
 
 
-def _seeds(column: Sequence[Any], each: Verdict, colour: str) -> None:
+def _seeds(column: Sequence[Any], each: ArmResult, colour: str) -> None:
     beside = each.arm.level * np.geomspace(0.88, 1.14, len(each.seeds))
     panels = list(zip(_values(each), (True, False, False), strict=True))[-len(column) :]
     for axes, (values, marks) in zip(column, panels, strict=True):
@@ -190,16 +190,16 @@ def _seeds(column: Sequence[Any], each: Verdict, colour: str) -> None:
             axes.plot(x, y, shape, markersize=3, color=colour, alpha=0.55, markeredgewidth=0)
 
 
-def draw_delays(path: Path, judged: Sequence[Verdict], title: str) -> None:
+def draw_delays(path: Path, results: Sequence[ArmResult], title: str) -> None:
     """A row an arm, a point a seed, to the right of it where it never generalized."""
-    has_delays = generalizes(judged)
+    has_delays = generalizes(results)
     with plt.rc_context(_STYLE):
         figure, panels = plt.subplots(
-            1, 1 + has_delays, sharey=True, squeeze=False, figsize=(9.6, 0.24 * len(judged) + 1.4),
+            1, 1 + has_delays, sharey=True, squeeze=False, figsize=(9.6, 0.24 * len(results) + 1.4),
             layout="constrained", dpi=150,
         )  # fmt: skip
         left, right = panels[0, 0], panels[0, -1]
-        for place, each in enumerate(judged):
+        for place, each in enumerate(results):
             is_baseline = each.arm == BASELINE
             colour = _BASELINE if is_baseline else _ANSWERS if each.answers else _DOES_NOT
             delays, accuracies, _ = _values(each)
@@ -209,7 +209,7 @@ def draw_delays(path: Path, judged: Sequence[Verdict], title: str) -> None:
                 right.plot(100 * accuracy, place, "o", color=colour, markersize=3.5, alpha=0.7)
             mean, reach = interval([100 * value for value in accuracies])
             right.errorbar(mean, place, xerr=reach, fmt="|", color=colour, markersize=8, capsize=2.5, linewidth=1.1)
-        left.set_yticks(range(len(judged)), [each.arm.name for each in judged], fontsize=7.5)
+        left.set_yticks(range(len(results)), [each.arm.name for each in results], fontsize=7.5)
         left.invert_yaxis()
         left.set_xlabel("delay of generalization, steps (>: not by then)")
         right.set_xlim(max(0, right.get_xlim()[0]), 101)

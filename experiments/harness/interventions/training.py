@@ -32,14 +32,14 @@ class Setting(NamedTuple):
         return softened_ncc(feats, labels, num_classes, self.bounds.softness * self.bounds.feature_norm**2)
 
 
-class Lane(NamedTuple):
+class SeedData(NamedTuple):
     """What a seed brings; with an axis in front, several."""
 
     samples: Samples
     seed: Any
 
 
-class Lanes:
+class SeedTrainer:
     """The networks of some seeds, split among the devices, under one rule."""
 
     def __init__(self, learner: Learner, setting: Setting, rule: Rule, seeds: Sequence[int]):
@@ -48,7 +48,7 @@ class Lanes:
         self._mesh = jax.make_mesh((num_devices,), ("seed",), axis_types=(AxisType.Auto,))
         # One a device at least: the first again where there is none.
         self._seeds = [*seeds] + [seeds[0]] * (-len(seeds) % num_devices)
-        self._lanes = self._split([Lane(learner.samples(seed), np.int32(seed)) for seed in self._seeds])
+        self._data = self._split([SeedData(learner.samples(seed), np.int32(seed)) for seed in self._seeds])
         self._advance = self._of_all(functools.partial(advance, learner, setting, rule))
         self._measure = self._of_all(functools.partial(measure, learner, setting))
 
@@ -62,11 +62,11 @@ class Lanes:
     def advance(self, state: State, first_step: int, strength: float, level: float) -> State:
         """By `steps_at_a_time`."""
         common = np.int32(first_step), np.float32(strength), np.float32(level)
-        return self._advance((state, self._lanes), common)
+        return self._advance((state, self._data), common)
 
     def measure(self, state: State) -> list[dict[str, float]]:
         """A seed each."""
-        values = jax.device_get(self._measure((state, self._lanes), ()))
+        values = jax.device_get(self._measure((state, self._data), ()))
         return [{name: float(each[i]) for name, each in values.items()} for i in range(self.num_seeds)]
 
     def _split(self, of_seeds: list[Any]) -> Any:
@@ -97,15 +97,22 @@ def logits_of(head: dict[str, jax.Array], feats: jax.Array) -> jax.Array:
 
 
 def advance(
-    learner: Learner, setting: Setting, rule: Rule, state: State, lane: Lane, first_step: Any, strength: Any, level: Any
+    learner: Learner,
+    setting: Setting,
+    rule: Rule,
+    state: State,
+    data: SeedData,
+    first_step: Any,
+    strength: Any,
+    level: Any,
 ) -> State:
     """Some steps of training of one network."""
-    x, y = lane.samples.train_x, lane.samples.train_y
+    x, y = data.samples.train_x, data.samples.train_y
 
     def one_step(state: State, step: jax.Array) -> tuple[State, None]:
         batch = x, y
         if setting.batch_size:
-            key = jax.random.fold_in(jax.random.key(lane.seed), 0)
+            key = jax.random.fold_in(jax.random.key(data.seed), 0)
             chosen = batch_at(key, step, len(y), setting.batch_size)
             batch = x[chosen], y[chosen]
         grads = gradient(learner, setting, rule, state["params"], *batch, strength, level)
@@ -155,9 +162,9 @@ def gradient(
     return optax.tree.add(jax.grad(loss)(params), added)
 
 
-def measure(learner: Learner, setting: Setting, state: State, lane: Lane) -> dict[str, jax.Array]:
+def measure(learner: Learner, setting: Setting, state: State, data: SeedData) -> dict[str, jax.Array]:
     """Of all that is trained on, and of all that is held out; accuracy is NaN of a network that diverged."""
-    params, samples = state["params"], lane.samples
+    params, samples = state["params"], data.samples
     results: dict[str, jax.Array] = {"head_norm": jnp.linalg.norm(params["head"]["kernel"])}
     for part, x, y in (
         ("train", samples.train_x, samples.train_y),

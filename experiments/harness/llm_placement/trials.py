@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from harness.llm_placement.perturbations import rounded, with_noise
-from harness.training.decoders import Network, Penalty, State, one_step, probed
+from harness.training.decoders import DecoderNetwork, Penalty, State, one_step, probed
 
 BITS = (8, 4)
 _PROBES = 16
@@ -29,7 +29,7 @@ class Trial(NamedTuple):
 
 
 def train(
-    network: Network,
+    network: DecoderNetwork,
     penalty: Penalty,
     optimizer_of: Callable[[jax.Array], optax.GradientTransformation],
     trial: Trial,
@@ -47,7 +47,7 @@ def train(
 
 
 def measure(
-    network: Network, probe: Penalty, noises: Sequence[float], draws: int, trial: Trial, params: State
+    network: DecoderNetwork, probe: Penalty, noises: Sequence[float], draws: int, trial: Trial, params: State
 ) -> dict[str, jax.Array]:
     """Losses, κ of the head and of what is probed on held-out files, and by how much the loss rises there."""
     key = jax.random.key(trial.seed)

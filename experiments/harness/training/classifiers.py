@@ -23,7 +23,7 @@ LossOfSamples = Callable[[jax.Array, jax.Array], jax.Array]
 """Of logits (n, d) and labels (n,) for each sample (n,)."""
 
 
-class Network(NamedTuple):
+class Classifier(NamedTuple):
     """A model's structure as it is trained and as it is used, which differ in batch normalisation alone."""
 
     in_training: nnx.GraphDef
@@ -45,14 +45,14 @@ class Network(NamedTuple):
 
 def network_of(
     model: Any, train_set: Images, optimizer: optax.GradientTransformation, *, is_flat: bool
-) -> tuple[Network, State]:
+) -> tuple[Classifier, State]:
     """The structure of a new model, and the state that training starts from."""
     model.train()
     in_training = nnx.graphdef(model)
     model.eval()
     in_use, params, rest = nnx.split(model, nnx.Param, ...)
     params, rest = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
-    network = Network(in_training, in_use, *_channels(train_set.pixels), is_flat=is_flat)
+    network = Classifier(in_training, in_use, *_channels(train_set.pixels), is_flat=is_flat)
     return network, {"params": params, "rest": rest, "optimizer": optimizer.init(params)}
 
 
@@ -67,7 +67,7 @@ def _channels(pixels: np.ndarray) -> tuple[jax.Array, jax.Array]:
 
 
 def training(
-    network: Network,
+    network: Classifier,
     loss: LossOfSamples,
     optimizer: optax.GradientTransformation,
     train_set: Images,
@@ -105,7 +105,7 @@ def training(
 
 
 def evaluating(
-    network: Network, loss: LossOfSamples, parts: Mapping[str, Images], at_a_time: int = 500
+    network: Classifier, loss: LossOfSamples, parts: Mapping[str, Images], at_a_time: int = 500
 ) -> Callable[[State], Record]:
     """Mean loss and accuracy of each part, as `<part>_loss` and `<part>_accuracy`."""
 

@@ -34,7 +34,7 @@ HEAD = "head"
 """The name of the head, tied to the embedding or not."""
 
 
-class Network(NamedTuple):
+class DecoderNetwork(NamedTuple):
     """A decoder's structure."""
 
     graph: nnx.GraphDef
@@ -52,10 +52,10 @@ class Network(NamedTuple):
         return cross_entropy(logits.astype(at_least_float32(logits.dtype)), windows[:, 1:]).mean()
 
 
-def network(config: DecoderConfig, seed: int, dtype: Any = jnp.float32) -> tuple[Network, State]:
+def network(config: DecoderConfig, seed: int, dtype: Any = jnp.float32) -> tuple[DecoderNetwork, State]:
     """Its structure and its parameters, which are in float32; it computes in `dtype`."""
     graph, params = nnx.split(Decoder(config, dtype=dtype, rngs=nnx.Rngs(seed)), nnx.Param)
-    return Network(graph), nnx.to_pure_dict(params)
+    return DecoderNetwork(graph), nnx.to_pure_dict(params)
 
 
 def load_checkpoint(run: Path, step: int, *, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Decoder:
@@ -99,7 +99,7 @@ def penalty(params: State, names: Sequence[str], share: float = 0.25) -> Penalty
 
 
 def objective(
-    network: Network, penalty: Penalty, params: State, windows: jax.Array, key: jax.Array, strength: jax.Array
+    network: DecoderNetwork, penalty: Penalty, params: State, windows: jax.Array, key: jax.Array, strength: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """L + λ Σκ, and what is recorded of it: L, κ of the head, and the estimate of the kernels' if that is asked for."""
     loss, kappa = network.loss_and_flatness(params, windows)
@@ -113,7 +113,7 @@ def objective(
     return loss if is_plain else loss + strength * added, recorded
 
 
-def probed(network: Network, penalty: Penalty, params: State, windows: jax.Array, key: jax.Array) -> jax.Array:
+def probed(network: DecoderNetwork, penalty: Penalty, params: State, windows: jax.Array, key: jax.Array) -> jax.Array:
     """An estimate of Σ_l κ_l of the kernels, by one direction, on the first of the windows.
 
     ⟨v, H v⟩ is the second derivative of the loss along v. Taken forward twice, it is cheaper to differentiate than a
@@ -151,7 +151,7 @@ def _first(windows: jax.Array, number: int) -> jax.Array:
 
 
 def one_step(
-    network: Network,
+    network: DecoderNetwork,
     penalty: Penalty,
     optimizer: optax.GradientTransformation,
     state: State,
@@ -244,7 +244,7 @@ def placement(model_devices: int, batch_size: int) -> Placement:
 
 
 def evaluating(
-    network: Network, placement: Placement, parts: Mapping[Part, np.ndarray], batch_size: int
+    network: DecoderNetwork, placement: Placement, parts: Mapping[Part, np.ndarray], batch_size: int
 ) -> Callable[[State], dict[str, float]]:
     """`<part>_loss` and `<part>_kappa`, the means over whole batches."""
     measure = jax.jit(network.loss_and_flatness)

@@ -18,7 +18,7 @@ from harness.training.regularisers import Regulariser
 State = dict[str, Any]
 
 
-class Network(NamedTuple):
+class TrainedNetwork(NamedTuple):
     """A model's structure as it is trained and as it is used, which differ in batch normalisation alone."""
 
     in_training: nnx.GraphDef
@@ -44,7 +44,7 @@ class Trial(NamedTuple):
 PARTS = ("train", "validation", "test")
 
 
-def network(model: Callable[[nnx.Rngs], Any]) -> Network:
+def network(model: Callable[[nnx.Rngs], Any]) -> TrainedNetwork:
     @functools.cache
     def start(seed: int) -> State:
         params, rest = (nnx.to_pure_dict(each) for each in nnx.split(model(nnx.Rngs(seed)), nnx.Param, ...)[1:])
@@ -54,11 +54,11 @@ def network(model: Callable[[nnx.Rngs], Any]) -> Network:
     example.train()
     in_training = nnx.graphdef(example)
     example.eval()
-    return Network(in_training, nnx.graphdef(example), start)
+    return TrainedNetwork(in_training, nnx.graphdef(example), start)
 
 
 def train(
-    network: Network, method: Regulariser, num_steps: int, trial: Trial, images: jax.Array, end: jax.Array
+    network: TrainedNetwork, method: Regulariser, num_steps: int, trial: Trial, images: jax.Array, end: jax.Array
 ) -> State:
     """The network after the first `end` of `num_steps` steps of SGD with momentum 0.9 and a rate that falls to 0."""
     rate = optax.cosine_decay_schedule(trial.learning_rate, num_steps)
@@ -91,7 +91,7 @@ def train(
     return {name: state[name] for name in ("params", "rest")}
 
 
-def measure(network: Network, trial: Trial, state: State, images: jax.Array) -> dict[str, jax.Array]:
+def measure(network: TrainedNetwork, trial: Trial, state: State, images: jax.Array) -> dict[str, jax.Array]:
     """Accuracy of each part by the labels given, NaN of a network that diverged; loss and κ of what is trained on."""
     model = nnx.merge(network.in_use, state["params"], state["rest"])
     feats = model.features(images)
@@ -111,7 +111,7 @@ class Programs:
     All that differs between two networks of a method is an argument, so that each method is compiled once.
     """
 
-    def __init__(self, network: Network, images: np.ndarray, num_steps: int):
+    def __init__(self, network: TrainedNetwork, images: np.ndarray, num_steps: int):
         self.network, self.num_steps, self.size = network, num_steps, jax.device_count()
         self.images = jnp.asarray(images)
         self._mesh = mesh_of_trials()
