@@ -26,11 +26,11 @@ from flatjax.curvature.estimate import Estimate
 from flatjax.curvature.products import Hessian
 from flatjax.curvature.traces import trace
 from flatjax.layers.kernels import find_layers
+from flatjax.layers.names import in_forward_order
 from flatjax.run.records import write_record
 from harness.benchmarks.networks import LossProblem, decoder, perceptron, resnet, transformer
 from harness.benchmarks.timing import side_by_side, temporary_memory
 from harness.benchmarks.torch_peer import curvlinops_calls
-from harness.results.profiles import in_forward_order
 
 
 def probes(num_probes: int = 16, seed: int = 0, seconds: float = 10, folder: Path = Path("runs/benchmark")) -> None:

@@ -25,20 +25,13 @@ from flax import nnx
 
 from flatjax import cross_entropy, flatness_profile
 from flatjax.layers.kernels import find_layers
+from flatjax.layers.names import in_forward_order
 from flatjax.models import MLP, ResNet18, ViT
 from flatjax.run.options import check_least
 from flatjax.run.records import Record, RunFolder
 from harness.data import images
 from harness.data.images import Images
-from harness.results.profiles import (
-    Profile,
-    draw_history,
-    draw_profile,
-    from_record,
-    in_forward_order,
-    over_seeds,
-    table,
-)
+from harness.results.profiles import Profile, draw_history, draw_profile, from_record, over_seeds, table
 from harness.results.profiles import to_record as profile_record
 from harness.training.classifiers import (
     Classifier,

@@ -30,6 +30,7 @@ import numpy as np
 import optax
 import tyro
 
+from flatjax.diagnosis.text import Document, evenly, read, standard_library
 from flatjax.models import DecoderConfig
 from flatjax.run.options import check_heads, check_least
 from flatjax.run.progress import Progress
@@ -182,8 +183,8 @@ class Programs:
         self._windows: dict[int, dict[text.Part, np.ndarray]] = {}
 
     @functools.cached_property
-    def documents(self) -> list[text.Document]:
-        return text.read(self.config.text, self.config.pattern) if self.config.text else text.standard_library()
+    def documents(self) -> list[Document]:
+        return read(self.config.text, self.config.pattern) if self.config.text else standard_library()
 
     def windows(self, seed: int) -> dict[text.Part, np.ndarray]:
         """Of the parts of the text, as a seed cuts it."""
@@ -207,7 +208,7 @@ class Programs:
             raise SystemExit(
                 f"--measure-on is {config.measure_on}, but with seed {seed} a part of the text has {fewest} sequences"
             )
-        parts = [text.evenly(each, config.measure_on) for each in (windows["held_out"], windows["transfer"])]
+        parts = [evenly(each, config.measure_on) for each in (windows["held_out"], windows["transfer"])]
         _, params = network(config.model, seed)
         return Trial(np.float32(strength), np.uint32(seed), jax.tree.map(np.asarray, params), batches, *parts)
 

@@ -34,6 +34,7 @@ from flatjax import cross_entropy
 from flatjax.collapse.decisions import nc4
 from flatjax.collapse.layers import LayerMoments, init_layers, layer_reports, update_layers
 from flatjax.collapse.squared_error import central_path
+from flatjax.layers.names import in_forward_order
 from flatjax.models import MLP, ResNet18
 from flatjax.run.options import check_least
 from flatjax.run.records import Record, RunFolder
@@ -41,7 +42,6 @@ from harness.data import images
 from harness.data.images import Images
 from harness.neural_collapse.figures import Case, draw
 from harness.results.milestones import first_step_at_least
-from harness.results.profiles import in_forward_order
 from harness.training.classifiers import (
     Classifier,
     LossOfSamples,

@@ -26,7 +26,9 @@ import jax
 import matplotlib
 import numpy as np
 import tyro
+from tokenizers import Tokenizer
 
+from flatjax.diagnosis.text import Document, evenly, read, standard_library
 from flatjax.models import DecoderConfig
 from flatjax.run.checkpoints import checkpointer, load_latest
 from flatjax.run.options import check_heads, check_least
@@ -140,7 +142,7 @@ class Config:
 def main(config: Config) -> None:
     """Reads the text, trains, draws the figure and says what came of it."""
     started = time.monotonic()
-    documents = text.read(config.text, config.pattern) if config.text else text.standard_library()
+    documents = read(config.text, config.pattern) if config.text else standard_library()
     shares = text.Shares(config.held_out_share, config.transfer_share, config.split_seed)
     parts = text.split(documents, shares, config.modules)
     run = RunFolder(config.folder / config.name, recorded(config, parts), resume=config.resume)
@@ -159,7 +161,7 @@ _NOT_OF_THE_RUN = {"resume", "name", "folder", "model_devices"}
 """Options that may differ when a run is resumed."""
 
 
-def recorded(config: Config, parts: dict[text.Part, list[text.Document]]) -> Record:
+def recorded(config: Config, parts: dict[text.Part, list[Document]]) -> Record:
     """The options, the model, and what of the text was held out."""
     options: Record = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_THE_RUN}
     options |= {"text": list(map(str, config.text)), "modules": list(config.modules), "layers": list(config.layers)}
@@ -167,13 +169,13 @@ def recorded(config: Config, parts: dict[text.Part, list[text.Document]]) -> Rec
     return options | {"files": files, "model": dataclasses.asdict(config.model)}
 
 
-def describe(parts: dict[text.Part, list[text.Document]], windows: dict[text.Part, np.ndarray]) -> str:
+def describe(parts: dict[text.Part, list[Document]], windows: dict[text.Part, np.ndarray]) -> str:
     counts = {part: f"{len(parts[part])} files, {windows[part][:, 1:].size:,} tokens" for part in parts}
     modules = ", ".join(sorted({each.module for each in parts["transfer"]}))
     return f"trained on {counts['train']}; held out {counts['held_out']}; transfer to {counts['transfer']} ({modules})"
 
 
-def train(config: Config, run: RunFolder, tokenizer: text.Tokenizer, windows: dict[text.Part, np.ndarray]) -> None:
+def train(config: Config, run: RunFolder, tokenizer: Tokenizer, windows: dict[text.Part, np.ndarray]) -> None:
     """From where it was left to its end, with a record of every step, of the network before it."""
     placed = placement(config.model_devices, config.batch_size)
     decoder, params = network(config.model, config.seed, config.dtype)
@@ -189,7 +191,7 @@ def train(config: Config, run: RunFolder, tokenizer: text.Tokenizer, windows: di
     if number < config.batch_size:
         raise SystemExit(f"--batch-size is {config.batch_size}, but the text has {number} sequences to train on")
     held_out: dict[text.Part, np.ndarray] = {
-        part: text.evenly(windows[part], config.measure_on) for part in windows if part != "train"
+        part: evenly(windows[part], config.measure_on) for part in windows if part != "train"
     }
 
     evaluate = evaluating(decoder, placed, held_out, config.batch_size)

@@ -4,7 +4,9 @@ import statistics
 import time
 from collections.abc import Mapping
 
-from tqdm import tqdm
+from flatjax.loading.optional import optional
+
+tqdm = optional("tqdm", use="progress is shown with", extras="experiments").tqdm
 
 
 class Progress:

@@ -19,16 +19,16 @@ from jax.sharding import AxisType
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
-import diagnose_llm
+from flatjax.diagnosis import command, sources, stages
+from flatjax.diagnosis.head import of_sequences
+from flatjax.diagnosis.page import render
+from flatjax.diagnosis.quantities import jackknife_error, mean
+from flatjax.diagnosis.reading import forward, tokens_of
+from flatjax.diagnosis.sources import load_checkpoint
+from flatjax.diagnosis.text import evenly, read, windows
 from flatjax.models import Decoder, DecoderConfig
 from flatjax.run.checkpoints import checkpointer
-from harness import page
-from harness.data.text import evenly, read, train_tokenizer, windows
-from harness.diagnosis import stages
-from harness.diagnosis.head import of_sequences
-from harness.diagnosis.quantities import jackknife_error, mean
-from harness.diagnosis.reading import forward, tokens_of
-from harness.training.decoders import load_checkpoint
+from harness.data.text import train_tokenizer
 
 VOCAB, WIDTH, DEPTH, CONTEXT, BATCH, BLOCKS, MIN_COUNT, TOP = 264, 8, 2, 12, 4, 3, 4, 2
 STEPS = (0, 7)
@@ -92,15 +92,15 @@ def on_one_device(config):
 
 def diagnose(trained, folder, **options):
     given = {"checkpoints": (str(trained.run),), "text": (trained.text,), "folder": folder} | OPTIONS | options
-    diagnose_llm.main(diagnose_llm.Config(**given))
-    return json.loads((folder / "d" / page.RECORD).read_text())
+    command.main(command.Config(**given))
+    return json.loads((folder / "d" / render.RECORD).read_text())
 
 
 @pytest.fixture(scope="module")
 def diagnosed(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("diagnosed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diagnose_llm, "mesh_of", on_one_device)
+        patch.setattr(command, "mesh_of", on_one_device)
         record = diagnose(trained, folder)
     return SimpleNamespace(folder=folder, record=record, parts=record["checkpoints"][-1]["parts"])
 
@@ -109,7 +109,7 @@ def diagnosed(trained, tmp_path_factory):
 def dense(trained):
     """The last checkpoint on all tokens, in float64 from what it computes in float32 in the stream."""
     model = load_checkpoint(trained.run, STEPS[-1], mesh=on_one_device(None))
-    tokenizer = diagnose_llm.checkpoint_sources.find([str(trained.run)])[0].tokenizer()
+    tokenizer = sources.find([str(trained.run)])[0].tokenizer()
     tokens = tokens_of(tokenizer, (each.text for each in trained.documents))
     sequences = evenly(windows(tokens, CONTEXT), 22)
     stream = np.asarray(jax.jit(lambda model, tokens: model.stream(tokens))(model, sequences[:, :-1]), float)
@@ -312,7 +312,7 @@ def killed_at(monkeypatch, *calls):
     return seen
 
 
-class Shares(diagnose_llm.Progress):
+class Shares(command.Progress):
     """A bar of which every share that it shows is known."""
 
     def _advance(self, kind, number):
@@ -325,8 +325,8 @@ shares: list[tuple[float, int]] = []
 
 def test_what_is_killed_at_any_moment_goes_on_to_the_same_numbers(trained, diagnosed, tmp_path, monkeypatch):
     """And the bar has one total, which the work that is done before is a part of, and which is done in the end."""
-    monkeypatch.setattr(diagnose_llm, "mesh_of", on_one_device)
-    monkeypatch.setattr(diagnose_llm, "Progress", Shares)
+    monkeypatch.setattr(command, "mesh_of", on_one_device)
+    monkeypatch.setattr(command, "Progress", Shares)
     killed_at(monkeypatch, 9, 14, 50)
     of_runs, options = [], {"resume": True, "steps": STEPS[:1], "save_every": 0.0}
     for _ in range(3):
@@ -349,8 +349,8 @@ def test_what_is_killed_at_any_moment_goes_on_to_the_same_numbers(trained, diagn
 
 
 def test_of_what_is_resumed_a_checkpoint_that_is_done_counts(trained, diagnosed, tmp_path, monkeypatch):
-    monkeypatch.setattr(diagnose_llm, "mesh_of", on_one_device)
-    monkeypatch.setattr(diagnose_llm, "Progress", Shares)
+    monkeypatch.setattr(command, "mesh_of", on_one_device)
+    monkeypatch.setattr(command, "Progress", Shares)
     for steps, before in ((STEPS[:1], 0), (STEPS, 0.5), (STEPS, 1)):
         shares.clear()
         diagnose(trained, tmp_path, parts=("head",), resume=True, steps=steps)
@@ -361,7 +361,7 @@ def test_of_what_is_resumed_a_checkpoint_that_is_done_counts(trained, diagnosed,
 
 @pytest.mark.parametrize("calls", [1, 4])
 def test_what_is_killed_before_a_save_is_due_leaves_nothing(calls, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(diagnose_llm, "mesh_of", on_one_device)
+    monkeypatch.setattr(command, "mesh_of", on_one_device)
     killed_at(monkeypatch, calls)
     with pytest.raises(KeyboardInterrupt):
         diagnose(trained, tmp_path / "runs", steps=STEPS[:1], parts=("head",))
@@ -370,7 +370,7 @@ def test_what_is_killed_before_a_save_is_due_leaves_nothing(calls, trained, tmp_
 
 def test_a_save_is_due_before_a_minute_is_lost(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("harness.diagnosis.stages.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("flatjax.diagnosis.stages.time.monotonic", lambda: now[0])
     saves = stages.Saves(tmp_path / "states", 60.0)
     for now[0], next_seconds, is_due in ((30.0, 29.0, False), (30.0, 31.0, True), (61.0, 0.0, True)):
         assert saves.is_due(next_seconds) == is_due
@@ -393,8 +393,8 @@ def published(tmp_path):
 
     def diagnosed(*checkpoints, **options):
         given = {"checkpoints": tuple(map(str, checkpoints)), "text": (text,), "folder": tmp_path / "runs"}
-        diagnose_llm.main(diagnose_llm.Config(**given | OPTIONS | {"parts": ("head",), "max_tokens": 200} | options))
-        record = json.loads((tmp_path / "runs" / "d" / page.RECORD).read_text())
+        command.main(command.Config(**given | OPTIONS | {"parts": ("head",), "max_tokens": 200} | options))
+        record = json.loads((tmp_path / "runs" / "d" / render.RECORD).read_text())
         return {each["name"]: each["parts"]["head"]["loss"]["value"] for each in record["checkpoints"]}
 
     return SimpleNamespace(folder=folder, diagnosed=diagnosed, golden=golden, text=text, runs=tmp_path / "runs")
@@ -407,7 +407,7 @@ def scale_head(folder, factor):
 
 
 def test_a_checkpoint_is_known_by_its_weights_and_not_by_its_path(published, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(diagnose_llm, "mesh_of", on_one_device)
+    monkeypatch.setattr(command, "mesh_of", on_one_device)
     calls = killed_at(monkeypatch)
     folder = published.folder
 
@@ -434,7 +434,7 @@ def test_a_checkpoint_is_known_by_its_weights_and_not_by_its_path(published, tmp
 
 
 def test_another_tokenizer_is_measured_anew(published, monkeypatch):
-    monkeypatch.setattr(diagnose_llm, "mesh_of", on_one_device)
+    monkeypatch.setattr(command, "mesh_of", on_one_device)
     before = published.diagnosed(published.folder)
     file = published.folder / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
@@ -445,7 +445,7 @@ def test_another_tokenizer_is_measured_anew(published, monkeypatch):
 
 
 def test_another_text_or_option_does_not_go_on(published, monkeypatch):
-    monkeypatch.setattr(diagnose_llm, "mesh_of", on_one_device)
+    monkeypatch.setattr(command, "mesh_of", on_one_device)
     published.diagnosed(published.folder)
     with pytest.raises(SystemExit, match=r"another configuration \(context 12 -> 11\)"):
         published.diagnosed(published.folder, resume=True, context=11)
@@ -511,15 +511,15 @@ def test_what_reads_a_batch_is_exported_for_accelerators():
 
 
 def test_the_page_needs_nothing_else_and_has_all_sections(diagnosed):
-    text = (diagnosed.folder / "d" / page.NAME).read_text()
+    text = (diagnosed.folder / "d" / render.NAME).read_text()
     assert not re.search(r"https?:|//[a-z]|src=|@import|url\((?!#)|<script|<link", text)
     assert all(each.startswith("#") for each in re.findall(r'href="([^"]*)"', text))
     anchors = set(re.findall(r'id="?([\w-]+)', text))
     assert {each[1:] for each in re.findall(r'<a href="([^"]*)"', text)} <= anchors
-    for section in page.SECTIONS:
+    for section in render.SECTIONS:
         assert f"<h2>{section.title}</h2>" in text
         for word in section.words:
-            assert page._math(word.label) in text
+            assert render._math(word.label) in text
     assert text.count("<svg") == 8
     assert "step 0" in text
     assert "step 7" in text
@@ -527,9 +527,9 @@ def test_the_page_needs_nothing_else_and_has_all_sections(diagnosed):
 
 def test_the_page_is_redrawn_from_the_record_alone(diagnosed, tmp_path):
     (tmp_path / "d").mkdir()
-    (tmp_path / "d" / page.RECORD).write_text(json.dumps(diagnosed.record))
-    diagnose_llm.main(diagnose_llm.Config(folder=tmp_path, name="d", redraw=True))
-    assert (tmp_path / "d" / page.NAME).read_text() == (diagnosed.folder / "d" / page.NAME).read_text()
+    (tmp_path / "d" / render.RECORD).write_text(json.dumps(diagnosed.record))
+    command.main(command.Config(folder=tmp_path, name="d", redraw=True))
+    assert (tmp_path / "d" / render.NAME).read_text() == (diagnosed.folder / "d" / render.NAME).read_text()
 
 
 def test_every_number_has_its_error_its_tokens_and_its_convention(diagnosed):
@@ -542,14 +542,14 @@ def test_every_number_has_its_error_its_tokens_and_its_convention(diagnosed):
 
 
 def test_the_text_of_a_run_is_known_by_what_it_held_out(trained):
-    (document,) = diagnose_llm.checkpoint_sources.documents_of_run(f"{trained.run}/checkpoints/7", "held_out")
+    (document,) = sources.documents_of_run(f"{trained.run}/checkpoints/7", "held_out")
     assert document.text == trained.text.read_text()
-    assert diagnose_llm.checkpoint_sources.documents_of_run(str(trained.run), "train") == []
+    assert sources.documents_of_run(str(trained.run), "train") == []
 
 
 def test_a_published_folder_is_a_checkpoint_and_a_revision_of_a_hub_has_its_step():
     golden = str(Path(__file__).parents[1] / "loading" / "golden" / "qwen3")
-    folder, revision = diagnose_llm.checkpoint_sources.find([golden, "someone/model@step3000"])
+    folder, revision = sources.find([golden, "someone/model@step3000"])
     assert (folder.step, revision.step, revision.name) == (None, 3000, "someone/model@step3000")
     mesh = on_one_device(None)
     assert folder.load(jnp.float32, mesh).config.query_key_norm

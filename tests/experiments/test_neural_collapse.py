@@ -9,8 +9,8 @@ import optax
 import pytest
 
 import neural_collapse
+from flatjax.layers.names import in_forward_order
 from harness.data import images
-from harness.results.profiles import in_forward_order
 from harness.training.classifiers import evaluating
 
 from .processes import finish, kill_when, metrics, starter

@@ -5,17 +5,10 @@ import numpy as np
 import pytest
 
 from flatjax.curvature.estimate import Estimate
+from flatjax.layers.names import in_forward_order
 from flatjax.run.progress import Progress
 from flatjax.run.records import RunFolder
-from harness.results.profiles import (
-    draw_history,
-    draw_profile,
-    from_record,
-    in_forward_order,
-    over_seeds,
-    table,
-    to_record,
-)
+from harness.results.profiles import draw_history, draw_profile, from_record, over_seeds, table, to_record
 
 PROFILE = {
     "layers/0/kernel": Estimate(np.float32(-1.25), np.float32(0.5), np.int32(32)),

@@ -6,8 +6,9 @@ import sys
 import numpy as np
 import pytest
 
+from flatjax.diagnosis.text import Document
 from harness.data import text
-from harness.data.text import Document, Shares
+from harness.data.text import Shares
 
 from .processes import EXPERIMENTS
 

@@ -12,18 +12,9 @@ from flax import nnx
 
 import train_lm
 from flatjax import cross_entropy, layer_relative_flatness, relative_flatness
+from flatjax.diagnosis.sources import load_checkpoint
 from flatjax.models import Decoder, DecoderConfig
-from harness.training.decoders import (
-    DecoderNetwork,
-    Descent,
-    Penalty,
-    load_checkpoint,
-    objective,
-    one_step,
-    penalty,
-    placement,
-    probed,
-)
+from harness.training.decoders import DecoderNetwork, Descent, Penalty, objective, one_step, penalty, placement, probed
 
 from .processes import finish, kill_when, metrics, starter, write_text
 

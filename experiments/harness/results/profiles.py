@@ -15,35 +15,13 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from flatjax.curvature.estimate import Estimate
+from flatjax.layers.names import short
 from flatjax.run.records import Record
 
 Profile = Mapping[str, Any]
 """By the path of the layer: value, standard_error and num_probes, as `flatjax.flatness_profile` returns them."""
 
 EXACT, ESTIMATED = "#0b4f8a", "#d1600f"
-
-
-def in_forward_order(paths: Sequence[str]) -> list[str]:
-    """From the input to the head, by the names in `flatjax.models`."""
-
-    def place(path: str) -> list[tuple[int, str]]:
-        return [(int(key), "") if key.isdigit() else (_RANKS.get(key, len(_RANKS)), key) for key in path.split("/")]
-
-    return sorted(paths, key=place)
-
-
-_RANKS = {
-    name: rank
-    for rank, names in enumerate(
-        [["input"], ["stem", "patch_embedding"], ["layers", "blocks"], ["attention", "first"],
-         ["query", "second", "gate", "up"], ["key", "shortcut", "down"], ["value"], ["out", "output"], ["head"]]
-    )
-    for name in names
-}  # fmt: skip
-
-
-def short(path: str) -> str:
-    return path.removesuffix("/kernel")
 
 
 def to_record(profile: Profile) -> Record:

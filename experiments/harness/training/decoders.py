@@ -5,9 +5,7 @@ step, whose mean is Σ_l κ_l; so the mean of its gradient, through H and throug
 some of a batch's sequences, of which the same holds: of all of them it costs up to twelve times the rest of the step.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +22,6 @@ from flatjax.layers.kernels import find_layers
 from flatjax.models import Decoder, DecoderConfig
 from flatjax.models.decoder_sharding import decoder_shardings
 from flatjax.models.precision import at_least_float32
-from flatjax.run.checkpoints import load_part
 from harness.data.text import Part
 
 State = dict[str, Any]
@@ -56,20 +53,6 @@ def network(config: DecoderConfig, seed: int, dtype: Any = jnp.float32) -> tuple
     """Its structure and its parameters, which are in float32; it computes in `dtype`."""
     graph, params = nnx.split(Decoder(config, dtype=dtype, rngs=nnx.Rngs(seed)), nnx.Param)
     return DecoderNetwork(graph), nnx.to_pure_dict(params)
-
-
-def load_checkpoint(run: Path, step: int, *, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Decoder:
-    """The decoder that a run of train_lm left after a step, on the mesh, or on one device."""
-    config = DecoderConfig(**json.loads((run / "config.json").read_text())["model"])
-    model = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    graph, params = nnx.split(model, nnx.Param)
-    shapes = nnx.to_pure_dict(params)
-    mesh = mesh or jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1])
-    shardings = decoder_shardings(shapes, mesh)
-    part = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
-    )
-    return nnx.merge(graph, load_part(run / "checkpoints", step, {"params": part})["params"])
 
 
 class Penalty(NamedTuple):

@@ -14,13 +14,13 @@ import numpy as np
 
 from flatjax import ClassMoments, collapse_report
 from flatjax.collapse import nc4
+from flatjax.diagnosis.quantities import BLOCKS, jackknife_error, quantity, ratio
+from flatjax.diagnosis.reading import BySequence, PlacedDecoder, Read, Text
+from flatjax.diagnosis.stages import Part
 from flatjax.heads import HeadParams, linear_head
 from flatjax.models.precision import at_least_float32
 from flatjax.run.records import Record
 from flatjax.samples import IGNORED_LABEL
-from harness.diagnosis.quantities import BLOCKS, jackknife_error, quantity, ratio
-from harness.diagnosis.reading import BySequence, PlacedDecoder, Read, Text
-from harness.diagnosis.stages import Part
 
 METRICS = ("cdnv", "nc3", "unc3", "gnc2_mean_means", "gnc2_variation_means", "gnc2_mean_classifier",
            "gnc2_variation_classifier", "nc2_equinorm_means", "nc2_equinorm_classifier",
@@ -121,6 +121,7 @@ def split(moments: ClassMoments) -> list[ClassMoments]:
 
 
 def merged(moments: list[ClassMoments]) -> ClassMoments:
+    """The moments of all blocks together."""
     return functools.reduce(_merged, moments)
 
 

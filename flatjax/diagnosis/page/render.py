@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flatjax.diagnosis.page import figures, words
+from flatjax.diagnosis.page.style import STYLE
+from flatjax.diagnosis.page.words import Word
+from flatjax.diagnosis.page.words import with_conventions as with_conventions
 from flatjax.run.records import Record
 from flatjax.run.tables import aligned
-from harness import page_figures as figures
-from harness import page_words as words
-from harness.page_style import STYLE
-from harness.page_words import Word
-from harness.page_words import with_conventions as with_conventions
 
 NAME, RECORD = "diagnosis.html", "diagnosis.json"
 

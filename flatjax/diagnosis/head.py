@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flatjax.diagnosis.quantities import BLOCKS, mean, quantity
+from flatjax.diagnosis.reading import BySequence, PlacedDecoder, Read, Text
+from flatjax.diagnosis.stages import Part
 from flatjax.flatness.logit_sharpness import head_logit_sharpness
 from flatjax.flatness.vocabulary import read_out
 from flatjax.heads import HeadParams, linear_head
 from flatjax.models.precision import at_least_float32
 from flatjax.run.records import Record
-from harness.diagnosis.quantities import BLOCKS, mean, quantity
-from harness.diagnosis.reading import BySequence, PlacedDecoder, Read, Text
-from harness.diagnosis.stages import Part
 
 _EXACT = "exact for these tokens; the standard error is of these tokens as a sample of the text"
 

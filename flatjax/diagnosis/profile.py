@@ -9,14 +9,14 @@ import numpy as np
 from flax import nnx
 
 from flatjax import Layer, cross_entropy, flatness_profile
+from flatjax.diagnosis.head import kappa_of_batch
+from flatjax.diagnosis.quantities import BLOCKS, quantity
+from flatjax.diagnosis.reading import PlacedDecoder, Text
+from flatjax.diagnosis.stages import Part
 from flatjax.layers.kernels import find_layers
+from flatjax.layers.names import in_forward_order, short
 from flatjax.models.precision import at_least_float32
 from flatjax.run.records import Record
-from harness.diagnosis.head import kappa_of_batch
-from harness.diagnosis.quantities import BLOCKS, quantity
-from harness.diagnosis.reading import PlacedDecoder, Text
-from harness.diagnosis.stages import Part
-from harness.results.profiles import in_forward_order, short
 
 
 def layers_named(params: Any, patterns: tuple[str, ...], *, tied: bool) -> list[Layer]:

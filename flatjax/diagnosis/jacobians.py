@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flatjax.diagnosis.quantities import NONE, WINDOWS, quantity
+from flatjax.diagnosis.reading import PlacedDecoder, Read, Text
+from flatjax.diagnosis.stages import Part
 from flatjax.representations import (
     block_couplings,
     inverse_norm_growth,
@@ -16,9 +19,6 @@ from flatjax.representations import (
 )
 from flatjax.representations.jacobians import OVERSAMPLING
 from flatjax.run.records import Record
-from harness.diagnosis.quantities import NONE, WINDOWS, quantity
-from harness.diagnosis.reading import PlacedDecoder, Read, Text
-from harness.diagnosis.stages import Part
 
 _ITERATIONS = 4
 

@@ -16,8 +16,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from flatjax.diagnosis.page.words import COLLAPSE, FLATNESS, GEOMETRY, JACOBIANS, LOSS, TRAJECTORY, Word
 from flatjax.run.records import Record
-from harness.page_words import COLLAPSE, FLATNESS, GEOMETRY, JACOBIANS, LOSS, TRAJECTORY, Word
 
 _INK = "#123456"
 """Stands for the colour of the text, which is not known here."""
@@ -32,6 +32,7 @@ _STYLE = {
 
 
 def of_loss(checkpoints: Sequence[Record]) -> str | None:
+    """The loss, κ and κ̂ of the head against the training step."""
     return _over_steps(checkpoints, [LOSS[0], *FLATNESS[:2]])
 
 
@@ -70,6 +71,7 @@ def of_profile(checkpoints: Sequence[Record]) -> str | None:
 
 
 def of_collapse(checkpoints: Sequence[Record]) -> str | None:
+    """Measures of collapse against the training step."""
     return _over_steps(checkpoints, [COLLAPSE[0], COLLAPSE[1], COLLAPSE[2], COLLAPSE[3], COLLAPSE[5], COLLAPSE[7]])
 
 

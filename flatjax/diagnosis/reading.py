@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tokenizers import Tokenizer
 
 from flatjax import cross_entropy
 from flatjax.samples import IGNORED_LABEL
-from harness.data.text import Tokenizer
 
 
 class PlacedDecoder(NamedTuple):

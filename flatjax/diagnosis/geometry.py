@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flatjax.diagnosis.quantities import BLOCKS, jackknife_error, plain, quantity
+from flatjax.diagnosis.reading import PlacedDecoder, Read, Text
+from flatjax.diagnosis.stages import Part
 from flatjax.models.precision import at_least_float32
 from flatjax.representations import FeatureSpectrum, RepresentationGeometry
 from flatjax.run.records import Record
 from flatjax.samples import IGNORED_LABEL
-from harness.diagnosis.quantities import BLOCKS, jackknife_error, plain, quantity
-from harness.diagnosis.reading import PlacedDecoder, Read, Text
-from harness.diagnosis.stages import Part
 
 METRICS = ("rankme", "rankme_of_variances", "participation_ratio", "alpha_req")
 

@@ -5,13 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flatjax.diagnosis.geometry import layer_names
+from flatjax.diagnosis.quantities import BLOCKS, mean, quantity
+from flatjax.diagnosis.reading import BySequence, PlacedDecoder, Read, Text
+from flatjax.diagnosis.stages import Part
 from flatjax.models.precision import at_least_float32
 from flatjax.representations import growth_variation, line_shape_score, spacing_variation
 from flatjax.run.records import Record
-from harness.diagnosis.geometry import layer_names
-from harness.diagnosis.quantities import BLOCKS, mean, quantity
-from harness.diagnosis.reading import BySequence, PlacedDecoder, Read, Text
-from harness.diagnosis.stages import Part
 
 _CONVENTION = "median over the tokens of a sequence, mean over the sequences"
 

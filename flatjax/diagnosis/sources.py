@@ -6,17 +6,22 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import jax
+import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
+from tokenizers import Tokenizer
 
 from flatjax import loading
+from flatjax.diagnosis.text import Document, read, standard_library
 from flatjax.loading.files import read_object
 from flatjax.loading.headers import Entry, sample
 from flatjax.models import Decoder, DecoderConfig
-from harness.data.text import Document, Tokenizer, read, standard_library
-from harness.training.decoders import load_checkpoint
+from flatjax.models.decoder_sharding import decoder_shardings
+from flatjax.run.checkpoints import load_part
 
 T = TypeVar("T")
 
@@ -105,6 +110,20 @@ def _of_run(run: Path, step: int) -> Source:
         return load_checkpoint(run, step, dtype=dtype, mesh=mesh)
 
     return Source(name, step, config, digest, load, lambda: _or_exit(lambda: loading.load_tokenizer(run)))
+
+
+def load_checkpoint(run: Path, step: int, *, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Decoder:
+    """The decoder that a run of train_lm left after a step, on the mesh, or on one device."""
+    config = DecoderConfig(**json.loads((run / "config.json").read_text())["model"])
+    model = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(model, nnx.Param)
+    shapes = nnx.to_pure_dict(params)
+    mesh = mesh or jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1])
+    shardings = decoder_shardings(shapes, mesh)
+    part = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
+    )
+    return nnx.merge(graph, load_part(run / "checkpoints", step, {"params": part})["params"])
 
 
 def digest_of_files(folder: Path) -> str:

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from flatjax.diagnosis.reading import Text
 from flatjax.run.checkpoints import checkpointer, load_latest
 from flatjax.run.progress import Progress
 from flatjax.run.records import Record
-from harness.diagnosis.reading import Text
 
 State = Any
 """A tree of arrays."""
