@@ -26,7 +26,6 @@ import jax
 import matplotlib
 import numpy as np
 import tyro
-from tokenizers import Tokenizer
 
 from flatjax.diagnosis.text import Document, evenly, read, standard_library
 from flatjax.models import DecoderConfig
@@ -175,7 +174,7 @@ def describe(parts: dict[text.Part, list[Document]], windows: dict[text.Part, np
     return f"trained on {counts['train']}; held out {counts['held_out']}; transfer to {counts['transfer']} ({modules})"
 
 
-def train(config: Config, run: RunFolder, tokenizer: Tokenizer, windows: dict[text.Part, np.ndarray]) -> None:
+def train(config: Config, run: RunFolder, tokenizer: text.Tokenizer, windows: dict[text.Part, np.ndarray]) -> None:
     """From where it was left to its end, with a record of every step, of the network before it."""
     placed = placement(config.model_devices, config.batch_size)
     decoder, params = network(config.model, config.seed, config.dtype)

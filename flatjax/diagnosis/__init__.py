@@ -7,4 +7,4 @@ and `llm`.
 from flatjax.loading.optional import optional
 
 for _name in ("tokenizers", "matplotlib", "tqdm", "tyro"):
-    optional(_name, use="a diagnosis needs", extras="experiments,llm")
+    optional(_name, use="work on language models needs", extras="experiments,llm")

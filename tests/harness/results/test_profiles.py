@@ -5,8 +5,6 @@ import numpy as np
 import pytest
 
 from flatjax.curvature.estimate import Estimate
-from flatjax.layers.names import in_forward_order
-from flatjax.run.progress import Progress
 from flatjax.run.records import RunFolder
 from harness.results.profiles import draw_history, draw_profile, from_record, over_seeds, table, to_record
 
@@ -14,19 +12,6 @@ PROFILE = {
     "layers/0/kernel": Estimate(np.float32(-1.25), np.float32(0.5), np.int32(32)),
     "head/kernel": Estimate(np.float32(1000.0), np.float32(0.0), np.int32(0)),
 }
-
-
-@pytest.mark.parametrize(
-    "paths",
-    [
-        ["layers/0/kernel", "layers/2/kernel", "layers/10/kernel", "head/kernel"],
-        ["stem/kernel", "blocks/0/first/kernel", "blocks/0/second/kernel", "blocks/0/shortcut/kernel", "head/kernel"],
-        ["patch_embedding/kernel", *(f"blocks/0/attention/{name}/kernel" for name in ("query", "key", "value", "out")),
-         "blocks/0/up/kernel", "blocks/0/down/kernel", "blocks/1/attention/query/kernel", "head/kernel"],
-    ],
-)  # fmt: skip
-def test_layers_go_from_the_input_to_the_head(paths):
-    assert in_forward_order(sorted(paths)) == paths
 
 
 def test_a_profile_comes_back_from_its_line_of_json_with_what_is_not_finite(tmp_path):
@@ -66,33 +51,3 @@ def test_profiles_are_drawn_whatever_their_signs(tmp_path, sign):
     draw_history(tmp_path / "history.png", [0, 1], [PROFILE, later], accuracies, "title")
     for name in ("profile", "history"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_time_left_is_that_of_each_kind_of_work_at_its_median_pace(monkeypatch):
-    now = iter([0.0, 2.0, 12.0, 14.0, 30.0, 31.0])
-    monkeypatch.setattr("flatjax.run.progress.time.monotonic", lambda: next(now))
-    with Progress("work", {"step": 10, "measurement": 3}) as progress:
-        progress.done("step", 2)
-        assert progress.seconds_left == 8 * 1
-        progress.done("measurement")
-        assert progress.seconds_left == 8 * 1 + 2 * 10
-        progress.done("step", 1)
-        progress.done("measurement")
-        progress.done("step", 1)
-        # Paces of a step 1, 2 and 1; of a measurement 10 and 16.
-        assert progress.seconds_left == 6 * 1 + 1 * 13
-
-
-def test_a_bar_has_one_total_of_all_kinds_and_counts_what_was_done_before(monkeypatch):
-    now = iter([0.0, 5.0, 6.0, 26.0])
-    monkeypatch.setattr("flatjax.run.progress.time.monotonic", lambda: next(now))
-    with Progress("work", {"step": 10, "measurement": 3}, {"step": 1.0, "measurement": 10.0}) as progress:
-        progress.were_done({"step": 6, "measurement": 1})
-        assert progress.share_done == 16 / 40
-        assert progress.seconds_left == 0  # nothing is known of
-        progress.done("step", 2)
-        assert progress.share_done == 18 / 40
-        # A step takes half a second, and a measurement as long as ten steps until one is seen.
-        assert progress.seconds_left == 2 * 0.5 + 2 * 5
-        progress.done("measurement")
-        assert progress.seconds_left == 2 * 0.5 + 1 * 20

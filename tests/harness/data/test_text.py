@@ -1,16 +1,11 @@
 """What of a text is trained on and what is not, and its tokens."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
-from flatjax.diagnosis.text import Document
+from flatjax.diagnosis.text import Document, standard_library
 from harness.data import text
 from harness.data.text import Shares
-
-from .processes import EXPERIMENTS
 
 DOCUMENTS = [
     Document(f"{module}/{i}.py", module, f"def {module}_{i}(x):\n    return x + {i}\n" * 3)
@@ -61,30 +56,10 @@ def test_a_part_without_text_is_an_error():
 
 
 def test_the_standard_library_is_split_into_known_modules_without_its_tests():
-    documents = text.standard_library()
+    documents = standard_library()
     assert {"json", "argparse", "asyncio"} <= {each.module for each in documents}
     assert all({"test", "tests", "site-packages"}.isdisjoint(each.name.split("/")) for each in documents)
     assert min(map(len, text.split(documents, Shares()).values())) > 5
-
-
-def test_files_and_folders_are_read_and_what_is_no_text_is_left_out(tmp_path):
-    for name in ("a/one.py", "a/b/two.py", "three.py", "four.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(f"# {name}, Größe\n", encoding="utf-8")
-    (tmp_path / "bytes.py").write_bytes(b"\xff\xfe")
-    (tmp_path / "empty.py").write_text("\n")
-    of_folder = text.read([tmp_path], "*.py")
-    assert [(each.name, each.module) for each in of_folder] == [
-        ("a/b/two.py", "a"),
-        ("a/one.py", "a"),
-        ("three.py", "three"),
-    ]
-    several = text.read([tmp_path / "a", tmp_path / "four.txt"], "*.py")
-    assert [each.name for each in several] == ["a/b/two.py", "a/one.py", "four.txt"]
-    with pytest.raises(SystemExit, match="which is not there"):
-        text.read([tmp_path / "five.txt"])
-    with pytest.raises(SystemExit, match=r"--text has .*bytes\.py, which is not UTF-8 at byte 0, 0xff"):
-        text.read([tmp_path / "a", tmp_path / "bytes.py"])
 
 
 def test_tokens_decode_to_the_text_whatever_its_bytes(tokenizer):
@@ -107,27 +82,3 @@ def test_a_tokenizer_is_trained_once_and_always_the_same(tokenizer, tmp_path):
 def test_a_vocabulary_that_the_text_cannot_fill_is_an_error(vocab_size):
     with pytest.raises(SystemExit, match=rf"--vocab-size is {vocab_size}"):
         text.train_tokenizer(DOCUMENTS, vocab_size)
-
-
-def test_every_token_but_the_first_is_the_label_of_one_window():
-    tokens = np.arange(32, dtype=np.int32)
-    windows = text.windows(tokens, 5)
-    assert windows.shape == (6, 6)
-    np.testing.assert_array_equal(windows[:, 1:].ravel(), tokens[1:31])
-    np.testing.assert_array_equal(windows[:, :-1], windows[:, 1:] - 1)
-    assert len(text.windows(tokens, 31)) == 1
-    with pytest.raises(SystemExit, match="no window"):
-        text.windows(tokens, 32)
-
-
-def test_rows_are_taken_evenly_from_first_to_last():
-    rows = np.arange(20)[:, None]
-    np.testing.assert_array_equal(text.evenly(rows, 3)[:, 0], [0, 10, 19])
-    np.testing.assert_array_equal(text.evenly(rows, 50), rows)
-
-
-@pytest.mark.parametrize("script", ["diagnose_llm", "train_lm"])
-def test_without_the_extra_the_error_says_what_to_install(script):
-    blocked = f"import sys; sys.modules['tokenizers'] = None; sys.path.insert(0, {str(EXPERIMENTS)!r}); import {script}"
-    ended = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True)
-    assert "pip install 'flatjax[llm]'" in ended.stderr.splitlines()[-1]
