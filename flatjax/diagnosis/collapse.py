@@ -110,7 +110,7 @@ def decisions_part(network: PlacedDecoder, text: Text, classes: Classes, moments
     def finish(state: Any) -> Record:
         value, error = ratio(state["disagreeing"], state["total"], text.blocks)
         facts = {"num_classes": len(classes.tokens), "convention": "class means are taken as given, in its error too"}
-        return {"nc4": quantity(value, error, BLOCKS, state["total"].sum(), **facts)}
+        return {"nc4": quantity(value, error, BLOCKS, int(state["total"].sum()), **facts)}
 
     return Part(lambda: by_sequence.empty({"disagreeing": (), "total": ()}), update, finish)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatjax.diagnosis.quantities import BLOCKS, jackknife_error, plain, quantity
+from flatjax.diagnosis.quantities import BLOCKS, Numbers, jackknife_error, plain, quantity
 from flatjax.diagnosis.reading import PlacedDecoder, Read, Text
 from flatjax.diagnosis.stages import Part
 from flatjax.models.precision import at_least_float32
@@ -77,7 +77,7 @@ def geometry_part(network: PlacedDecoder, text: Text, fit_range: tuple[int, int]
 _RANKS_SHOWN = 32
 
 
-def _error(reduced: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
+def _error(reduced: Sequence[Any], shape: tuple[int, ...]) -> Numbers:
     return jackknife_error(reduced) if reduced else np.full(shape, np.nan)
 
 

@@ -17,6 +17,10 @@ BLOCKS, PROBES, WINDOWS, NONE = "blocks of text", "probes", "windows of text", "
 """What a standard error is over."""
 
 
+Numbers = np.ndarray | np.floating
+"""An array, or one number of NumPy: what its reductions return of an array of one axis."""
+
+
 def quantity(value: Any, error: Any, over: str, num_tokens: int, **more: Any) -> Record:
     """A number, or a list of one a layer."""
     return {
@@ -46,7 +50,7 @@ def plain(value: Any) -> Any:
     return float(value) if math.isfinite(value) else None
 
 
-def jackknife_error(reduced: Sequence[Any] | np.ndarray) -> np.ndarray:
+def jackknife_error(reduced: Sequence[Any] | np.ndarray) -> Numbers:
     """Of what comes out without each block; NaN of one block alone."""
     values = np.asarray(reduced, float)
     number = len(values)
@@ -55,7 +59,7 @@ def jackknife_error(reduced: Sequence[Any] | np.ndarray) -> np.ndarray:
     return np.sqrt((number - 1) / number * np.sum((values - values.mean(axis=0)) ** 2, axis=0))
 
 
-def ratio(sums: np.ndarray, totals: np.ndarray, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def ratio(sums: np.ndarray, totals: np.ndarray, blocks: np.ndarray) -> tuple[Numbers, Numbers]:
     """Σ sums / Σ totals over sequences (n, ...), and its standard error over the blocks they are in."""
     of_blocks = [(sums[blocks == each].sum(axis=0), totals[blocks == each].sum(axis=0)) for each in np.unique(blocks)]
     total, weight = (np.sum(each, axis=0) for each in zip(*of_blocks, strict=True))
@@ -64,7 +68,7 @@ def ratio(sums: np.ndarray, totals: np.ndarray, blocks: np.ndarray) -> tuple[np.
         return total / weight, jackknife_error(reduced)
 
 
-def mean(values: np.ndarray, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def mean(values: np.ndarray, blocks: np.ndarray) -> tuple[Numbers, Numbers]:
     """Over sequences (n, ...), and its standard error over blocks."""
     values = np.asarray(values, float)
     return ratio(values, np.ones(len(values)), blocks)

@@ -73,7 +73,7 @@ class Saves:
 
     def is_due(self, next_seconds: float) -> bool:
         """Whether too much would be lost in the next batch, if it takes so long."""
-        return time.monotonic() - self._since + next_seconds > self.seconds
+        return bool(time.monotonic() - self._since + next_seconds > self.seconds)
 
     def save(self, stage: str, done: int, state: State) -> None:
         self._before()
