@@ -47,7 +47,7 @@ from flatjax import (
 from flatjax.curvature import Hessian, extreme_eigenpairs, trace
 from flatjax.models import MLP
 from flatjax.run.progress import Progress
-from flatjax.run.records import Record, RunFolder, number, to_record
+from flatjax.run.records import Record, RunFolder, number
 from flatjax.run.tables import aligned
 from harness.data import few_labels
 from harness.data.batches import all_batches
@@ -250,7 +250,7 @@ def report(config: Config, run: RunFolder) -> None:
     text = "\n".join(lines)
     print(text)
     (run.path / "table.txt").write_text(text + "\n")
-    run.summarise({"num_networks": len(records), "num_diverged": diverged, "num_fitted": fitted} | to_record(found))
+    run.summarise({"num_networks": len(records), "num_diverged": diverged, "num_fitted": fitted} | found)
     draw(run.path / "figure.png", records, found)
 
 

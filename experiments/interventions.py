@@ -41,7 +41,7 @@ import tyro
 
 from flatjax.run.checkpoints import checkpointer, load_latest
 from flatjax.run.progress import Progress
-from flatjax.run.records import Record, RunFolder, as_json, to_record
+from flatjax.run.records import Record, RunFolder
 from harness.interventions.arm_results import arm_results, table, to_summary
 from harness.interventions.arms import BASELINE, QUANTITIES, Arm, Quantity, Rule, controls, held, pushed
 from harness.interventions.bounds import Bounds
@@ -193,7 +193,7 @@ def main(config: Config) -> None:
     """Trains every arm, draws the figures, and says what came of it."""
     config = with_defaults(config)
     recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_THE_RUN}
-    run = RunFolder(config.folder / (config.name or config.task), as_json(recorded), resume=config.resume)
+    run = RunFolder(config.folder / (config.name or config.task), recorded, resume=config.resume)
     started = time.monotonic()
     experiment = Experiment(config, run)
     experiment.train()
@@ -365,7 +365,7 @@ def report(config: Config, run: RunFolder, arms: list[Arm], num_classes: int) ->
     text = "\n\n".join(part for part in (table(results), dose_response_table(found)) if part)
     print(text)
     (run.path / "table.txt").write_text(text + "\n")
-    run.summarise(to_summary(results) | {"dose_response": to_record(found)})
+    run.summarise(to_summary(results) | {"dose_response": found})
     title = f"{config.task}, {config.seeds} seeds"
     draw_training(run.path, arms, of_arms, title)
     draw_dose_response(run.path / "dose_response.png", results, title)

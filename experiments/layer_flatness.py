@@ -32,7 +32,6 @@ from flatjax.run.records import Record, RunFolder
 from harness.data import images
 from harness.data.images import Images
 from harness.results.profiles import Profile, draw_history, draw_profile, from_record, over_seeds, table
-from harness.results.profiles import to_record as profile_record
 from harness.training.classifiers import (
     Classifier,
     State,
@@ -214,7 +213,7 @@ def measuring(config: Config, network: Classifier, seed: int, train_set: Images,
             relative_error=config.relative_error,
             route=config.route or "layerwise",
         )
-        return evaluate(state) | {"profile": profile_record(profile)}
+        return evaluate(state) | {"profile": profile}
 
     return measure
 
@@ -234,7 +233,7 @@ def report(config: Config, run: RunFolder, curves: list[list[Record]]) -> None:
     draw_profile(run.path / "profile.png", profiles[-1], f"{title}, step {steps[-1]}")
     draw_history(run.path / "history.png", steps, profiles, accuracies, title)
     last = {name: values[-1] for name, values in accuracies.items()}
-    run.summarise({"step": steps[-1], "accuracy": last, "profile": profile_record(profiles[-1])})
+    run.summarise({"step": steps[-1], "accuracy": last, "profile": profiles[-1]})
     print(table(profiles[-1]))
     print(f"{title}: step {steps[-1]}, accuracy " + ", ".join(f"{value:.1%} {name}" for name, value in last.items()))
 

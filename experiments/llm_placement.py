@@ -34,7 +34,7 @@ from flatjax.diagnosis.text import Document, evenly, read, standard_library
 from flatjax.models import DecoderConfig
 from flatjax.run.options import check_heads, check_least
 from flatjax.run.progress import Progress
-from flatjax.run.records import Record, RunFolder, number, to_record
+from flatjax.run.records import Record, RunFolder, number
 from flatjax.training import sharpness_aware
 from harness.benchmarks.timing import side_by_side
 from harness.data import text
@@ -150,8 +150,7 @@ class Config:
 def main(config: Config) -> None:
     """Tunes and trains whatever is not in the records yet, and reports."""
     recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_THE_RUN}
-    as_json = {key: list(map(_plain, value)) if isinstance(value, tuple) else value for key, value in recorded.items()}
-    run = RunFolder(config.folder / config.name, as_json, resume=config.resume)
+    run = RunFolder(config.folder / config.name, recorded, resume=config.resume)
     started = time.monotonic()
     compare(config, run)
     report(config, run)
@@ -160,10 +159,6 @@ def main(config: Config) -> None:
 
 _NOT_OF_THE_RUN = {"resume", "name", "folder", "arms"}
 """Options that may differ when a run is resumed: more arms add to the records."""
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
 
 
 class Programs:
@@ -311,7 +306,7 @@ def report(config: Config, run: RunFolder) -> None:
     lines = table(quantities(config.noises), rows, config.seeds, config.steps)
     print(lines)
     (run.path / "table.txt").write_text(lines + "\n")
-    run.summarise({arm: to_record(row) for arm, row in zip(config.arms, rows.values(), strict=True)})
+    run.summarise(dict(zip(config.arms, rows.values(), strict=True)))
     draw(run.path / "figure.png", quantities(config.noises), rows, config.seeds)
 
 

@@ -32,12 +32,12 @@ import tyro
 from flatjax.models import MLP, ResNet18
 from flatjax.run.options import check_least
 from flatjax.run.progress import Progress
-from flatjax.run.records import Record, RunFolder
+from flatjax.run.records import Record, RunFolder, number
 from harness.benchmarks.timing import side_by_side
 from harness.data import few_labels
 from harness.data.batches import all_batches
 from harness.data.few_labels import Task
-from harness.regularise.comparison import Row, draw, table, to_record
+from harness.regularise.comparison import Row, draw, table
 from harness.results.intervals import interval, is_clear
 from harness.training.convolutions import by_products
 from harness.training.regularisers import REGULARISERS, Method
@@ -282,8 +282,8 @@ def best_of(tuned: list[Record]) -> Record:
 
 
 def over_seeds(record: Record, name: str) -> list[float]:
-    """JSON has no NaN and no infinity."""
-    return [np.nan if seed[name] is None else float(seed[name]) for seed in record["seeds"].values()]
+    """The value of each seed."""
+    return [number(seed[name]) for seed in record["seeds"].values()]
 
 
 def time_a_step(config: Config, programs: Programs, labels: np.ndarray) -> list[Record]:
@@ -333,9 +333,7 @@ def report(config: Config, run: RunFolder) -> None:
         names,
         f"Test accuracy, mean and 95 % interval of {config.seeds} seeds (orange: that of the gain leaves out 0)",
     )
-    run.summarise(
-        {f"{model}-{task}": {each.name: to_record(each) for each in rows[model, task]} for model, task in rows}
-    )
+    run.summarise({f"{model}-{task}": {each.name: each for each in rows[model, task]} for model, task in rows})
 
 
 def describe(config: Config, task: TaskName) -> str:

@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import matplotlib
@@ -32,7 +32,7 @@ from flatjax.models import DecoderConfig
 from flatjax.run.checkpoints import checkpointer, load_latest
 from flatjax.run.options import check_heads, check_least
 from flatjax.run.progress import Progress
-from flatjax.run.records import Record, RunFolder
+from flatjax.run.records import Record, RunFolder, number
 from harness.data import text
 from harness.data.batches import batch_at
 from harness.training.decoders import HEAD, Descent, evaluating, network, one_step, penalty, placement
@@ -249,15 +249,10 @@ _LABELS = ("loss, nats a token", "κ of the head")
 
 def report(summary: Record) -> str:
     def of(part: str) -> str:
-        loss, kappa = (_number(summary[f"{part}_{name}"]) for name in ("loss", "kappa"))
+        loss, kappa = (number(summary[f"{part}_{name}"]) for name in ("loss", "kappa"))
         return f"loss {loss:.4f} (perplexity {np.exp(loss):.2f}), κ of the head {kappa:.4g}"
 
     return f"files held out:   {of('held_out')}\nmodules held out: {of('transfer')}"
-
-
-def _number(value: Any) -> float:
-    """JSON has no NaN and no infinity."""
-    return np.nan if value is None else float(value)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from flatjax.heads import linear_head
 from flatjax.loading.shapes import decoder_shapes
 from flatjax.run.options import check_above_0, check_least, check_not_empty
 from flatjax.run.progress import Progress
-from flatjax.run.records import Record, RunFolder, as_json
+from flatjax.run.records import Record, RunFolder, plain
 
 Name = Literal["head", "sharpness", "collapse", "geometry", "trajectory", "profile", "jacobians"]
 
@@ -132,7 +132,7 @@ def main(config: Config) -> None:
         raise SystemExit(f"--text has no text: {', '.join(map(str, config.text))}")
     mesh, texts = mesh_of(config), Texts(config, documents)
     recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_THE_RUN}
-    run = RunFolder(folder, as_json(recorded) | {"text": digest_of_documents(documents)}, resume=config.resume)
+    run = RunFolder(folder, recorded | {"text": digest_of_documents(documents)}, resume=config.resume)
     for source in sources:
         check(config, source, texts.of(source))  # before weights are read or anything is written
     diagnoses, started = Diagnoses(run), time.monotonic()
@@ -386,7 +386,7 @@ def write(config: Config, diagnoses: Diagnoses, called: list[Called], documents:
             "format": 1,
             "text": {"files": [each.name for each in documents][:_FILES_NAMED], "num_files": len(documents),
                      "digest": digest_of_documents(documents)},
-            "options": as_json({key: value for key, value in dataclasses.asdict(config).items()
+            "options": plain({key: value for key, value in dataclasses.asdict(config).items()
                                   if key not in _NOT_OF_THE_RUN}),
             "machine": {"jax": jax.__version__, "device": device.device_kind, "platform": device.platform,
                         "devices": jax.device_count()},

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatjax.diagnosis.quantities import BLOCKS, Numbers, jackknife_error, plain, quantity
+from flatjax.diagnosis.quantities import BLOCKS, Numbers, jackknife_error, quantity
 from flatjax.diagnosis.reading import PlacedDecoder, Read, Text
 from flatjax.diagnosis.stages import Part
 from flatjax.models.precision import at_least_float32
 from flatjax.representations import FeatureSpectrum, RepresentationGeometry
-from flatjax.run.records import Record
+from flatjax.run.records import Record, plain
 from flatjax.samples import IGNORED_LABEL
 
 METRICS = ("rankme", "rankme_of_variances", "participation_ratio", "alpha_req")

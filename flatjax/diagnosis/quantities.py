@@ -5,13 +5,12 @@ without block g, the standard error is √((G − 1)/G · Σ_g (θ_g − θ̄)²
 means. Texts next to each other are alike, which a block has within it; blocks are taken to be independent.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from flatjax.run.records import Record
+from flatjax.run.records import Record, plain
 
 BLOCKS, PROBES, WINDOWS, NONE = "blocks of text", "probes", "windows of text", "none"
 """What a standard error is over."""
@@ -30,24 +29,6 @@ def quantity(value: Any, error: Any, over: str, num_tokens: int, **more: Any) ->
         "num_tokens": int(num_tokens),
         **{name: plain(each) for name, each in more.items()},
     }
-
-
-def plain(value: Any) -> Any:
-    """Of arrays lists, and of what is no number null: JSON has no NaN and no infinity."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(each) for key, each in value.items()}
-    if isinstance(value, str | bool) or value is None:
-        return value
-    if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
-    value = np.asarray(value)
-    if value.ndim:
-        return [plain(each) for each in value]
-    if np.issubdtype(value.dtype, np.integer):
-        return int(value)
-    if np.issubdtype(value.dtype, np.bool_):
-        return bool(value)
-    return float(value) if math.isfinite(value) else None
 
 
 def jackknife_error(reduced: Sequence[Any] | np.ndarray) -> Numbers:

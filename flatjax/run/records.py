@@ -9,12 +9,29 @@ from typing import Any
 
 import jax
 
+from flatjax import results
+
 Record = dict[str, Any]
 
 
-def as_json(record: Record) -> Record:
-    """With lists for tuples: as it is when it is read back."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in record.items()}
+def plain(value: Any) -> Any:
+    """Turn a record, a result or a tuple of them into what strict JSON holds.
+
+    Tuples with names become mappings, other tuples and arrays become lists, and paths become text. JSON has no NaN and
+    no infinity: null stands for the one and "inf" or "-inf" for the other, of which `number` makes numbers again.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return plain(value._asdict())
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else results.plain(value)
+
+
+def number(value: float | str | None) -> float:
+    """The number that a record holds: NaN where it is null, and an infinity where it is named."""
+    return math.nan if value is None else float(value)
 
 
 class RunFolder:
@@ -24,7 +41,7 @@ class RunFolder:
     """
 
     def __init__(self, folder: Path, config: Record, *, resume: bool):
-        self.folder, self._config = folder, config
+        self.folder, self._config = folder, plain(config)
         """Which may not be there yet: `path` is."""
         self._config_file, self._metrics_file = folder / "config.json", folder / "metrics.jsonl"
         if self._config_file.exists():
@@ -79,18 +96,11 @@ class RunFolder:
 
 
 def _to_json(record: Record) -> str:
-    """JSON has no NaN and no infinity: null and a string stand for them."""
-
-    def strict(value: Any) -> Any:
-        if isinstance(value, float) and not math.isfinite(value):
-            return None if math.isnan(value) else str(value)
-        return {key: strict(each) for key, each in value.items()} if isinstance(value, dict) else value
-
-    return json.dumps(strict(record))
+    return json.dumps(plain(record), allow_nan=False)
 
 
 def _write(file: Path, record: Record) -> None:
-    _replace(file, json.dumps(record, indent=2) + "\n")
+    _replace(file, json.dumps(plain(record), indent=2, allow_nan=False) + "\n")
 
 
 def _replace(file: Path, text: str) -> None:
@@ -104,22 +114,7 @@ def write_record(file: Path, rows: list[dict[str, Any]]) -> None:
     """The rows, with what they were measured on."""
     device = jax.devices()[0]
     machine = {"jax": jax.__version__, "platform": device.platform, "device": device.device_kind}
+    record = machine | {"processor": platform.machine(), "rows": rows}
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(machine | {"processor": platform.machine(), "rows": rows}, indent=2) + "\n")
+    file.write_text(json.dumps(plain(record), indent=2, allow_nan=False) + "\n")
     print(f"on {device.device_kind}, jax {jax.__version__}; the record is {file}")
-
-
-def number(value: float | str | None) -> float:
-    """As records have it: JSON has no NaN and no infinity."""
-    return math.nan if value is None else float(value)
-
-
-def to_record(value: Any) -> Any:
-    """As plain numbers, named; None for what is no number."""
-    if isinstance(value, Mapping):
-        return {key: to_record(each) for key, each in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return {key: to_record(each) for key, each in value._asdict().items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return [to_record(each) for each in value] if isinstance(value, list | tuple) else value

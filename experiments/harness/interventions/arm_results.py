@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flatjax.run.records import Record, number, to_record
+from flatjax.run.records import Record, number
 from flatjax.run.tables import aligned
 from harness.interventions.arms import BASELINE, RECORDED, Arm
 from harness.interventions.bounds import Bounds
@@ -182,17 +182,17 @@ def to_summary(results: Sequence[ArmResult]) -> Record:
     """By the names of the arms, with a number a seed for what a table shows but one of."""
     return {
         each.arm.name: {
-            "arm": to_record(each.arm),
+            "arm": each.arm,
             "answers": each.answers,
             "remarks": each.remarks,
-            "seeds": to_record(each.seeds),
+            "seeds": each.seeds,
             "delays": [seed.delay for seed in each.seeds],
-            "held_out_accuracy": to_record(interval(at_the_end(each.seeds, "held_out_accuracy"))),
-            "held_out_less_baseline": to_record(each.held_out),
-            "held_out_less_controls": to_record(each.beside_controls),
-            "delay_to_baseline": to_record(each.delay),
-            "share_of_ceiling": to_record(each.share_of_ceiling),
-            "off_level": to_record(each.off_level),
+            "held_out_accuracy": interval(at_the_end(each.seeds, "held_out_accuracy")),
+            "held_out_less_baseline": each.held_out,
+            "held_out_less_controls": each.beside_controls,
+            "delay_to_baseline": each.delay,
+            "share_of_ceiling": each.share_of_ceiling,
+            "off_level": each.off_level,
         }
         for each in results
     }

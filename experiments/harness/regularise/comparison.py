@@ -35,11 +35,6 @@ class Row(NamedTuple):
     """Of the time of a step to the baseline's, in turns."""
 
 
-def to_record(row: Row) -> Record:
-    """As plain numbers."""
-    return {name: value._asdict() if isinstance(value, Interval) else value for name, value in row._asdict().items()}
-
-
 def table(rows: Sequence[Row]) -> str:
     """A row a method."""
     cells = [["", "rate", "strength", "test accuracy, %", "gain, %", "train acc., %", "train loss", "κ", "ms a step"]]

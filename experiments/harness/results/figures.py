@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from flatjax.run.records import Record
+from flatjax.run.records import Record, number
 
 COLOURS = {"train": "#0b4f8a", "held_out": "#d1600f"}
 NAMES = {"train": "trained on", "held_out": "held out"}
@@ -61,9 +61,7 @@ def draw_curve(
     """
     length = min(map(len, runs))
     steps = np.array([record[against] for record in runs[0][:length]])
-    values = np.array(
-        [[np.nan if record[key] is None else float(record[key]) for record in run[:length]] for run in runs]
-    )
+    values = np.array([[number(record[key]) for record in run[:length]] for run in runs])
     shown = steps > 0
     axes.plot(steps[shown], np.median(values, axis=0)[shown], style, color=colour, linewidth=1.3, label=name)
     if len(runs) > 1:

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 
 from flatjax.curvature.estimate import Estimate
 from flatjax.layers.names import short
-from flatjax.run.records import Record
+from flatjax.run.records import Record, number
 
 Profile = Mapping[str, Any]
 """By the path of the layer: value, standard_error and num_probes, as `flatjax.flatness_profile` returns them."""
@@ -24,26 +24,14 @@ Profile = Mapping[str, Any]
 EXACT, ESTIMATED = "#0b4f8a", "#d1600f"
 
 
-def to_record(profile: Profile) -> Record:
-    """As plain numbers, for a line of JSON."""
-    return {
-        path: {
-            "value": float(each.value),
-            "standard_error": float(each.standard_error),
-            "num_probes": int(each.num_probes),
-        }
-        for path, each in profile.items()
-    }
-
-
 def from_record(record: Record) -> dict[str, Estimate]:
-    """JSON has no NaN: null stands for it."""
-
-    def number(value: float | str | None) -> Any:
-        return np.asarray(math.nan if value is None else value, float)
-
+    """The profile that a line of JSON holds."""
     return {
-        path: Estimate(number(each["value"]), number(each["standard_error"]), jnp.asarray(each["num_probes"]))
+        path: Estimate(
+            np.asarray(number(each["value"])),
+            np.asarray(number(each["standard_error"])),
+            jnp.asarray(each["num_probes"]),
+        )
         for path, each in record.items()
     }
 

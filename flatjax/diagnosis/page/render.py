@@ -294,7 +294,9 @@ def _with_error(value: Any, error: Any) -> str:
     """With two digits of the error, and as many of the value."""
     if value is None:
         return "–"
-    if not error:
+    if isinstance(value, str):  # an infinity, by its name
+        return _minus(value.replace("inf", "∞"))
+    if not error or isinstance(error, str):
         return _number(value, 4)
     if error < _BELOW_ROUNDING * abs(value):
         return f"{_number(value, 6)} ± {_number(error, 1)}"

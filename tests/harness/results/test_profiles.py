@@ -6,7 +6,7 @@ import pytest
 
 from flatjax.curvature.estimate import Estimate
 from flatjax.run.records import RunFolder
-from harness.results.profiles import draw_history, draw_profile, from_record, over_seeds, table, to_record
+from harness.results.profiles import draw_history, draw_profile, from_record, over_seeds, table
 
 PROFILE = {
     "layers/0/kernel": Estimate(np.float32(-1.25), np.float32(0.5), np.int32(32)),
@@ -17,7 +17,7 @@ PROFILE = {
 def test_a_profile_comes_back_from_its_line_of_json_with_what_is_not_finite(tmp_path):
     profile = PROFILE | {"layers/1/kernel": Estimate(np.float32(math.nan), np.float32(math.inf), np.int32(4))}
     run = RunFolder(tmp_path, {}, resume=False)
-    run.append({"profile": to_record(profile)})
+    run.append({"profile": profile})
 
     def refuse(constant):
         raise AssertionError(constant)
