@@ -46,6 +46,7 @@ from flatjax import (
 )
 from flatjax.curvature import Hessian, extreme_eigenpairs, trace
 from flatjax.models import MLP
+from flatjax.run.options import RunOptions
 from flatjax.run.progress import Progress
 from flatjax.run.records import Record, RunFolder, number
 from flatjax.run.tables import aligned
@@ -72,7 +73,7 @@ GAPS: dict[Gap, str] = {"loss_gap": "gap of the cross-entropy", "error_gap": "ga
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(RunOptions):
     """Train many small networks, and rank what is measured of them against how they generalize."""
 
     rates: tuple[float, ...] = (0.005, 0.015, 0.05)
@@ -97,19 +98,18 @@ class Config:
     """For its largest eigenvalue."""
     resamples: int = 1000
     """Of the bootstrap."""
-    name: str = "digits"
-    """Of the run's folder."""
     folder: Path = Path("runs/generalization_gap")
-    """Where the runs' folders are."""
-    resume: bool = False
-    """Continue the run of this name where it was left."""
+
+    may_differ = frozenset({"resamples"})
+
+    @property
+    def default_name(self) -> str:
+        return "digits"
 
 
 def main(config: Config) -> None:
     """Trains and measures whatever is not in the records yet, and reports."""
-    recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_THE_RUN}
-    recorded = {key: list(value) if isinstance(value, tuple) else value for key, value in recorded.items()}
-    run = RunFolder(config.folder / config.name, recorded, resume=config.resume)
+    run = config.open_run()
     started = time.monotonic()
     groups = list(itertools.product(config.widths, config.batch_sizes))
     of_group = list(itertools.product(config.rates, config.decays, config.noises, range(config.seeds)))
@@ -122,9 +122,6 @@ def main(config: Config) -> None:
                 train_group(config, run, width, batch, of_group, progress)
     report(config, run)
     print(f"{time.monotonic() - started:.0f} s. The table and the figure are in {run.path}")
-
-
-_NOT_OF_THE_RUN = {"resume", "name", "folder", "resamples"}
 
 
 def in_group(run: RunFolder, width: int, batch: int) -> list[Record]:

@@ -1,8 +1,8 @@
 """Which layers of a network are flat? Relative flatness κ of every layer, with its standard error, over training.
 
     python experiments/layer_flatness.py                   # a perceptron on scikit-learn's digits: a minute on 2 cores
-    python experiments/layer_flatness.py --model vit       # 2 to 3 min
-    python experiments/layer_flatness.py --model resnet --data cifar10 --data-dir ~/data --width 64 --num-train 50000
+    python experiments/layer_flatness.py vit               # 2 to 3 min
+    python experiments/layer_flatness.py resnet --data cifar10 --data-dir ~/data --width 64 --num-train 50000
 
 κ is that of a fixed part of what is trained on, streamed in batches, with batch normalisation as it is used after
 training: the running statistics are constants. The network is trained by AdamW, without augmentation.
@@ -13,6 +13,7 @@ the same command with --resume goes on, and ends with the same metrics to the la
 """
 
 import dataclasses
+import sys
 import time
 from pathlib import Path
 from typing import Literal
@@ -27,7 +28,7 @@ from flatjax import cross_entropy, flatness_profile
 from flatjax.layers.kernels import find_layers
 from flatjax.layers.names import in_forward_order
 from flatjax.models import MLP, ResNet18, ViT
-from flatjax.run.options import check_least
+from flatjax.run.options import SeedOptions, check_least, variant_of
 from flatjax.run.records import Record, RunFolder
 from harness.data import images
 from harness.data.images import Images
@@ -45,10 +46,10 @@ from harness.training.classifiers import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(SeedOptions):
     """Train a network, and measure relative flatness of all its layers along the way."""
 
-    model: Literal["mlp", "resnet", "vit"] = "mlp"
+    model: tyro.conf.Suppress[Literal["mlp", "resnet", "vit"]] = "mlp"
     """A perceptron, a ResNet-18, or a vision transformer of patches a quarter of the image wide."""
     data: images.Name = "digits"
     """What to classify. All but the digits are read from `data_dir`."""
@@ -56,10 +57,10 @@ class Config:
     """The folder of the data's files, as they are published."""
     num_train: int | None = None
     """How many images to train on; by default all."""
-    width: int = 0
-    """Of the hidden layers, of the first stage, or of the residual stream; 0 is 128, 8 and 32."""
-    depth: int = 0
-    """Hidden layers of a perceptron, 0 is 4, or blocks of a transformer, 0 is 2."""
+    width: int = 128
+    """The width of the hidden layers, of the first stage, or of the residual stream."""
+    depth: int = 4
+    """Hidden layers of a perceptron, or blocks of a transformer; of a ResNet-18 it is 0."""
     activation: Literal["relu", "tanh", "gelu"] = "gelu"
     """Of a perceptron."""
     learning_rate: float = 1e-3
@@ -72,34 +73,27 @@ class Config:
     """Images a step."""
     steps: int = 3000
     """Of training."""
-    measurements: int = 0
-    """At equal ratios of the step, and before the first; 0 is 20 of a perceptron, 10 of others."""
-    measure_on: int = 0
-    """Images of those trained on that κ is measured on; 0 is 512 of a perceptron, 128 of others."""
+    measurements: int = 20
+    """Measurements at equal ratios of the step, and one before the first."""
+    measure_on: int = 512
+    """Images of those trained on that κ is measured on."""
     measure_batch: int = 256
     """Of them at a time."""
     evaluate_on: int = 10_000
     """At most so many images for loss and accuracy, of those trained on and of those held out."""
     num_probes: int = 16
     """Of a layer and batch, at least."""
-    max_probes: int = 0
-    """Of a layer and batch, at most; 0 is 128 of a perceptron, 24 of others."""
+    max_probes: int = 128
+    """Probes of a layer and batch, at most."""
     relative_error: float | None = 0.1
     """Probes are added until the standard error is this share of κ, for every layer."""
-    route: Literal["layerwise", "joint"] | None = None
-    """A product a layer and probe, the perceptron's default, or one for all layers, noisier but compiled once."""
+    route: Literal["layerwise", "joint"] = "layerwise"
+    """A product a layer and probe, or one for all layers, noisier but compiled once."""
     checkpoint_every: int = 500
     """Steps; each measurement leaves a checkpoint too."""
-    seed: int = 0
-    """Of the choice of images, the initial weights, the batches and the probes."""
-    seeds: int = 1
-    """How many seeds to run, from `seed` on."""
-    name: str | None = None
-    """Of the run's folder; made of the model and the data by default."""
     folder: Path = Path("runs/layer_flatness")
-    """Where the runs' folders are."""
-    resume: bool = False
-    """Continue the run of this name where it was left."""
+
+    may_differ = frozenset({"data_dir", "seed", "seeds"})
 
     def __post_init__(self):
         if self.depth and self.model == "resnet":
@@ -107,41 +101,34 @@ class Config:
         if self.model == "vit" and self.width % _HEADS:
             raise SystemExit(f"--width is {self.width}, wanted a multiple of the {_HEADS} heads of --model vit")
         check_least(self, 1, "steps", "batch_size", "measure_batch", "evaluate_on", "checkpoint_every", "seeds")
-        check_least(self, 1, "width", "depth", "measurements", "measure_on", "max_probes", or_zero=True)
+        check_least(self, 1, "width", "measurements", "measure_on", "max_probes")
+        check_least(self, 0 if self.model == "resnet" else 1, "depth")
+
+    @property
+    def default_name(self) -> str:
+        return f"{self.model}-{self.data}"
 
 
 _HEADS = 4
 _COSTLY: Record = {"measurements": 10, "measure_on": 128, "max_probes": 24, "route": "joint"}
-_DEFAULTS: dict[str, Record] = {
-    "mlp": {"width": 128, "depth": 4, "measurements": 20, "measure_on": 512, "max_probes": 128, "route": "layerwise"},
-    "resnet": {"width": 8, **_COSTLY},
-    "vit": {"width": 32, "depth": 2, **_COSTLY},
+MODELS = {
+    "mlp": ("A perceptron", Config()),
+    "resnet": ("A ResNet-18", Config(model="resnet", width=8, depth=0, **_COSTLY)),
+    "vit": ("A vision transformer", Config(model="vit", width=32, depth=2, **_COSTLY)),
 }
+"""What can be trained, with the options that are its own."""
 
 
 def main(config: Config) -> None:
     """Runs every seed, draws the figures, and prints the last profile."""
-    config = with_defaults(config)
-    recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_THE_RUN}
-    name = config.name or f"{config.model}-{config.data}"
-    run = RunFolder(config.folder / name, recorded, resume=config.resume)
-    seeds = range(config.seed, config.seed + config.seeds)
+    run = config.open_run()
+    seeds = config.all_seeds
     started = time.monotonic()
     for seed in seeds:
         train(config, seed, run)
     curves = [[record for record in run.records if record["seed"] == seed] for seed in seeds]
     report(config, run, curves)
     print(f"{time.monotonic() - started:.0f} s. The figures are in {run.path}")
-
-
-_NOT_OF_THE_RUN = {"resume", "name", "folder", "data_dir", "seeds", "seed"}
-"""Options that may differ when a run is resumed; its seeds are in its records."""
-
-
-def with_defaults(config: Config) -> Config:
-    """What depends on the model."""
-    defaults = {name: value for name, value in _DEFAULTS[config.model].items() if not getattr(config, name)}
-    return dataclasses.replace(config, **defaults)
 
 
 def train(config: Config, seed: int, run: RunFolder) -> None:
@@ -242,4 +229,4 @@ _NAMES = {"mlp": "perceptron", "resnet": "ResNet-18", "vit": "vision transformer
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(variant_of(MODELS, sys.argv[1:]))

@@ -32,7 +32,7 @@ import tyro
 
 from flatjax.diagnosis.text import Document, evenly, read, standard_library
 from flatjax.models import DecoderConfig
-from flatjax.run.options import check_heads, check_least
+from flatjax.run.options import SeedOptions, check_heads, check_least
 from flatjax.run.progress import Progress
 from flatjax.run.records import Record, RunFolder, number
 from flatjax.training import sharpness_aware
@@ -48,7 +48,7 @@ Arm = Literal["plain", "head", "block", "blocks", "sam"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(SeedOptions):
     """Compare where relative flatness is best regularised in a small language model."""
 
     text: tuple[Path, ...] = ()
@@ -97,24 +97,22 @@ class Config:
     """Of the noise."""
     measure_on: int = 256
     """Sequences of each part of the text that is held out, at most."""
-    seed: int = 0
-    """The first; tuning takes one that is 1000 more."""
-    seeds: int = 6
-    """How many."""
     timing_seconds: float = 20.0
     """For the time of a step, at least so long."""
-    name: str = "standard-library"
-    """Of the run's folder."""
     folder: Path = Path("runs/llm_placement")
-    """Where the runs' folders are."""
-    resume: bool = False
-    """Continue the run of this name where it was left."""
+    seeds: int = 6
+
+    may_differ = frozenset({"arms"})
 
     def __post_init__(self):
         if "plain" not in self.arms:
             raise SystemExit(f"--arms is {' '.join(self.arms)}, wanted plain among them, to compare with")
         check_least(self, 1, "steps", "batch_size", "seeds", "draws", "depth", "width", "vocab_size", "context")
         check_heads(self.width, self.heads)
+
+    @property
+    def default_name(self) -> str:
+        return "standard-library"
 
     @property
     def model(self) -> DecoderConfig:
@@ -149,16 +147,11 @@ class Config:
 
 def main(config: Config) -> None:
     """Tunes and trains whatever is not in the records yet, and reports."""
-    recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_THE_RUN}
-    run = RunFolder(config.folder / config.name, recorded, resume=config.resume)
+    run = config.open_run()
     started = time.monotonic()
     compare(config, run)
     report(config, run)
     print(f"{time.monotonic() - started:.0f} s. The table and the figure are in {run.path}")
-
-
-_NOT_OF_THE_RUN = {"resume", "name", "folder", "arms"}
-"""Options that may differ when a run is resumed: more arms add to the records."""
 
 
 class Programs:
@@ -226,7 +219,7 @@ def compare(config: Config, run: RunFolder) -> None:
     programs = Programs(config, run)
     left = sum(max(len(config.strengths(arm)), 1) + config.seeds for arm in config.arms)
     left -= len([record for record in run.records if record["phase"] in _PHASES and record["arm"] in config.arms])
-    with Progress(config.name, {"network": left}) as progress:
+    with Progress(config.run_name, {"network": left}) as progress:
         for arm in config.arms:
             for phase in _PHASES:
                 todo = trials_of(config, run, phase, arm)

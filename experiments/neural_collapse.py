@@ -36,7 +36,7 @@ from flatjax.collapse.layers import LayerMoments, init_layers, layer_reports, up
 from flatjax.collapse.squared_error import central_path
 from flatjax.layers.names import in_forward_order
 from flatjax.models import MLP, ResNet18
-from flatjax.run.options import check_least
+from flatjax.run.options import SeedOptions, check_least
 from flatjax.run.records import Record, RunFolder
 from harness.data import images
 from harness.data.images import Images
@@ -60,7 +60,7 @@ Loss = Literal["cross_entropy", "squared_error"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(SeedOptions):
     """Train networks past zero error, and measure how their features and heads collapse."""
 
     models: tuple[Model, ...] = get_args(Model)
@@ -99,20 +99,17 @@ class Config:
     """NC1 is of layers of at most so many features, and of what enters the head."""
     checkpoint_every: int = 20
     """Epochs; each measurement leaves a checkpoint too."""
-    seed: int = 0
-    """Of the choice of images, the initial weights and the batches."""
-    seeds: int = 1
-    """How many seeds to run, from `seed` on."""
-    name: str | None = None
-    """Of the run's folder; that of the data by default."""
     folder: Path = Path("runs/neural_collapse")
-    """Where the runs' folders are."""
-    resume: bool = False
-    """Continue the run of this name where it was left."""
+
+    may_differ = frozenset({"data_dir", "losses", "models", "seed", "seeds"})
 
     def __post_init__(self):
         sizes = ("mlp_width", "mlp_depth", "resnet_width", "mlp_epochs", "resnet_epochs", "batch_size")
         check_least(self, 1, *sizes, "measurements", "measure_batch", "checkpoint_every", "seeds")
+
+    @property
+    def default_name(self) -> str:
+        return self.data
 
     def epochs(self, model: Model) -> int:
         return self.mlp_epochs if model == "mlp" else self.resnet_epochs
@@ -123,19 +120,14 @@ class Config:
 
 def main(config: Config) -> None:
     """Trains every network with every loss and seed, draws the figure and prints the tables."""
-    recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_THE_RUN}
-    run = RunFolder(config.folder / (config.name or config.data), recorded, resume=config.resume)
-    seeds = range(config.seed, config.seed + config.seeds)
+    run = config.open_run()
+    seeds = config.all_seeds
     started = time.monotonic()
     for seed in seeds:
         for model in config.models:
             train(config, model, seed, run)
     report(config, run, seeds)
     print(f"{time.monotonic() - started:.0f} s. The figure is {run.path / 'figure.png'}")
-
-
-_NOT_OF_THE_RUN = {"resume", "name", "folder", "data_dir", "seeds", "seed", "models", "losses"}
-"""Options that may differ when a run is resumed; its networks and seeds are in its records."""
 
 
 def train(config: Config, model: Model, seed: int, run: RunFolder) -> None:

@@ -30,7 +30,7 @@ import numpy as np
 import tyro
 
 from flatjax.models import MLP, ResNet18
-from flatjax.run.options import check_least
+from flatjax.run.options import RunOptions, check_least
 from flatjax.run.progress import Progress
 from flatjax.run.records import Record, RunFolder, number
 from harness.benchmarks.timing import side_by_side
@@ -64,7 +64,7 @@ _GRIDS: dict[Model, Grid] = {"mlp": Grid(0.002, 0.2, 5, 7), "resnet": Grid(0.02,
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(RunOptions):
     """Compare relative flatness as a regulariser with others, each tuned alike."""
 
     models: tuple[Model, ...] = ("mlp", "resnet")
@@ -104,12 +104,9 @@ class Config:
     """The best setting is trained with, other than those."""
     timing_seconds: float = 10.0
     """For the time of a step, at least so long."""
-    name: str = "digits"
-    """Of the run's folder."""
     folder: Path = Path("runs/regularise")
-    """Where the runs' folders are."""
-    resume: bool = False
-    """Continue the run of this name where it was left."""
+
+    may_differ = frozenset({"methods", "models", "tasks"})
 
     def __post_init__(self):
         if "baseline" not in self.methods:
@@ -118,6 +115,10 @@ class Config:
         if self.tuning_seeds > _FINAL - _TUNING:
             raise SystemExit(f"--tuning-seeds is {self.tuning_seeds}, wanted at most {_FINAL - _TUNING}")
         check_least(self, 2, "num_rates", "num_strengths", or_zero=True)
+
+    @property
+    def default_name(self) -> str:
+        return "digits"
 
     def grid(self, model: Model) -> Grid:
         wanted = {name: getattr(self, name) for name in Grid._fields if getattr(self, name)}
@@ -133,18 +134,13 @@ MODEL_NAMES: dict[str, str] = {"mlp": "perceptron", "resnet": "ResNet-18"}
 
 def main(config: Config) -> None:
     """Tunes and trains whatever is not in the records yet, and reports."""
-    recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_THE_RUN}
-    recorded |= {"grids": {model: config.grid(model)._asdict() for model in get_args(Model)}}
-    run = RunFolder(config.folder / config.name, recorded, resume=config.resume)
+    run = config.open_run(grids={model: config.grid(model) for model in get_args(Model)})
     started = time.monotonic()
     for model in config.models:
         compare(config, model, run)
     report(config, run)
     print(f"{time.monotonic() - started:.0f} s. The figure is {run.path / 'figure.png'}")
 
-
-_NOT_OF_THE_RUN = {"resume", "name", "folder", "models", "tasks", "methods"}
-"""Options that may differ when a run is resumed: more models, tasks or methods add to the records."""
 
 Setting = tuple[float, float | None]
 """A learning rate, and a strength."""

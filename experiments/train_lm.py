@@ -30,7 +30,7 @@ import tyro
 from flatjax.diagnosis.text import Document, evenly, read, standard_library
 from flatjax.models import DecoderConfig
 from flatjax.run.checkpoints import checkpointer, load_latest
-from flatjax.run.options import check_heads, check_least
+from flatjax.run.options import RunOptions, check_heads, check_least
 from flatjax.run.progress import Progress
 from flatjax.run.records import Record, RunFolder, number
 from harness.data import text
@@ -45,7 +45,7 @@ from harness.results.figures import COLOURS, draw_curve
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(RunOptions):
     """Train a small language model, and measure relative flatness of its head at every step."""
 
     text: tuple[Path, ...] = ()
@@ -107,12 +107,9 @@ class Config:
     """Devices that the parameters are split among; the others split the batch."""
     seed: int = 0
     """Of the initial weights, the batches and the probes."""
-    name: str = "standard-library"
-    """Of the run's folder."""
     folder: Path = Path("runs/train_lm")
-    """Where the runs' folders are."""
-    resume: bool = False
-    """Continue the run of this name where it was left."""
+
+    may_differ = frozenset({"model_devices"})
 
     def __post_init__(self):
         check_least(
@@ -120,6 +117,10 @@ class Config:
         )
         check_least(self, 1, "width", "depth", "vocab_size")
         check_heads(self.width, self.heads, self.key_value_heads)
+
+    @property
+    def default_name(self) -> str:
+        return "standard-library"
 
     @property
     def model(self) -> DecoderConfig:
@@ -144,7 +145,7 @@ def main(config: Config) -> None:
     documents = read(config.text, config.pattern) if config.text else standard_library()
     shares = text.Shares(config.held_out_share, config.transfer_share, config.split_seed)
     parts = text.split(documents, shares, config.modules)
-    run = RunFolder(config.folder / config.name, recorded(config, parts), resume=config.resume)
+    run = config.open_run(files=held_out_files(parts), model=config.model)
     tokenizer = text.saved_or_trained_tokenizer(run.folder / "tokenizer.json", parts["train"], config.vocab_size)
     windows = text.corpus(parts, tokenizer, config.context)
     print(describe(parts, windows))
@@ -156,16 +157,9 @@ def main(config: Config) -> None:
     print(f"{time.monotonic() - started:.0f} s. The figure is {run.path / 'figure.png'}")
 
 
-_NOT_OF_THE_RUN = {"resume", "name", "folder", "model_devices"}
-"""Options that may differ when a run is resumed."""
-
-
-def recorded(config: Config, parts: dict[text.Part, list[Document]]) -> Record:
-    """The options, the model, and what of the text was held out."""
-    options: Record = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_THE_RUN}
-    options |= {"text": list(map(str, config.text)), "modules": list(config.modules), "layers": list(config.layers)}
-    files = {part: [each.name for each in parts[part]] for part in parts if part != "train"}
-    return options | {"files": files, "model": dataclasses.asdict(config.model)}
+def held_out_files(parts: dict[text.Part, list[Document]]) -> dict[str, list[str]]:
+    """The names of the files that are held out, by which a diagnosis finds them again."""
+    return {part: [each.name for each in parts[part]] for part in parts if part != "train"}
 
 
 def describe(parts: dict[text.Part, list[Document]], windows: dict[text.Part, np.ndarray]) -> str:
@@ -203,7 +197,7 @@ def train(config: Config, run: RunFolder, tokenizer: text.Tokenizer, windows: di
         left_at, state = load_latest(checkpoints, state)
         run.keep(lambda record: record["step"] < left_at)
         first = max(left_at, 0)
-        with Progress(config.name, {"step": config.steps}) as progress:
+        with Progress(config.run_name, {"step": config.steps}) as progress:
             progress.were_done({"step": first})
             for step in range(first, config.steps + 1):
                 is_last = step == config.steps
@@ -239,7 +233,7 @@ def draw(path: Path, config: Config, records: list[Record]) -> None:
         all_axes[0].legend(frameon=False)
         all_axes[1].set_xlabel("step")
         penalised = f", λ = {config.strength:g} on {', '.join(config.layers)}" if config.strength else ""
-        all_axes[0].set_title(f"{config.name}: width {config.width}, depth {config.depth}{penalised}")
+        all_axes[0].set_title(f"{config.run_name}: width {config.width}, depth {config.depth}{penalised}")
         figure.savefig(path)
     plt.close(figure)
 

@@ -28,15 +28,15 @@ from flatjax.diagnosis.text import Document, evenly, read, windows
 from flatjax.diagnosis.trajectory import trajectory_part
 from flatjax.heads import linear_head
 from flatjax.loading.shapes import decoder_shapes
-from flatjax.run.options import check_above_0, check_least, check_not_empty
+from flatjax.run.options import RunOptions, check_above_0, check_least, check_not_empty
 from flatjax.run.progress import Progress
-from flatjax.run.records import Record, RunFolder, plain
+from flatjax.run.records import Record, plain
 
 Name = Literal["head", "sharpness", "collapse", "geometry", "trajectory", "profile", "jacobians"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(RunOptions):
     """Diagnose checkpoints of language models on a text."""
 
     checkpoints: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
@@ -90,14 +90,17 @@ class Config:
     """Seconds of work that may be lost, or a batch."""
     seed: int = 0
     """Of the probes and of the Jacobians' first guesses."""
-    name: str | None = None
-    """Of the folder written to; that of the first checkpoint by default."""
     folder: Path = Path("runs/diagnose_llm")
-    """Where such folders are."""
-    resume: bool = False
-    """Go on where it was left, or with more checkpoints."""
     redraw: bool = False
     """Make the page anew, of what was measured."""
+
+    # The content of the text may not differ: its digest is recorded.
+    may_differ = frozenset({"checkpoints", "redraw", "save_every", "split", "steps", "tensor_parallel", "text"})
+
+    @property
+    def default_name(self) -> str:
+        """The name of the first checkpoint."""
+        return Path(self.checkpoints[0]).resolve().name
 
     def __post_init__(self):
         check_least(self, 1, "profile_batch", "batch_size", "profile_sequences", "windows")
@@ -122,17 +125,15 @@ class Config:
 
 def main(config: Config) -> None:
     """Diagnoses every checkpoint that is not yet, and writes the record and the page after each."""
-    folder = config.folder / (config.name or Path(config.checkpoints[0]).resolve().name)
     if config.redraw:
-        print(f"the page is {render.redraw(folder)}")
+        print(f"the page is {render.redraw(config.folder / config.run_name)}")
         return
     sources = find(config.checkpoints, config.steps)
     documents = read(config.text) if config.text else documents_of_run(config.checkpoints[0], config.split)
     if not documents:
         raise SystemExit(f"--text has no text: {', '.join(map(str, config.text))}")
     mesh, texts = mesh_of(config), Texts(config, documents)
-    recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_THE_RUN}
-    run = RunFolder(folder, recorded | {"text": digest_of_documents(documents)}, resume=config.resume)
+    run = config.open_run(text=digest_of_documents(documents))
     for source in sources:
         check(config, source, texts.of(source))  # before weights are read or anything is written
     diagnoses, started = Diagnoses(run), time.monotonic()
@@ -152,11 +153,6 @@ def main(config: Config) -> None:
     write(config, diagnoses, called, documents)
     print(render.summary(run.path))
     print(f"{time.monotonic() - started:.0f} s. The page is {run.path / render.NAME}")
-
-
-_NOT_OF_THE_RUN = {"resume", "redraw", "name", "folder", "checkpoints", "steps", "text", "split",
-                   "tensor_parallel", "save_every"}  # fmt: skip
-"""Options that may differ when it is resumed; of the text it is its content that may not."""
 
 
 def digest_of_documents(documents: list[Document]) -> str:
@@ -386,8 +382,7 @@ def write(config: Config, diagnoses: Diagnoses, called: list[Called], documents:
             "format": 1,
             "text": {"files": [each.name for each in documents][:_FILES_NAMED], "num_files": len(documents),
                      "digest": digest_of_documents(documents)},
-            "options": plain({key: value for key, value in dataclasses.asdict(config).items()
-                                  if key not in _NOT_OF_THE_RUN}),
+            "options": plain(config.recorded()),
             "machine": {"jax": jax.__version__, "device": device.device_kind, "platform": device.platform,
                         "devices": jax.device_count()},
             "checkpoints": checkpoints,

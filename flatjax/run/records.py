@@ -1,5 +1,6 @@
 """The record of a run: a folder with its configuration, its metrics a line a measurement, and its summary."""
 
+import dataclasses
 import json
 import math
 import platform
@@ -26,6 +27,8 @@ def plain(value: Any) -> Any:
         return plain(value._asdict())
     if isinstance(value, list | tuple):
         return [plain(each) for each in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
     return str(value) if isinstance(value, Path) else results.plain(value)
 
 

@@ -1,5 +1,6 @@
 """The experiment, on a network small enough for a test, as its own process: as it is run, and as it is killed."""
 
+import dataclasses
 import json
 from functools import partial
 
@@ -58,7 +59,7 @@ def test_a_killed_run_resumes_to_the_same_bits(start, uninterrupted, tmp_path):
 def test_the_profile_is_that_of_the_images_measured_on():
     """κ of the head at the first step, against the closed form in one batch; and the accuracy by hand."""
     sizes = {"width": 6, "depth": 1, "num_train": 50, "measure_on": 20, "measure_batch": 12, "num_probes": 4}
-    config = layer_flatness.with_defaults(layer_flatness.Config(**sizes, max_probes=4))
+    config = layer_flatness.Config(**sizes, max_probes=4)
     train_set, test_set = images.load("digits", None, seed=0)
     train_set = train_set.some(config.num_train, 0)
     network, state = layer_flatness.initial(config, 0, train_set)
@@ -80,7 +81,7 @@ def test_the_profile_is_that_of_the_images_measured_on():
 
 
 def test_batch_normalisation_is_of_the_batch_in_training_and_fixed_in_use():
-    config = layer_flatness.with_defaults(layer_flatness.Config(model="resnet", width=1))
+    config = dataclasses.replace(layer_flatness.MODELS["resnet"][1], width=1)
     train_set, _ = images.load("digits", None, seed=0)
     network, state = layer_flatness.initial(config, 0, train_set)
     inputs = network.inputs(jnp.asarray(train_set.pixels[:6]))
