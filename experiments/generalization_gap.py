@@ -142,10 +142,10 @@ def train_group(
     of_width = network(lambda rngs: MLP((x.shape[1], width, width, few_labels.NUM_CLASSES), rngs=rngs))
     programs = Programs(of_width, x, config.steps)
     measure = Measurement(config, of_width, jnp.asarray(x))
-    for start in range(0, len(combinations), programs.size):
-        some = combinations[start : start + programs.size]
+    for start in range(0, len(combinations), programs.parallel.size):
+        some = combinations[start : start + programs.parallel.size]
         trials = [trial(config, of_width, digits.labels, batch, each) for each in some]
-        states = jax.device_get(programs.train(REGULARISERS["weight_decay"], programs.stacked(trials)))
+        states = jax.device_get(programs.train(REGULARISERS["weight_decay"], programs.parallel.stack(trials)))
         for i, (combination, of_trial) in enumerate(zip(some, trials, strict=True)):
             state = jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), states)
             rate, decay, noise, seed = combination

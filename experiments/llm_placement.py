@@ -42,7 +42,7 @@ from harness.data.batches import shuffled_epochs
 from harness.llm_placement.tables import draw, quantities, row_of, table
 from harness.llm_placement.trials import Trial, measure, train
 from harness.training.decoders import HEAD, Descent, Penalty, State, network, penalty
-from harness.training.parallel import mesh_of_trials, of_several, stacked
+from harness.training.parallel import Parallel
 
 Arm = Literal["plain", "head", "block", "blocks", "sam"]
 
@@ -164,10 +164,10 @@ class Programs:
             arm: penalty(params, config.layers(arm), config.probe_share) for arm in config.arms
         }
         self.probed = penalty(params, ("blocks",), share=1.0)
-        self.mesh = mesh_of_trials()
+        self.parallel = Parallel()
         self._train: dict[Arm, Callable[..., State]] = {}
         measuring = functools.partial(measure, self.network, self.probed, config.noises, config.draws)
-        self._measure = of_several(measuring, self.mesh, 2)
+        self._measure = self.parallel.map(measuring, num_split=2)
         self._windows: dict[int, dict[text.Part, np.ndarray]] = {}
 
     @functools.cached_property
@@ -204,12 +204,12 @@ class Programs:
         """Parameters after the step `end`."""
         if arm not in self._train:
             function = functools.partial(train, self.network, self.penalties[arm], self.config.optimizer_of(arm))
-            self._train[arm] = of_several(function, self.mesh, 1)
+            self._train[arm] = self.parallel.map(function, num_split=1)
         return self._train[arm](several, self.config.steps if end is None else end)
 
     def measured(self, arm: Arm, trials: list[Trial]) -> list[Record]:
         """Of each after its training, of at most as many as there are devices."""
-        several = stacked(self.mesh, trials)
+        several = self.parallel.stack(trials)
         values = jax.device_get(self._measure(several, self.train(arm, several)))
         return [{name: value[i].item() for name, value in values.items()} for i in range(len(trials))]
 
@@ -223,8 +223,8 @@ def compare(config: Config, run: RunFolder) -> None:
         for arm in config.arms:
             for phase in _PHASES:
                 todo = trials_of(config, run, phase, arm)
-                for start in range(0, len(todo), programs.mesh.size):
-                    some = todo[start : start + programs.mesh.size]
+                for start in range(0, len(todo), programs.parallel.size):
+                    some = todo[start : start + programs.parallel.size]
                     results = programs.measured(arm, [programs.trial(*each) for each in some])
                     for (strength, seed), result in zip(some, results, strict=True):
                         run.append({"phase": phase, "arm": arm, "strength": strength, "seed": seed} | result)
@@ -270,8 +270,8 @@ def best_of(run: RunFolder, arm: Arm) -> Record:
 def timed(config: Config, programs: Programs) -> list[Record]:
     """Seconds a step of one network on one device, all of them at work; by every arm in turn."""
     steps = min(_STEPS_TIMED, config.steps)
-    trials = [programs.trial(0.01, config.seed)] * programs.mesh.size
-    several = stacked(programs.mesh, trials)
+    trials = [programs.trial(0.01, config.seed)] * programs.parallel.size
+    several = programs.parallel.stack(trials)
     calls: dict[str, Callable[[], Any]] = {
         arm: functools.partial(programs.train, arm, several, steps) for arm in config.arms
     }

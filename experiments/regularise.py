@@ -178,10 +178,17 @@ def compare(config: Config, model: Model, run: RunFolder) -> None:
         for task, method in cases:
             train = functools.partial(train_some, config, programs, digits.labels, progress, task, method)
             case = {"model": model, "task": task, "method": method}
-            fill(config, run, {"phase": "tuning", **case}, settings(config, model, method), train, programs.size)
+            fill(
+                config,
+                run,
+                {"phase": "tuning", **case},
+                settings(config, model, method),
+                train,
+                programs.parallel.size,
+            )
             best = best_of(of_case(run, "tuning", **case))
             chosen = [(best["learning_rate"], best["strength"])]
-            fill(config, run, {"phase": "final", **case}, chosen, train, programs.size)
+            fill(config, run, {"phase": "final", **case}, chosen, train, programs.parallel.size)
     if not set(config.methods) <= {record["method"] for record in of_case(run, "timing", model)}:
         run.keep(lambda record: record["phase"] != "timing" or record["model"] != model)
         for record in time_a_step(config, programs, digits.labels):
@@ -285,8 +292,8 @@ def over_seeds(record: Record, name: str) -> list[float]:
 def time_a_step(config: Config, programs: Programs, labels: np.ndarray) -> list[Record]:
     """Of one network on one core or device, all of them at work; by every method in turn."""
     task = config.tasks[0]
-    several = programs.stacked(
-        [trial(config, programs.network, labels, task, _TIMED_AT, seed) for seed in range(programs.size)]
+    several = programs.parallel.stack(
+        [trial(config, programs.network, labels, task, _TIMED_AT, seed) for seed in range(programs.parallel.size)]
     )
     end = min(_STEPS_TIMED, config.steps)
     calls: dict[str, Callable[[], Any]] = {

@@ -1,20 +1,20 @@
 """Several networks trained in one program, that differ in their seed: the same intervention on each."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flatjax import cross_entropy, neural_collapse, relative_flatness, simplified_relative_flatness
 from harness.data.batches import batch_at
 from harness.interventions.arms import Rule, control_of, distance_from_level, measured, of_size
 from harness.interventions.bounds import Bounds, softened_ncc
 from harness.interventions.learners import Learner, Params, Samples
+from harness.training.parallel import Parallel
 
 State = dict[str, Any]
 
@@ -44,46 +44,26 @@ class SeedTrainer:
 
     def __init__(self, learner: Learner, setting: Setting, rule: Rule, seeds: Sequence[int]):
         self.learner, self.setting, self.rule, self.num_seeds = learner, setting, rule, len(seeds)
-        num_devices = min(jax.device_count(), len(seeds))
-        self._mesh = jax.make_mesh((num_devices,), ("seed",), axis_types=(AxisType.Auto,))
-        # One a device at least: the first again where there is none.
-        self._seeds = [*seeds] + [seeds[0]] * (-len(seeds) % num_devices)
-        self._data = self._split([SeedData(learner.samples(seed), np.int32(seed)) for seed in self._seeds])
-        self._advance = self._of_all(functools.partial(advance, learner, setting, rule))
-        self._measure = self._of_all(functools.partial(measure, learner, setting))
+        self._seeds, self._parallel = seeds, Parallel(at_most=len(seeds))
+        self._data = self._parallel.stack([SeedData(learner.samples(seed), np.int32(seed)) for seed in seeds])
+        self._advance = self._parallel.map(functools.partial(advance, learner, setting, rule), num_split=2)
+        self._measure = self._parallel.map(functools.partial(measure, learner, setting), num_split=2)
 
     def start(self) -> State:
         starts = []
         for seed in self._seeds:
             params = bounded(self.setting, self.learner.start(seed))
             starts.append({"params": params, "optimizer": self.setting.optimizer.init(params)})
-        return self._split(starts)
+        return self._parallel.stack(starts)
 
     def advance(self, state: State, first_step: int, strength: float, level: float) -> State:
         """By `steps_at_a_time`."""
-        common = np.int32(first_step), np.float32(strength), np.float32(level)
-        return self._advance((state, self._data), common)
+        return self._advance(state, self._data, np.int32(first_step), np.float32(strength), np.float32(level))
 
     def measure(self, state: State) -> list[dict[str, float]]:
         """A seed each."""
-        values = jax.device_get(self._measure((state, self._data), ()))
+        values = jax.device_get(self._measure(state, self._data))
         return [{name: float(each[i]) for name, each in values.items()} for i in range(self.num_seeds)]
-
-    def _split(self, of_seeds: list[Any]) -> Any:
-        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *of_seeds)
-        return jax.device_put(stacked, NamedSharding(self._mesh, PartitionSpec("seed")))
-
-    def _of_all(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def on_a_device(own: Any, common: Any) -> Any:
-            def of_one(each: Any) -> Any:
-                return function(*each, *common)
-
-            # On a CPU batched products of small matrices are slower than one after the other.
-            return jax.lax.map(of_one, own) if jax.default_backend() == "cpu" else jax.vmap(of_one)(own)
-
-        specs = PartitionSpec("seed"), PartitionSpec()
-        split = jax.shard_map(on_a_device, mesh=self._mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
-        return jax.jit(split)
 
 
 def bounded(setting: Setting, params: Any) -> Params:

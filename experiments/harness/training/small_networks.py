@@ -12,7 +12,7 @@ from flax import nnx
 
 from flatjax import cross_entropy, relative_flatness
 from flatjax.run.records import Record
-from harness.training.parallel import mesh_of_trials, of_several, stacked
+from harness.training.parallel import Parallel
 from harness.training.regularisers import Regulariser
 
 State = dict[str, Any]
@@ -112,25 +112,21 @@ class Programs:
     """
 
     def __init__(self, network: TrainedNetwork, images: np.ndarray, num_steps: int):
-        self.network, self.num_steps, self.size = network, num_steps, jax.device_count()
+        self.network, self.num_steps = network, num_steps
         self.images = jnp.asarray(images)
-        self._mesh = mesh_of_trials()
+        self.parallel = Parallel()
         self._train: dict[str, Callable[..., State]] = {}
-        self._measure = of_several(functools.partial(measure, network), self._mesh, 2)
+        self._measure = self.parallel.map(functools.partial(measure, network), num_split=2)
 
     def run(self, method: Regulariser, trials: list[Trial]) -> list[Record]:
-        """What is measured of each after its training, of at most `size`."""
-        several = self.stacked(trials)
+        """What is measured of each after its training, of at most as many as there are devices."""
+        several = self.parallel.stack(trials)
         measured = jax.device_get(self._measure(several, self.train(method, several), self.images))
         return [{name: values[i].item() for name, values in measured.items()} for i in range(len(trials))]
-
-    def stacked(self, trials: list[Trial]) -> Trial:
-        """One a device, the first again where there is none."""
-        return stacked(self._mesh, trials)
 
     def train(self, method: Regulariser, several: Trial, end: int | None = None) -> State:
         """Up to the step `end`."""
         if method.name not in self._train:
             function = functools.partial(train, self.network, method, self.num_steps)
-            self._train[method.name] = of_several(function, self._mesh, 1)
+            self._train[method.name] = self.parallel.map(function, num_split=1)
         return self._train[method.name](several, self.images, self.num_steps if end is None else end)

@@ -40,7 +40,7 @@ def bench():
 def trained(bench, method: str, rate: float, strength: float | None, end: int | None = None) -> dict:
     """The parameters of one network."""
     programs, make = bench
-    state = programs.train(REGULARISERS[method], programs.stacked([make(rate, strength, 0)]), end)
+    state = programs.train(REGULARISERS[method], programs.parallel.stack([make(rate, strength, 0)]), end)
     return jax.tree.map(lambda leaf: np.asarray(leaf[0]), state["params"])
 
 
@@ -79,7 +79,7 @@ def test_what_is_measured_is_of_the_part_that_is_named(bench):
     programs, make = bench
     chosen = make(0.3, None, 0, "wrong")
     (measured,) = programs.run(REGULARISERS["baseline"], [chosen])
-    state = programs.train(REGULARISERS["baseline"], programs.stacked([chosen]))
+    state = programs.train(REGULARISERS["baseline"], programs.parallel.stack([chosen]))
     params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[0]), state["params"])
     model = nnx.merge(programs.network.in_use, params, {})
     feats = np.asarray(model.features(programs.images))
