@@ -25,13 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tyro
@@ -53,6 +48,7 @@ from flatjax.run.tables import aligned
 from harness.data import few_labels
 from harness.data.batches import all_batches
 from harness.generalization_gap.correlations import Correlation, correlations
+from harness.results.style import plt, tidy
 from harness.training.regularisers import REGULARISERS
 from harness.training.small_networks import PARTS, Programs, State, TrainedNetwork, Trial, network
 
@@ -279,8 +275,7 @@ def draw(path: Path, records: Sequence[Record], found: dict[Gap, dict[str, dict[
             axes.set_title(f"τ {_shown(tau)}" + (f"\ngiven the loss {_shown(given)}" if given else ""), fontsize=7.5)
             positive = np.all([number(record[name]) > 0 for record in records])
             axes.set(xlabel=label, xscale="log" if positive else "symlog")
-            axes.grid(alpha=0.25, linewidth=0.5)
-            axes.spines[["top", "right"]].set_visible(False)
+            tidy(axes)
         for row in all_axes:
             row[0].set_ylabel(GAPS["loss_gap"])
         all_axes[0, 0].legend(title="wrong labels", frameon=False, fontsize=7)

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Literal
 
 import jax
-import matplotlib
 import numpy as np
 import tyro
 
@@ -35,13 +34,9 @@ from flatjax.run.progress import Progress
 from flatjax.run.records import Record, RunFolder, number
 from harness.data import text
 from harness.data.batches import batch_at
-from harness.training.decoders import HEAD, Descent, evaluating, network, one_step, penalty, placement
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
-
 from harness.results.figures import COLOURS, draw_curve
+from harness.results.style import plt, tidy
+from harness.training.decoders import HEAD, Descent, evaluating, network, one_step, penalty, placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,8 +222,7 @@ def draw(path: Path, config: Config, records: list[Record]) -> None:
             draw_curve(axes, [measured], f"held_out_{quantity}", COLOURS["held_out"], "files held out")
             draw_curve(axes, [measured], f"transfer_{quantity}", "#3a7d44", "modules held out")
             axes.set_ylabel(label)
-            axes.grid(alpha=0.25, linewidth=0.5)
-            axes.spines[["top", "right"]].set_visible(False)
+            tidy(axes)
         all_axes[1].set_yscale("log")
         all_axes[0].legend(frameon=False)
         all_axes[1].set_xlabel("step")

@@ -5,12 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
+
+from harness.results.style import plt, tidy
 
 
 class Growth(NamedTuple):
@@ -61,8 +58,7 @@ def draw_growth(path: Path, growths: Sequence[Growth], title: str) -> None:
                 label = f"{name}: exponent {slope:.2f} ± {error:.2f}"
                 axes.plot(growth.sizes, costs, marker="o", markersize=3, linewidth=1.2, label=label)
             axes.set(xscale="log", yscale="log", xlabel=growth.size, ylabel=growth.cost)
-            axes.grid(alpha=0.25, linewidth=0.5)
-            axes.spines[["top", "right"]].set_visible(False)
+            tidy(axes)
             axes.set_ylim(top=8 * axes.get_ylim()[1])  # room for the legend
             axes.legend(frameon=False, fontsize=7, loc="upper left")
         figure.suptitle(title)

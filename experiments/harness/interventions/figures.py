@@ -5,11 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import NullFormatter
 
@@ -18,6 +13,7 @@ from harness.interventions.arm_results import ArmResult
 from harness.interventions.arms import BASELINE, QUANTITIES, SYMBOLS, Arm
 from harness.interventions.outcomes import at_the_end
 from harness.results.intervals import interval
+from harness.results.style import plt, tidy
 
 _PANELS = {
     "accuracy": "accuracy (dashed: trained on)",
@@ -90,8 +86,7 @@ def _draw_curves(path: Path, arms: Sequence[Arm], of_arms: Mapping[str, Any], ti
             row[0].set_ylabel(label)
             for axes in row:
                 axes.set_yscale("linear" if quantity == "accuracy" else "log")
-                axes.grid(alpha=0.25, linewidth=0.5)
-                axes.spines[["top", "right"]].set_visible(False)
+                tidy(axes)
         figure.suptitle(f"{title}; black: baseline; bands: lowest to highest seed", fontsize=10)
         figure.savefig(path)
     plt.close(figure)
@@ -146,8 +141,7 @@ def draw_dose_response(path: Path, results: Sequence[ArmResult], title: str) -> 
         for row, label in zip(all_axes, rows, strict=True):
             row[0].set_ylabel(label)
             for axes in row:
-                axes.grid(alpha=0.25, linewidth=0.5)
-                axes.spines[["top", "right"]].set_visible(False)
+                tidy(axes)
         all_axes[-1, 0].set_yscale("log")
         never = "▲: not generalized by then" if len(rows) == len(_LABELS) else "no network generalized to 99 %"
         figure.suptitle(
@@ -215,8 +209,7 @@ def draw_delays(path: Path, results: Sequence[ArmResult], title: str) -> None:
         right.set_xlim(max(0, right.get_xlim()[0]), 101)
         right.set_xlabel("held-out accuracy at the end, % (mean, 95 %)")
         for axes in (left, right):
-            axes.grid(alpha=0.25, linewidth=0.5)
-            axes.spines[["top", "right"]].set_visible(False)
+            tidy(axes)
         figure.suptitle(f"{title}; grey: baseline; orange: training set not fitted, which answers nothing", fontsize=9)
         figure.savefig(path)
     plt.close(figure)

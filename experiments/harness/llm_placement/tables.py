@@ -3,16 +3,11 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
-
 from flatjax.run.records import Record, number
 from flatjax.run.tables import aligned
 from harness.llm_placement.trials import BITS
 from harness.results.intervals import Interval, effect, interval, is_clear
+from harness.results.style import plt, tidy
 
 _KAPPAS = {"kappa_of_head": "κ of head", "kappa_of_blocks": "κ of blocks"}
 
@@ -112,8 +107,7 @@ def draw(path: Path, names: Mapping[str, str], rows: Mapping[str, Record], seeds
                 axes.errorbar(mean, place, xerr=reach, fmt="o", color=colour, markersize=4, linewidth=1.3, capsize=2.5)
             axes.set_title(label, fontsize=9)
             axes.set_yticks(range(len(arms)), arms)
-            axes.grid(axis="x", alpha=0.25, linewidth=0.5)
-            axes.spines[["top", "right"]].set_visible(False)
+            tidy(axes, grid="x")
             axes.margins(y=0.2)
         all_axes[0, 0].invert_yaxis()
         figure.suptitle(

@@ -3,16 +3,12 @@
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
 from flatjax.run.records import Record
 from harness.results.figures import COLOURS, draw_curve
+from harness.results.style import plt, tidy
 
 
 class Case(NamedTuple):
@@ -71,8 +67,7 @@ def draw(path: Path, cases: list[Case], title: str) -> None:
                     axes.set_visible(False)
                     continue
                 _draw_panel(axes, row, case)
-                axes.grid(alpha=0.25, linewidth=0.5)
-                axes.spines[["top", "right"]].set_visible(False)
+                tidy(axes)
             all_axes[0, column].set_title(case.name, fontsize=9)
         for row, axes in zip(rows, all_axes, strict=True):
             shown = [each for each in axes if each.get_visible()]

@@ -4,15 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
-
 from flatjax.run.records import Record
 from flatjax.run.tables import aligned
 from harness.results.intervals import Interval, is_clear
+from harness.results.style import plt, tidy
 
 
 class Row(NamedTuple):
@@ -99,8 +94,7 @@ def _draw_panel(axes: Any, rows: Sequence[Row]) -> None:
             note(_gain(row.gain), place, colour)
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
     axes.invert_yaxis()
-    axes.grid(axis="x", alpha=0.25, linewidth=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes, grid="x")
 
 
 _CLEAR, _UNCLEAR = "#d1600f", "#0b4f8a"

@@ -3,15 +3,11 @@
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
 from flatjax.run.records import Record, number
+from harness.results.style import plt, tidy
 
 COLOURS = {"train": "#0b4f8a", "held_out": "#d1600f"}
 NAMES = {"train": "trained on", "held_out": "held out"}
@@ -41,8 +37,7 @@ def draw_training(
                 draw_curve(axes, runs, f"{part}_{panel.quantity}", colour, NAMES[part])
             axes.set_ylabel(panel.label)
             axes.set_yscale("log" if panel.log else "linear")
-            axes.grid(alpha=0.25, linewidth=0.5)
-            axes.spines[["top", "right"]].set_visible(False)
+            tidy(axes)
         _draw_milestones(all_axes, milestones)
         all_axes[0].legend(frameon=False, loc="center left")
         all_axes[-1].set_xscale("log")

@@ -5,18 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
 from flatjax.curvature.estimate import Estimate
 from flatjax.layers.names import short
 from flatjax.run.records import Record, number
+from harness.results.style import plt, tidy
 
 Profile = Mapping[str, Any]
 """By the path of the layer: value, standard_error and num_probes, as `flatjax.flatness_profile` returns them."""
@@ -77,9 +73,8 @@ def draw_profile(path: Path, profile: Profile, title: str) -> None:
         axes.invert_yaxis()
         _scale(axes, "x", values)
         axes.set_xlabel("relative flatness κ (larger is sharper)")
-        axes.grid(axis="x", alpha=0.25, linewidth=0.5)
+        tidy(axes, grid="x")
         axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
         figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize=8)
         axes.set_title(title)
         figure.savefig(path)
@@ -114,8 +109,7 @@ def draw_history(
         below.set(xscale="log", xlabel="step", ylabel="relative flatness κ")
         above.set(ylabel="accuracy", title=title)
         for axes in (above, below):
-            axes.grid(alpha=0.25, linewidth=0.5)
-            axes.spines[["top", "right"]].set_visible(False)
+            tidy(axes)
         above.legend(frameon=False, loc="lower right")
         columns = -(-len(layers) // 24)
         below.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, ncols=columns)
