@@ -10,6 +10,12 @@ import benchmark_layers
 from harness.benchmarks.networks import perceptron, transformer
 
 
+@pytest.fixture(autouse=True)
+def _as_users_have_it():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), jax.enable_x64(False):
+        yield
+
+
 def test_an_early_and_a_late_layer_are_named():
     names = benchmark_layers.first_and_last_layer(transformer(depth=11, width=8, batch_size=2, context=4, vocab_size=5))
     assert names == ("blocks/0/attention/query/kernel", "blocks/10/down/kernel")

@@ -54,7 +54,11 @@ def test_an_arm_that_is_unplugged_from_the_start_is_the_baseline_to_the_last_bit
 
 
 SMALL = "--modulus 5 --width 4 --max-steps 60 --measure-every 10 --checkpoint-every 20 --hold-since 20 --unplug-at 20 "
+SMALL += (
+    "--seeds 2 --quantities kappa --groups pushed held unplugged --kappa-levels 0.1 1 --kappa-strengths -0.00001 0.01"
+)
 ARMS = ["baseline", "κ held at 0.1", "κ held at 1", "against κ, λ = 1e-05", "towards κ, λ = 0.01"]
+ARMS += ["against κ, λ = 1e-05, unplugged at 20"]
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ def test_the_profile_is_that_of_the_images_measured_on():
     chosen = train_set.some(config.measure_on, 0)
     head = state["params"]["head"]
     kappa = flatjax.relative_flatness(head, jnp.asarray(forward(chosen.pixels)), jnp.asarray(chosen.labels))
-    np.testing.assert_allclose(measured["profile"]["head/kernel"]["value"], kappa, rtol=1e-5)
+    np.testing.assert_allclose(measured["profile"]["head/kernel"].value, kappa, rtol=1e-5)
     logits = forward(test_set.pixels) @ np.asarray(head["kernel"]) + np.asarray(head["bias"])
     assert measured["test_accuracy"] == np.mean(logits.argmax(axis=1) == test_set.labels)
 

@@ -18,6 +18,7 @@ from harness.training.small_networks import Programs, network
 from .processes import finish, kill_when, metrics, starter
 
 SMALL = "--models mlp --methods baseline sam kappa --width 6 --steps 12 --batch-size 20 --num-few 40 --num-wrong 60 "
+SMALL += "--num-validation 30 --num-rates 2 --num-strengths 2 --tuning-seeds 2 --seeds 3 --timing-seconds 0.01"
 CASES = [(task, method) for task in ("few", "wrong") for method in ("baseline", "sam", "kappa")]
 
 

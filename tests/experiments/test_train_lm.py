@@ -14,6 +14,7 @@ from flatjax.models import Decoder, DecoderConfig
 from .processes import finish, kill_when, metrics, starter, write_text
 
 SMALL = "--vocab-size 270 --width 8 --depth 1 --heads 2 --context 8 --batch-size 4 --steps 12 --warm-up 2 "
+SMALL += "--measure-every 4 --measure-on 8 --checkpoint-every 4 --held-out-share 0.3 --modules m3"
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,15 @@
 """Networks that benchmarks measure."""
 
+import jax
+import pytest
+
 from harness.benchmarks.networks import perceptron
+
+
+@pytest.fixture(autouse=True)
+def _as_users_have_it():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), jax.enable_x64(False):
+        yield
 
 
 def test_networks_learn_their_task():
