@@ -10,8 +10,8 @@ from harness.training.decoders import Penalty, network, penalty
 from .processes import finish, kill_when, metrics, starter, write_text
 
 SMALL = "--vocab-size 270 --width 8 --depth 1 --heads 2 --context 8 --batch-size 4 --steps 4 --warm-up 2 --seeds 2 "
-SMALL += "--timing-seconds 0.01"
 SMALL += "--arms plain head sam --head-strengths 1e-3 1e-2 --sam-strengths 0.1 --measure-on 8 --draws 2 "
+SMALL += "--timing-seconds 0.01"
 
 
 @pytest.fixture(scope="module")
