@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from harness.growth import Growth, report_growth
-from harness.records import temporary_memory, write_record
-from harness.timing import Timing, side_by_side
-from harness.torch_peer import one_hot_update
 
 from flatjax.collapse import ClassMoments, cdnv
+from flatjax.run.records import write_record
+from harness.benchmarks.growth import Growth, report_growth
+from harness.benchmarks.timing import Timing, side_by_side, temporary_memory
+from harness.benchmarks.torch_peer import one_hot_update
 
 
 def vocabulary(

@@ -20,15 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
-from harness.networks import Network, decoder, perceptron, resnet, transformer
-from harness.profiles import in_forward_order
-from harness.records import temporary_memory, write_record
-from harness.timing import side_by_side
-from harness.torch_peer import curvlinops_calls
 
 from flatjax import flatness_profile, layer_relative_flatness
 from flatjax.curvature import Estimate, Hessian, trace
 from flatjax.layers import find_layers
+from flatjax.layers.names import in_forward_order
+from flatjax.run.records import write_record
+from harness.benchmarks.networks import LossProblem, decoder, perceptron, resnet, transformer
+from harness.benchmarks.timing import side_by_side, temporary_memory
+from harness.benchmarks.torch_peer import curvlinops_calls
 
 
 def probes(num_probes: int = 16, seed: int = 0, seconds: float = 10, folder: Path = Path("runs/benchmark")) -> None:
@@ -148,7 +148,7 @@ def timed(measure: Callable[..., dict[str, Estimate]], route: str, seed: int) ->
     return time.perf_counter() - started, profile
 
 
-NETWORKS: dict[str, Callable[[int], Network]] = {
+NETWORKS: dict[str, Callable[[int], LossProblem]] = {
     "perceptron, 4 layers": partial(perceptron, batch_size=128, num_batches=8),
     "ResNet-18, width 8": partial(resnet, batch_size=16, num_batches=8, width=8, size=16),
     "transformer, 12 blocks": partial(transformer, batch_size=4, num_batches=8, width=32, context=16, vocab_size=32),
@@ -237,14 +237,14 @@ def kappa_of(loss_fn: Any, num_probes: int, key: jax.Array, layer: str, params: 
     return layer_relative_flatness(loss_fn, params, *batch, layer=layer, **options).value
 
 
-def first_and_last_layer(network: Network) -> tuple[str, str]:
+def first_and_last_layer(network: LossProblem) -> tuple[str, str]:
     """Of those between the embeddings and the head."""
     inner = [path for path in find_layers(network.params) if "head" not in path and "embedding" not in path]
     first, *_, last = in_forward_order(inner)
     return first, last
 
 
-def beside_curvlinops(network: Network, num_probes: int, seed: int, seconds: float) -> list[dict[str, Any]]:
+def beside_curvlinops(network: LossProblem, num_probes: int, seed: int, seconds: float) -> list[dict[str, Any]]:
     """The same network and data in both libraries, in turn."""
     (x, y), params = network.batches[0], network.params
     layers = [*(params["layers"][i] for i in sorted(params["layers"])), params["head"]]

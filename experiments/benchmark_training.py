@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import optax
 import tyro
 from flax import nnx
-from harness.records import write_record
-from harness.timing import side_by_side
 
 from flatjax import cross_entropy_and_flatness, flat_reg, relative_flatness
 from flatjax.models import ResNet18, Transformer
+from flatjax.run.records import write_record
 from flatjax.training import sharpness_aware
+from harness.benchmarks.timing import side_by_side
 
 STRENGTH = 0.01
 Step = Callable[[Any, Any], tuple[Any, Any]]

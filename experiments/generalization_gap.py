@@ -25,25 +25,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tyro
 from flax import nnx
-from harness import scarce
-from harness.correlations import Correlation, correlations
-from harness.effects import number, to_record
-from harness.progress import Progress
-from harness.regularisers import REGULARISERS
-from harness.runs import Record, RunFolder
-from harness.tables import aligned
-from harness.trials import PARTS, Network, Programs, State, Trial, network
 
 from flatjax import (
     cross_entropy,
@@ -54,6 +41,16 @@ from flatjax import (
 )
 from flatjax.curvature import Hessian, extreme_eigenpairs, trace
 from flatjax.models import MLP
+from flatjax.run.options import RunOptions
+from flatjax.run.progress import Progress
+from flatjax.run.records import Record, RunFolder, number
+from flatjax.run.tables import aligned
+from harness.data import few_labels
+from harness.data.batches import all_batches
+from harness.generalization_gap.correlations import Correlation, correlations
+from harness.results.style import plt, tidy
+from harness.training.regularisers import REGULARISERS
+from harness.training.small_networks import PARTS, Programs, State, TrainedNetwork, Trial, network
 
 Gap = Literal["loss_gap", "error_gap"]
 
@@ -72,7 +69,7 @@ GAPS: dict[Gap, str] = {"loss_gap": "gap of the cross-entropy", "error_gap": "ga
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(RunOptions):
     """Train many small networks, and rank what is measured of them against how they generalize."""
 
     rates: tuple[float, ...] = (0.005, 0.015, 0.05)
@@ -97,19 +94,18 @@ class Config:
     """For its largest eigenvalue."""
     resamples: int = 1000
     """Of the bootstrap."""
-    name: str = "digits"
-    """Of the run's folder."""
     folder: Path = Path("runs/generalization_gap")
-    """Where the runs' folders are."""
-    resume: bool = False
-    """Continue the run of this name where it was left."""
+
+    may_differ = frozenset({"resamples"})
+
+    @property
+    def default_name(self) -> str:
+        return "digits"
 
 
 def main(config: Config) -> None:
     """Trains and measures whatever is not in the records yet, and reports."""
-    recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_THE_RUN}
-    recorded = {key: list(value) if isinstance(value, tuple) else value for key, value in recorded.items()}
-    run = RunFolder(config.folder / config.name, recorded, resume=config.resume)
+    run = config.open_run()
     started = time.monotonic()
     groups = list(itertools.product(config.widths, config.batch_sizes))
     of_group = list(itertools.product(config.rates, config.decays, config.noises, range(config.seeds)))
@@ -124,9 +120,6 @@ def main(config: Config) -> None:
     print(f"{time.monotonic() - started:.0f} s. The table and the figure are in {run.path}")
 
 
-_NOT_OF_THE_RUN = {"resume", "name", "folder", "resamples"}
-
-
 def in_group(run: RunFolder, width: int, batch: int) -> list[Record]:
     return [record for record in run.records if (record["width"], record["batch_size"]) == (width, batch)]
 
@@ -139,16 +132,16 @@ def train_group(
     config: Config, run: RunFolder, width: int, batch: int, combinations: list[Combination], progress: Progress
 ) -> None:
     """All networks of one shape, and of one size of batch."""
-    digits = scarce.digits()
+    digits = few_labels.digits()
     pixels = ((digits.pixels - digits.pixels.mean()) / digits.pixels.std()).astype(np.float32)
     x = pixels.reshape(len(pixels), -1)
-    of_width = network(lambda rngs: MLP((x.shape[1], width, width, scarce.NUM_CLASSES), rngs=rngs))
+    of_width = network(lambda rngs: MLP((x.shape[1], width, width, few_labels.NUM_CLASSES), rngs=rngs))
     programs = Programs(of_width, x, config.steps)
     measure = Measurement(config, of_width, jnp.asarray(x))
-    for start in range(0, len(combinations), programs.size):
-        some = combinations[start : start + programs.size]
+    for start in range(0, len(combinations), programs.parallel.size):
+        some = combinations[start : start + programs.parallel.size]
         trials = [trial(config, of_width, digits.labels, batch, each) for each in some]
-        states = jax.device_get(programs.train(REGULARISERS["weight_decay"], programs.stacked(trials)))
+        states = jax.device_get(programs.train(REGULARISERS["weight_decay"], programs.parallel.stack(trials)))
         for i, (combination, of_trial) in enumerate(zip(some, trials, strict=True)):
             state = jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), states)
             rate, decay, noise, seed = combination
@@ -157,21 +150,21 @@ def train_group(
         progress.done("network", len(some), f"width {width}, batches of {batch}")
 
 
-def trial(config: Config, of_width: Network, labels: np.ndarray, batch: int, combination: Combination) -> Trial:
+def trial(config: Config, of_width: TrainedNetwork, labels: np.ndarray, batch: int, combination: Combination) -> Trial:
     """What a seed decides, which is the same for all rates and decays, and the setting."""
     rate, decay, noise, seed = combination
-    drawn = scarce.draw(labels, scarce.Task(config.num_train, noise), 0, seed)
+    drawn = few_labels.draw(labels, few_labels.Task(config.num_train, noise), 0, seed)
     parts = np.zeros(len(labels), np.int32)
     for place, part in enumerate(PARTS, start=1):
         parts[drawn.parts[part]] = place
-    batches = scarce.batches(drawn.parts["train"], batch, config.steps, seed)
+    batches = all_batches(drawn.parts["train"], batch, config.steps, seed)
     return Trial(of_width.start(seed), drawn.labels, parts, batches, np.float32(rate), np.float32(decay))
 
 
 class Measurement:
     """Of one trained network; compiled once for a width."""
 
-    def __init__(self, config: Config, of_width: Network, x: jax.Array):
+    def __init__(self, config: Config, of_width: TrainedNetwork, x: jax.Array):
         self.config, self.x = config, x
         graphdef = of_width.in_use
 
@@ -187,7 +180,7 @@ class Measurement:
                 "simplified_relative_flatness": simplified_relative_flatness(head, feats, y),
                 "max_relative_flatness": max_relative_flatness(head, feats, y),
                 "head_norm": jnp.linalg.norm(head["kernel"]),
-                "ncc": neural_collapse(head, feats, y, num_classes=scarce.NUM_CLASSES).ncc,
+                "ncc": neural_collapse(head, feats, y, num_classes=few_labels.NUM_CLASSES).ncc,
                 "train_loss": loss_fn(params, x, y),
                 "test_loss": loss_fn(params, x_test, y_test),
                 "train_error": _error(model(x), y),
@@ -250,7 +243,7 @@ def report(config: Config, run: RunFolder) -> None:
     text = "\n".join(lines)
     print(text)
     (run.path / "table.txt").write_text(text + "\n")
-    run.summarise({"num_networks": len(records), "num_diverged": diverged, "num_fitted": fitted} | to_record(found))
+    run.summarise({"num_networks": len(records), "num_diverged": diverged, "num_fitted": fitted} | found)
     draw(run.path / "figure.png", records, found)
 
 
@@ -282,8 +275,7 @@ def draw(path: Path, records: Sequence[Record], found: dict[Gap, dict[str, dict[
             axes.set_title(f"τ {_shown(tau)}" + (f"\ngiven the loss {_shown(given)}" if given else ""), fontsize=7.5)
             positive = np.all([number(record[name]) > 0 for record in records])
             axes.set(xlabel=label, xscale="log" if positive else "symlog")
-            axes.grid(alpha=0.25, linewidth=0.5)
-            axes.spines[["top", "right"]].set_visible(False)
+            tidy(axes)
         for row in all_axes:
             row[0].set_ylabel(GAPS["loss_gap"])
         all_axes[0, 0].legend(title="wrong labels", frameon=False, fontsize=7)

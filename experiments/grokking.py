@@ -23,22 +23,23 @@ import jax.numpy as jnp
 import optax
 import tyro
 from flax import nnx
-from harness import modular
-from harness.batches import batch_at
-from harness.checkpoints import checkpointer, load_latest
-from harness.figures import Panel, draw_training
-from harness.milestones import first_step_at_least, halfway_down
-from harness.runs import Record, RunFolder
 from tqdm import tqdm
 
 from flatjax import cross_entropy, neural_collapse, relative_flatness, simplified_relative_flatness
 from flatjax.models import Transformer
+from flatjax.run.checkpoints import checkpointer, load_latest
+from flatjax.run.options import SeedOptions
+from flatjax.run.records import Record, RunFolder
+from harness.data import modular
+from harness.data.batches import batch_at
+from harness.results.figures import Panel, draw_training
+from harness.results.milestones import first_step_at_least, halfway_down
 
 State = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(SeedOptions):
     """Grok modular arithmetic, measuring relative flatness and neural collapse along the way."""
 
     operation: modular.Operation = "add"
@@ -73,16 +74,9 @@ class Config:
     """Steps from one measurement to the next."""
     checkpoint_every: int = 250
     """Steps from one checkpoint to the next, a multiple of `measure_every`."""
-    seed: int = 0
-    """Of the split, the initial weights and the batches."""
-    seeds: int = 1
-    """How many seeds to run, from `seed` on."""
-    name: str | None = None
-    """Of the run's folder; made of the operation and the modulus by default."""
     folder: Path = Path("runs/grokking")
-    """Where the runs' folders are."""
-    resume: bool = False
-    """Continue the run of this name where it was left."""
+
+    may_differ = frozenset({"seed", "seeds"})
 
     def __post_init__(self):
         if self.checkpoint_every % self.measure_every:
@@ -93,14 +87,15 @@ class Config:
         if self.width % self.heads:
             raise SystemExit(f"--width is {self.width}, wanted a multiple of --heads, {self.heads}")
 
+    @property
+    def default_name(self) -> str:
+        return f"{self.operation}-{self.modulus}"
+
 
 def main(config: Config) -> None:
     """Runs every seed, draws the figure, and says what came first."""
-    recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_THE_RUN}
-    run = RunFolder(
-        config.folder / (config.name or f"{config.operation}-{config.modulus}"), recorded, resume=config.resume
-    )
-    seeds = range(config.seed, config.seed + config.seeds)
+    run = config.open_run()
+    seeds = config.all_seeds
     started = time.monotonic()
     for seed in seeds:
         train(config, seed, run)
@@ -110,10 +105,6 @@ def main(config: Config) -> None:
     draw(run.path / "figure.png", config, list(curves.values()), list(summary.values()))
     print(report(config, summary))
     print(f"{time.monotonic() - started:.0f} s. The figure is {run.path / 'figure.png'}")
-
-
-_NOT_OF_THE_RUN = {"resume", "name", "folder", "seeds", "seed"}
-"""Options that may differ when a run is resumed; its seeds are in its records."""
 
 
 def train(config: Config, seed: int, run: RunFolder) -> None:

@@ -1,9 +1,9 @@
 """Is it flatness or collapse? Training that drives either up, holds it at a level, or lets it go again.
 
     python experiments/interventions.py                        # x + y mod 23: about 20 min on 2 cores
-    python experiments/interventions.py --task digits          # about 5 min
-    python experiments/interventions.py --full                 # all controls, more strengths and levels: about 2 h
-    python experiments/interventions.py --task cifar10 --data-dir ~/data --num-train 5000 --batch-size 500
+    python experiments/interventions.py digits                 # about 5 min
+    python experiments/interventions.py modular-full           # all controls, more strengths and levels: about 2 h
+    python experiments/interventions.py cifar10 --data-dir ~/data --num-train 5000 --batch-size 500
 
 In all arms features have at most the norm R, and the head ‖W‖_F ≤ B (it is projected after every step): wider than the
 baseline ever reaches, so that it is not changed, and yet there is a ceiling to what an arm can drive up, and a run that
@@ -23,14 +23,15 @@ sits at it is called so. All arms are of the same seeds (a split or a choice of 
 not fit its training set to 99 % is marked as not answering, and a network that diverged as one that did.
 
 Writes to `runs/interventions/<name>/`: `config.json`, `metrics.jsonl` (a line a seed and measurement), `checkpoints/`,
-`summary.json`, `table.txt`, `training-….png`, `dose.png` and `delay.png`. Killed at any moment, the same command with
---resume goes on, and ends with the same metrics to the last bit.
+`summary.json`, `table.txt`, `training-….png`, `dose_response.png`, `delay.png`. Killed at any moment, the same command
+with --resume goes on, and ends with the same metrics to the last bit.
 """
 
 import dataclasses
 import itertools
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -38,27 +39,28 @@ from typing import Any, Literal
 import jax
 import optax
 import tyro
-from harness.arm_figures import draw_delays, draw_dose, draw_training
-from harness.arms import BASELINE, Arm, controls, held, pushed
-from harness.bounds import Bounds
-from harness.checkpoints import checkpointer, load_latest
-from harness.doses import dose_table, doses
-from harness.effects import diverged_at, generalized_at, to_record
-from harness.lanes import Lanes, Rule, Setting, State
-from harness.learners import Learner, image_classification, modular_addition
-from harness.progress import Progress
-from harness.pushes import QUANTITIES, Quantity
-from harness.runs import Record, RunFolder, as_json
-from harness.verdicts import table, to_summary, verdicts
+
+from flatjax.run.checkpoints import checkpointer, load_latest
+from flatjax.run.options import SeedOptions, variant_of
+from flatjax.run.progress import Progress
+from flatjax.run.records import Record, RunFolder
+from harness.interventions.arm_results import arm_results, table, to_summary
+from harness.interventions.arms import BASELINE, QUANTITIES, Arm, Quantity, Rule, controls, held, pushed
+from harness.interventions.bounds import Bounds
+from harness.interventions.dose_response import dose_response_table, dose_responses
+from harness.interventions.figures import draw_delays, draw_dose_response, draw_training
+from harness.interventions.learners import Learner, image_classification, modular_addition
+from harness.interventions.outcomes import diverged_at, generalized_at
+from harness.interventions.training import SeedTrainer, Setting, State
 
 Group = Literal["pushed", "controls", "held", "unplugged"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(SeedOptions):
     """Drive flatness or collapse, hold them, or let them go, and see when the network generalizes."""
 
-    task: Literal["modular", "digits", "mnist", "fashion-mnist", "cifar10"] = "modular"
+    task: tyro.conf.Suppress[Literal["modular", "digits", "mnist", "fashion-mnist", "cifar10"]] = "modular"
     """Modular addition by a transformer, or images by a perceptron."""
     data_dir: Path | None = None
     """The folder of the images' files, but for the digits."""
@@ -66,8 +68,8 @@ class Config:
     """Which arms, beside the baseline."""
     quantities: tuple[Quantity, ...] = QUANTITIES
     """Of which quantities."""
-    full: bool = False
-    """More strengths and levels, the controls of every strength, 10 seeds."""
+    full: tyro.conf.Suppress[bool] = False
+    """The controls of every strength."""
     modulus: int = 23
     """Of the modular task."""
     train_share: float = 0.8
@@ -76,60 +78,54 @@ class Config:
     """Images to train on."""
     num_held_out: int = 2000
     """Images held out, at most; of the digits there are 359."""
-    width: int = 0
-    """Of the network; 0 is 32 of the transformer, 64 of the perceptron."""
-    depth: int = 0
-    """Blocks, 0 is 1; or hidden layers, 0 is 2."""
-    learning_rate: float = 0.0
-    """Of AdamW; 0 is 5e-3 and 1e-3."""
-    weight_decay: float | None = None
-    """Of AdamW, decoupled; by default 1 and 0.1."""
+    width: int = 32
+    """The width of the network."""
+    depth: int = 1
+    """Blocks of the transformer, or hidden layers of the perceptron."""
+    learning_rate: float = 5e-3
+    """The rate of AdamW."""
+    weight_decay: float = 1.0
+    """The decay of AdamW, decoupled."""
     batch_size: int = 0
     """Samples a step; 0 is all, so that every class has its mean."""
-    feature_norm: float = 0.0
-    """R, what the norm of a sample's features is held to; 0 is by the task."""
-    head_norm: float = 0.0
-    """B, what ‖W‖_F is held to; 0 is by the task."""
+    feature_norm: float = 100.0
+    """R, what the norm of a sample's features is held to."""
+    head_norm: float = 10.0
+    """B, what ‖W‖_F is held to."""
     sphere: bool = False
     """All features have the norm R, as in the published interventions, where R = 1 and B = 50."""
     softness: float = 1e-3
     """In the NCC of pushed arms so many times R² is added to the squared distance of two class means."""
-    kappa_strengths: tuple[float, ...] = ()
-    """λ of κ, negative where κ is driven up; by the task."""
-    simplified_strengths: tuple[float, ...] = ()
-    """λ of κ̂; by the task."""
-    ncc_strengths: tuple[float, ...] = ()
-    """λ of NCC; by the task."""
-    kappa_levels: tuple[float, ...] = ()
-    """κ*; by the task."""
-    simplified_levels: tuple[float, ...] = ()
-    """κ̂*; by the task."""
-    ncc_levels: tuple[float, ...] = ()
-    """NCC*; by the task."""
-    hold_strength: float = 0.0
-    """μ; by the task."""
-    hold_since: int = 0
-    """The step from which quantities are held; 0 is by the task."""
-    unplug_at: int = 0
-    """The step from which nothing is pushed any more; 0 is by the task."""
-    max_steps: int = 0
-    """An arm stops here at the latest; 0 is by the task."""
+    kappa_strengths: tuple[float, ...] = (-1e-4, -3e-5, 1e-2)
+    """Strengths λ of κ, negative where κ is driven up."""
+    simplified_strengths: tuple[float, ...] = (-1e-5, -3e-6, 1e-3)
+    """Strengths λ of κ̂."""
+    ncc_strengths: tuple[float, ...] = (-1e-5, -1e-6, 1e-4)
+    """Strengths λ of NCC."""
+    kappa_levels: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)
+    """Levels κ* at which κ is held."""
+    simplified_levels: tuple[float, ...] = (0.3, 30.0, 3000.0)
+    """Levels κ̂* at which κ̂ is held."""
+    ncc_levels: tuple[float, ...] = (10.0, 50.0, 200.0, 1000.0)
+    """Levels NCC* at which NCC is held."""
+    hold_strength: float = 0.01
+    """μ, the strength with which a quantity is held."""
+    hold_since: int = 200
+    """The step from which quantities are held."""
+    unplug_at: int = 500
+    """The step from which nothing is pushed any more."""
+    max_steps: int = 2000
+    """An arm stops here at the latest."""
     train_on: float = 0.25
     """Once all seeds have generalized, go on for this many times the steps that the last took."""
     measure_every: int = 25
     """Steps from one measurement to the next."""
     checkpoint_every: int = 500
     """Steps from one checkpoint to the next, a multiple of `measure_every`."""
-    seed: int = 0
-    """The first."""
-    seeds: int = 0
-    """How many; 0 is 8 of the modular task, 10 of images and of --full."""
-    name: str | None = None
-    """Of the run's folder; by default the task."""
     folder: Path = Path("runs/interventions")
-    """Where the runs' folders are."""
-    resume: bool = False
-    """Continue the run of this name where it was left."""
+    seeds: int = 8
+
+    may_differ = frozenset({"data_dir", "groups", "quantities"})
 
     def __post_init__(self):
         for name in ("checkpoint_every", "hold_since", "unplug_at", "max_steps"):
@@ -142,41 +138,8 @@ class Config:
             raise SystemExit("--batch-size is for images: the modular task trains on all its equations")
 
     @property
-    def all_seeds(self) -> list[int]:
-        return list(range(self.seed, self.seed + self.seeds))
-
-
-_MODULAR: Record = {
-    "seeds": 8, "width": 32, "depth": 1, "learning_rate": 5e-3, "weight_decay": 1.0, "feature_norm": 100.0,
-    "head_norm": 10.0, "max_steps": 2000, "unplug_at": 500, "hold_since": 200,
-    "kappa_strengths": (-1e-4, -3e-5, 1e-2), "simplified_strengths": (-1e-5, -3e-6, 1e-3),
-    "ncc_strengths": (-1e-5, -1e-6, 1e-4),
-    "kappa_levels": (0.01, 0.1, 1.0, 10.0, 100.0), "simplified_levels": (0.3, 30.0, 3000.0),
-    "ncc_levels": (10.0, 50.0, 200.0, 1000.0), "hold_strength": 0.01,
-}  # fmt: skip
-_IMAGES: Record = {
-    "width": 64, "depth": 2, "learning_rate": 1e-3, "weight_decay": 0.1, "feature_norm": 100.0, "head_norm": 10.0,
-    "max_steps": 1500, "unplug_at": 750, "hold_since": 200, "seeds": 10,
-    "kappa_strengths": (-1e-3, -3e-5, 1e-2), "simplified_strengths": (-1e-4, -3e-6, 1e-3),
-    "ncc_strengths": (-1e-3, -1e-4, 1e-3),
-    "kappa_levels": (0.01, 0.1, 1.0, 10.0), "simplified_levels": (0.1, 3.0, 100.0),
-    "ncc_levels": (3.0, 10.0, 30.0, 100.0), "hold_strength": 0.1,
-}  # fmt: skip
-
-
-def with_defaults(config: Config) -> Config:
-    """What depends on the task, and on how much is to be run."""
-    defaults = _MODULAR if config.task == "modular" else _IMAGES
-    if config.full:
-        defaults = {name: _more(name, value) for name, value in defaults.items()} | {"seeds": 10}
-    # A decay of 0 is a decay that may be wanted.
-    left = [
-        name
-        for name in defaults
-        if (config.weight_decay is None if name == "weight_decay" else not getattr(config, name))
-    ]
-    changes: dict[str, Any] = {name: defaults[name] for name in left}
-    return dataclasses.replace(config, **changes)
+    def default_name(self) -> str:
+        return self.task
 
 
 def _more(name: str, value: Any) -> Any:
@@ -189,20 +152,41 @@ def _more(name: str, value: Any) -> Any:
     return value
 
 
+def fully(config: Config) -> Config:
+    """More strengths and levels than the variant has, the controls of every strength, and 10 seeds."""
+    several = {name: _more(name, value) for name, value in dataclasses.asdict(config).items()}
+    return dataclasses.replace(config, **several | {"full": True, "seeds": 10})
+
+
+_IMAGES = Config(
+    task="digits", seeds=10, width=64, depth=2, learning_rate=1e-3, weight_decay=0.1, max_steps=1500, unplug_at=750,
+    kappa_strengths=(-1e-3, -3e-5, 1e-2), simplified_strengths=(-1e-4, -3e-6, 1e-3),
+    ncc_strengths=(-1e-3, -1e-4, 1e-3), kappa_levels=(0.01, 0.1, 1.0, 10.0), simplified_levels=(0.1, 3.0, 100.0),
+    ncc_levels=(3.0, 10.0, 30.0, 100.0), hold_strength=0.1,
+)  # fmt: skip
+
+_TASKS = {
+    "modular": ("x + y mod 23 by a transformer", Config()),
+    "digits": ("scikit-learn's handwritten digits by a perceptron", _IMAGES),
+    "mnist": ("MNIST by a perceptron", dataclasses.replace(_IMAGES, task="mnist")),
+    "fashion-mnist": ("Fashion-MNIST by a perceptron", dataclasses.replace(_IMAGES, task="fashion-mnist")),
+    "cifar10": ("CIFAR-10 by a perceptron", dataclasses.replace(_IMAGES, task="cifar10")),
+}
+TASKS = _TASKS | {
+    f"{name}-full": (f"{description}, with more strengths, levels and controls", fully(config))
+    for name, (description, config) in _TASKS.items()
+}
+"""What can be run, with the options that are its own."""
+
+
 def main(config: Config) -> None:
     """Trains every arm, draws the figures, and says what came of it."""
-    config = with_defaults(config)
-    recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_THE_RUN}
-    run = RunFolder(config.folder / (config.name or config.task), as_json(recorded), resume=config.resume)
+    run = config.open_run()
     started = time.monotonic()
     experiment = Experiment(config, run)
     experiment.train()
     report(config, run, experiment.arms, experiment.learner.num_classes)
     print(f"{time.monotonic() - started:.0f} s. The table and the figures are in {run.path}")
-
-
-_NOT_OF_THE_RUN = {"resume", "name", "folder", "data_dir", "groups", "quantities"}
-"""Options that may differ when a run is resumed: other groups and quantities add to the records."""
 
 
 def arms_of(config: Config) -> list[Arm]:
@@ -240,11 +224,11 @@ class Experiment:
     def __init__(self, config: Config, run: RunFolder):
         self.config, self.run, self.arms = config, run, arms_of(config)
         self.learner = learner_of(config)
-        self._programs: dict[Rule, Lanes] = {}
+        self._programs: dict[Rule, SeedTrainer] = {}
 
-    def program(self, rule: Rule) -> Lanes:
+    def program(self, rule: Rule) -> SeedTrainer:
         if rule not in self._programs:
-            self._programs[rule] = Lanes(self.learner, setting_of(self.config), rule, self.config.all_seeds)
+            self._programs[rule] = SeedTrainer(self.learner, setting_of(self.config), rule, self.config.all_seeds)
         return self._programs[rule]
 
     def train(self) -> None:
@@ -308,7 +292,6 @@ def learner_of(config: Config) -> Learner:
 
 def setting_of(config: Config) -> Setting:
     schedule = optax.linear_schedule(0, config.learning_rate, _WARMUP)
-    assert config.weight_decay is not None  # by `with_defaults`
     optimizer = optax.adamw(schedule, b2=0.98, weight_decay=config.weight_decay)
     return Setting(optimizer, config.measure_every, config.batch_size, bounds_of(config))
 
@@ -354,25 +337,25 @@ def report(config: Config, run: RunFolder, arms: list[Arm], num_classes: int) ->
                    for seed in config.all_seeds]
         for arm in arms
     }  # fmt: skip
-    judged = verdicts(
+    results = arm_results(
         arms,
         of_arms,
         num_classes=num_classes,
         bounds=bounds_of(config),
         resolution=config.measure_every,
     )
-    found = doses(judged, of_arms[BASELINE.name], config.measure_every)
-    text = "\n\n".join(part for part in (table(judged), dose_table(found)) if part)
+    found = dose_responses(results, of_arms[BASELINE.name], config.measure_every)
+    text = "\n\n".join(part for part in (table(results), dose_response_table(found)) if part)
     print(text)
     (run.path / "table.txt").write_text(text + "\n")
-    run.summarise(to_summary(judged) | {"doses": to_record(found)})
+    run.summarise(to_summary(results) | {"dose_response": found})
     title = f"{config.task}, {config.seeds} seeds"
     draw_training(run.path, arms, of_arms, title)
-    draw_dose(run.path / "dose.png", judged, title)
-    draw_delays(run.path / "delay.png", judged, title)
+    draw_dose_response(run.path / "dose_response.png", results, title)
+    draw_delays(run.path / "delay.png", results, title)
 
 
 if __name__ == "__main__":
     # A device a core: small networks on two cores are trained in half the time two at a time.
     jax.config.update("jax_num_cpu_devices", min(os.cpu_count() or 1, 8))
-    main(tyro.cli(Config))
+    main(variant_of(TASKS, sys.argv[1:]))

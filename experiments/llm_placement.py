@@ -29,25 +29,26 @@ import jax
 import numpy as np
 import optax
 import tyro
-from harness import text
-from harness.effects import number, to_record
-from harness.language_model import HEAD, Descent, Penalty, State, network, penalty
-from harness.language_trials import Trial, in_order, measure, train
-from harness.options import check_heads, check_least
-from harness.placement_tables import draw, quantities, row_of, table
-from harness.progress import Progress
-from harness.runs import Record, RunFolder
-from harness.several import mesh_of_trials, of_several, stacked
-from harness.timing import side_by_side
 
+from flatjax.diagnosis.text import Document, evenly, read, standard_library
 from flatjax.models import DecoderConfig
+from flatjax.run.options import SeedOptions, check_heads, check_least
+from flatjax.run.progress import Progress
+from flatjax.run.records import Record, RunFolder, number
 from flatjax.training import sharpness_aware
+from harness.benchmarks.timing import side_by_side
+from harness.data import text
+from harness.data.batches import shuffled_epochs
+from harness.llm_placement.tables import draw, quantities, row_of, table
+from harness.llm_placement.trials import Trial, measure, train
+from harness.training.decoders import HEAD, Descent, Penalty, State, network, penalty
+from harness.training.parallel import Parallel
 
 Arm = Literal["plain", "head", "block", "blocks", "sam"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(SeedOptions):
     """Compare where relative flatness is best regularised in a small language model."""
 
     text: tuple[Path, ...] = ()
@@ -96,24 +97,22 @@ class Config:
     """Of the noise."""
     measure_on: int = 256
     """Sequences of each part of the text that is held out, at most."""
-    seed: int = 0
-    """The first; tuning takes one that is 1000 more."""
-    seeds: int = 6
-    """How many."""
     timing_seconds: float = 20.0
     """For the time of a step, at least so long."""
-    name: str = "standard-library"
-    """Of the run's folder."""
     folder: Path = Path("runs/llm_placement")
-    """Where the runs' folders are."""
-    resume: bool = False
-    """Continue the run of this name where it was left."""
+    seeds: int = 6
+
+    may_differ = frozenset({"arms"})
 
     def __post_init__(self):
         if "plain" not in self.arms:
             raise SystemExit(f"--arms is {' '.join(self.arms)}, wanted plain among them, to compare with")
         check_least(self, 1, "steps", "batch_size", "seeds", "draws", "depth", "width", "vocab_size", "context")
         check_heads(self.width, self.heads)
+
+    @property
+    def default_name(self) -> str:
+        return "standard-library"
 
     @property
     def model(self) -> DecoderConfig:
@@ -148,21 +147,11 @@ class Config:
 
 def main(config: Config) -> None:
     """Tunes and trains whatever is not in the records yet, and reports."""
-    recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_THE_RUN}
-    as_json = {key: list(map(_plain, value)) if isinstance(value, tuple) else value for key, value in recorded.items()}
-    run = RunFolder(config.folder / config.name, as_json, resume=config.resume)
+    run = config.open_run()
     started = time.monotonic()
     compare(config, run)
     report(config, run)
     print(f"{time.monotonic() - started:.0f} s. The table and the figure are in {run.path}")
-
-
-_NOT_OF_THE_RUN = {"resume", "name", "folder", "arms"}
-"""Options that may differ when a run is resumed: more arms add to the records."""
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
 
 
 class Programs:
@@ -175,15 +164,15 @@ class Programs:
             arm: penalty(params, config.layers(arm), config.probe_share) for arm in config.arms
         }
         self.probed = penalty(params, ("blocks",), share=1.0)
-        self.mesh = mesh_of_trials()
+        self.parallel = Parallel()
         self._train: dict[Arm, Callable[..., State]] = {}
         measuring = functools.partial(measure, self.network, self.probed, config.noises, config.draws)
-        self._measure = of_several(measuring, self.mesh, 2)
+        self._measure = self.parallel.map(measuring, num_split=2)
         self._windows: dict[int, dict[text.Part, np.ndarray]] = {}
 
     @functools.cached_property
-    def documents(self) -> list[text.Document]:
-        return text.read(self.config.text, self.config.pattern) if self.config.text else text.standard_library()
+    def documents(self) -> list[Document]:
+        return read(self.config.text, self.config.pattern) if self.config.text else standard_library()
 
     def windows(self, seed: int) -> dict[text.Part, np.ndarray]:
         """Of the parts of the text, as a seed cuts it."""
@@ -201,13 +190,13 @@ class Programs:
 
     def trial(self, strength: float, seed: int) -> Trial:
         config, windows = self.config, self.windows(seed)
-        chosen = in_order(len(windows["train"]), config.steps * config.batch_size, seed)
+        chosen = shuffled_epochs(len(windows["train"]), config.steps * config.batch_size, seed)
         batches = windows["train"][chosen].reshape(config.steps, config.batch_size, -1)
         if (fewest := min(len(windows["held_out"]), len(windows["transfer"]))) < config.measure_on:
             raise SystemExit(
                 f"--measure-on is {config.measure_on}, but with seed {seed} a part of the text has {fewest} sequences"
             )
-        parts = [text.evenly(each, config.measure_on) for each in (windows["held_out"], windows["transfer"])]
+        parts = [evenly(each, config.measure_on) for each in (windows["held_out"], windows["transfer"])]
         _, params = network(config.model, seed)
         return Trial(np.float32(strength), np.uint32(seed), jax.tree.map(np.asarray, params), batches, *parts)
 
@@ -215,12 +204,12 @@ class Programs:
         """Parameters after the step `end`."""
         if arm not in self._train:
             function = functools.partial(train, self.network, self.penalties[arm], self.config.optimizer_of(arm))
-            self._train[arm] = of_several(function, self.mesh, 1)
+            self._train[arm] = self.parallel.map(function, num_split=1)
         return self._train[arm](several, self.config.steps if end is None else end)
 
     def measured(self, arm: Arm, trials: list[Trial]) -> list[Record]:
         """Of each after its training, of at most as many as there are devices."""
-        several = stacked(self.mesh, trials)
+        several = self.parallel.stack(trials)
         values = jax.device_get(self._measure(several, self.train(arm, several)))
         return [{name: value[i].item() for name, value in values.items()} for i in range(len(trials))]
 
@@ -230,12 +219,12 @@ def compare(config: Config, run: RunFolder) -> None:
     programs = Programs(config, run)
     left = sum(max(len(config.strengths(arm)), 1) + config.seeds for arm in config.arms)
     left -= len([record for record in run.records if record["phase"] in _PHASES and record["arm"] in config.arms])
-    with Progress(config.name, {"network": left}) as progress:
+    with Progress(config.run_name, {"network": left}) as progress:
         for arm in config.arms:
             for phase in _PHASES:
                 todo = trials_of(config, run, phase, arm)
-                for start in range(0, len(todo), programs.mesh.size):
-                    some = todo[start : start + programs.mesh.size]
+                for start in range(0, len(todo), programs.parallel.size):
+                    some = todo[start : start + programs.parallel.size]
                     results = programs.measured(arm, [programs.trial(*each) for each in some])
                     for (strength, seed), result in zip(some, results, strict=True):
                         run.append({"phase": phase, "arm": arm, "strength": strength, "seed": seed} | result)
@@ -281,8 +270,8 @@ def best_of(run: RunFolder, arm: Arm) -> Record:
 def timed(config: Config, programs: Programs) -> list[Record]:
     """Seconds a step of one network on one device, all of them at work; by every arm in turn."""
     steps = min(_STEPS_TIMED, config.steps)
-    trials = [programs.trial(0.01, config.seed)] * programs.mesh.size
-    several = stacked(programs.mesh, trials)
+    trials = [programs.trial(0.01, config.seed)] * programs.parallel.size
+    several = programs.parallel.stack(trials)
     calls: dict[str, Callable[[], Any]] = {
         arm: functools.partial(programs.train, arm, several, steps) for arm in config.arms
     }
@@ -310,7 +299,7 @@ def report(config: Config, run: RunFolder) -> None:
     lines = table(quantities(config.noises), rows, config.seeds, config.steps)
     print(lines)
     (run.path / "table.txt").write_text(lines + "\n")
-    run.summarise({arm: to_record(row) for arm, row in zip(config.arms, rows.values(), strict=True)})
+    run.summarise(dict(zip(config.arms, rows.values(), strict=True)))
     draw(run.path / "figure.png", quantities(config.noises), rows, config.seeds)
 
 

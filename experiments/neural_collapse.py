@@ -29,10 +29,20 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
-from harness import images
-from harness.classifiers import (
+
+from flatjax import cross_entropy
+from flatjax.collapse import LayerMoments, central_path, init_layers, layer_reports, nc4, update_layers
+from flatjax.layers.names import in_forward_order
+from flatjax.models import MLP, ResNet18
+from flatjax.run.options import SeedOptions, check_least
+from flatjax.run.records import Record, RunFolder
+from harness.data import images
+from harness.data.images import Images
+from harness.neural_collapse.figures import Case, draw
+from harness.results.milestones import first_step_at_least
+from harness.training.classifiers import (
+    Classifier,
     LossOfSamples,
-    Network,
     State,
     at_equal_ratios,
     evaluating,
@@ -41,24 +51,14 @@ from harness.classifiers import (
     train_and_measure,
     training,
 )
-from harness.collapse import Case, draw
-from harness.convolutions import by_products
-from harness.images import Images
-from harness.milestones import first_step_at_least
-from harness.options import check_least
-from harness.profiles import in_forward_order
-from harness.runs import Record, RunFolder
-
-from flatjax import cross_entropy
-from flatjax.collapse import LayerMoments, central_path, init_layers, layer_reports, nc4, update_layers
-from flatjax.models import MLP, ResNet18
+from harness.training.convolutions import by_products
 
 Model = Literal["mlp", "resnet"]
 Loss = Literal["cross_entropy", "squared_error"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(SeedOptions):
     """Train networks past zero error, and measure how their features and heads collapse."""
 
     models: tuple[Model, ...] = get_args(Model)
@@ -97,20 +97,17 @@ class Config:
     """NC1 is of layers of at most so many features, and of what enters the head."""
     checkpoint_every: int = 20
     """Epochs; each measurement leaves a checkpoint too."""
-    seed: int = 0
-    """Of the choice of images, the initial weights and the batches."""
-    seeds: int = 1
-    """How many seeds to run, from `seed` on."""
-    name: str | None = None
-    """Of the run's folder; that of the data by default."""
     folder: Path = Path("runs/neural_collapse")
-    """Where the runs' folders are."""
-    resume: bool = False
-    """Continue the run of this name where it was left."""
+
+    may_differ = frozenset({"data_dir", "losses", "models", "seed", "seeds"})
 
     def __post_init__(self):
         sizes = ("mlp_width", "mlp_depth", "resnet_width", "mlp_epochs", "resnet_epochs", "batch_size")
         check_least(self, 1, *sizes, "measurements", "measure_batch", "checkpoint_every", "seeds")
+
+    @property
+    def default_name(self) -> str:
+        return self.data
 
     def epochs(self, model: Model) -> int:
         return self.mlp_epochs if model == "mlp" else self.resnet_epochs
@@ -121,19 +118,14 @@ class Config:
 
 def main(config: Config) -> None:
     """Trains every network with every loss and seed, draws the figure and prints the tables."""
-    recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_THE_RUN}
-    run = RunFolder(config.folder / (config.name or config.data), recorded, resume=config.resume)
-    seeds = range(config.seed, config.seed + config.seeds)
+    run = config.open_run()
+    seeds = config.all_seeds
     started = time.monotonic()
     for seed in seeds:
         for model in config.models:
             train(config, model, seed, run)
     report(config, run, seeds)
     print(f"{time.monotonic() - started:.0f} s. The figure is {run.path / 'figure.png'}")
-
-
-_NOT_OF_THE_RUN = {"resume", "name", "folder", "data_dir", "seeds", "seed", "models", "losses"}
-"""Options that may differ when a run is resumed; its networks and seeds are in its records."""
 
 
 def train(config: Config, model: Model, seed: int, run: RunFolder) -> None:
@@ -174,7 +166,7 @@ def optimizer(config: Config, model: Model, num_steps: int) -> optax.GradientTra
 
 def initial(
     config: Config, model: Model, seed: int, train_set: Images, optimizer: optax.GradientTransformation
-) -> tuple[Network, State]:
+) -> tuple[Classifier, State]:
     """The network, and the state that training starts from."""
     _, height, width, channels = train_set.pixels.shape
     rngs = nnx.Rngs(seed)
@@ -205,7 +197,7 @@ def layer_features(model: Any, x: jax.Array) -> dict[str, jax.Array]:
 
 
 def measuring(
-    config: Config, network: Network, weight_decay: float, train_set: Images, test_set: Images
+    config: Config, network: Classifier, weight_decay: float, train_set: Images, test_set: Images
 ) -> Callable[[State], Record]:
     """Collapse of what enters the head, and of every layer."""
 

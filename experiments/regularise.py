@@ -28,18 +28,20 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import numpy as np
 import tyro
-from harness import scarce
-from harness.comparison import Row, draw, interval, is_clear, table, to_record
-from harness.convolutions import by_products
-from harness.options import check_least
-from harness.progress import Progress
-from harness.regularisers import REGULARISERS, Method
-from harness.runs import Record, RunFolder
-from harness.scarce import Task
-from harness.timing import side_by_side
-from harness.trials import PARTS, Network, Programs, Trial, network
 
 from flatjax.models import MLP, ResNet18
+from flatjax.run.options import RunOptions, check_least
+from flatjax.run.progress import Progress
+from flatjax.run.records import Record, RunFolder, number
+from harness.benchmarks.timing import side_by_side
+from harness.data import few_labels
+from harness.data.batches import all_batches
+from harness.data.few_labels import Task
+from harness.regularise.comparison import Row, draw, table
+from harness.results.intervals import interval, is_clear
+from harness.training.convolutions import by_products
+from harness.training.regularisers import REGULARISERS, Method
+from harness.training.small_networks import PARTS, Programs, TrainedNetwork, Trial, network
 
 Model = Literal["mlp", "resnet"]
 TaskName = Literal["few", "wrong"]
@@ -62,7 +64,7 @@ _GRIDS: dict[Model, Grid] = {"mlp": Grid(0.002, 0.2, 5, 7), "resnet": Grid(0.02,
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(RunOptions):
     """Compare relative flatness as a regulariser with others, each tuned alike."""
 
     models: tuple[Model, ...] = ("mlp", "resnet")
@@ -102,12 +104,9 @@ class Config:
     """The best setting is trained with, other than those."""
     timing_seconds: float = 10.0
     """For the time of a step, at least so long."""
-    name: str = "digits"
-    """Of the run's folder."""
     folder: Path = Path("runs/regularise")
-    """Where the runs' folders are."""
-    resume: bool = False
-    """Continue the run of this name where it was left."""
+
+    may_differ = frozenset({"methods", "models", "tasks"})
 
     def __post_init__(self):
         if "baseline" not in self.methods:
@@ -116,6 +115,10 @@ class Config:
         if self.tuning_seeds > _FINAL - _TUNING:
             raise SystemExit(f"--tuning-seeds is {self.tuning_seeds}, wanted at most {_FINAL - _TUNING}")
         check_least(self, 2, "num_rates", "num_strengths", or_zero=True)
+
+    @property
+    def default_name(self) -> str:
+        return "digits"
 
     def grid(self, model: Model) -> Grid:
         wanted = {name: getattr(self, name) for name in Grid._fields if getattr(self, name)}
@@ -131,18 +134,13 @@ MODEL_NAMES: dict[str, str] = {"mlp": "perceptron", "resnet": "ResNet-18"}
 
 def main(config: Config) -> None:
     """Tunes and trains whatever is not in the records yet, and reports."""
-    recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_THE_RUN}
-    recorded |= {"grids": {model: config.grid(model)._asdict() for model in get_args(Model)}}
-    run = RunFolder(config.folder / config.name, recorded, resume=config.resume)
+    run = config.open_run(grids={model: config.grid(model) for model in get_args(Model)})
     started = time.monotonic()
     for model in config.models:
         compare(config, model, run)
     report(config, run)
     print(f"{time.monotonic() - started:.0f} s. The figure is {run.path / 'figure.png'}")
 
-
-_NOT_OF_THE_RUN = {"resume", "name", "folder", "models", "tasks", "methods"}
-"""Options that may differ when a run is resumed: more models, tasks or methods add to the records."""
 
 Setting = tuple[float, float | None]
 """A learning rate, and a strength."""
@@ -167,7 +165,7 @@ _TUNING, _FINAL = 1000, 2000
 
 def compare(config: Config, model: Model, run: RunFolder) -> None:
     """Tunes each method on each task, trains it in its best setting, and times a step of each."""
-    digits = scarce.digits()
+    digits = few_labels.digits()
     of_digits = network_of(config, model, digits.pixels.shape)
     programs = Programs(of_digits, inputs(model, digits.pixels), config.steps)
     cases = [(task, method) for task in config.tasks for method in config.methods]
@@ -180,10 +178,17 @@ def compare(config: Config, model: Model, run: RunFolder) -> None:
         for task, method in cases:
             train = functools.partial(train_some, config, programs, digits.labels, progress, task, method)
             case = {"model": model, "task": task, "method": method}
-            fill(config, run, {"phase": "tuning", **case}, settings(config, model, method), train, programs.size)
+            fill(
+                config,
+                run,
+                {"phase": "tuning", **case},
+                settings(config, model, method),
+                train,
+                programs.parallel.size,
+            )
             best = best_of(of_case(run, "tuning", **case))
             chosen = [(best["learning_rate"], best["strength"])]
-            fill(config, run, {"phase": "final", **case}, chosen, train, programs.size)
+            fill(config, run, {"phase": "final", **case}, chosen, train, programs.parallel.size)
     if not set(config.methods) <= {record["method"] for record in of_case(run, "timing", model)}:
         run.keep(lambda record: record["phase"] != "timing" or record["model"] != model)
         for record in time_a_step(config, programs, digits.labels):
@@ -241,13 +246,13 @@ def of_case(run: RunFolder, phase: str, model: str, task: str | None = None, met
     ]
 
 
-def network_of(config: Config, model: Model, shape: tuple[int, ...]) -> Network:
+def network_of(config: Config, model: Model, shape: tuple[int, ...]) -> TrainedNetwork:
     _, height, width, channels = shape
     if model == "mlp":
-        widths = (height * width * channels, config.width, config.width, scarce.NUM_CLASSES)
+        widths = (height * width * channels, config.width, config.width, few_labels.NUM_CLASSES)
         return network(lambda rngs: MLP(widths, rngs=rngs))
     options = {"channels_in": channels, "width": config.resnet_width}
-    return network(lambda rngs: by_products(ResNet18(scarce.NUM_CLASSES, **options, rngs=rngs)))
+    return network(lambda rngs: by_products(ResNet18(few_labels.NUM_CLASSES, **options, rngs=rngs)))
 
 
 def inputs(model: Model, pixels: np.ndarray) -> np.ndarray:
@@ -256,13 +261,15 @@ def inputs(model: Model, pixels: np.ndarray) -> np.ndarray:
     return x.reshape(len(x), -1) if model == "mlp" else x
 
 
-def trial(config: Config, network: Network, labels: np.ndarray, task: TaskName, setting: Setting, seed: int) -> Trial:
+def trial(
+    config: Config, network: TrainedNetwork, labels: np.ndarray, task: TaskName, setting: Setting, seed: int
+) -> Trial:
     """All that a seed decides, and the setting."""
-    drawn = scarce.draw(labels, config.drawn[task], config.num_validation, seed)
+    drawn = few_labels.draw(labels, config.drawn[task], config.num_validation, seed)
     parts = np.zeros(len(labels), np.int32)
     for place, part in enumerate(PARTS, start=1):
         parts[drawn.parts[part]] = place
-    batches = scarce.batches(drawn.parts["train"], config.batch_size, config.steps, seed)
+    batches = all_batches(drawn.parts["train"], config.batch_size, config.steps, seed)
     rate, strength = (np.float32(each or 0.0) for each in setting)
     return Trial(network.start(seed), drawn.labels, parts, batches, rate, strength)
 
@@ -278,15 +285,15 @@ def best_of(tuned: list[Record]) -> Record:
 
 
 def over_seeds(record: Record, name: str) -> list[float]:
-    """JSON has no NaN and no infinity."""
-    return [np.nan if seed[name] is None else float(seed[name]) for seed in record["seeds"].values()]
+    """The value of each seed."""
+    return [number(seed[name]) for seed in record["seeds"].values()]
 
 
 def time_a_step(config: Config, programs: Programs, labels: np.ndarray) -> list[Record]:
     """Of one network on one core or device, all of them at work; by every method in turn."""
     task = config.tasks[0]
-    several = programs.stacked(
-        [trial(config, programs.network, labels, task, _TIMED_AT, seed) for seed in range(programs.size)]
+    several = programs.parallel.stack(
+        [trial(config, programs.network, labels, task, _TIMED_AT, seed) for seed in range(programs.parallel.size)]
     )
     end = min(_STEPS_TIMED, config.steps)
     calls: dict[str, Callable[[], Any]] = {
@@ -329,9 +336,7 @@ def report(config: Config, run: RunFolder) -> None:
         names,
         f"Test accuracy, mean and 95 % interval of {config.seeds} seeds (orange: that of the gain leaves out 0)",
     )
-    run.summarise(
-        {f"{model}-{task}": {each.name: to_record(each) for each in rows[model, task]} for model, task in rows}
-    )
+    run.summarise({f"{model}-{task}": {each.name: each for each in rows[model, task]} for model, task in rows})
 
 
 def describe(config: Config, task: TaskName) -> str:

@@ -11,21 +11,17 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 import tyro
 from flax import nnx
-from harness.records import write_record
 from sklearn.datasets import load_digits
 from tqdm import trange
 
 from flatjax import cross_entropy, feature_robustness, relative_flatness
 from flatjax.models import MLP
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
+from flatjax.run.records import write_record
+from harness.results.style import plt, tidy
 
 
 def main(num_steps: int = 300, num_samples: int = 256, seed: int = 0, folder: Path = Path("runs/robustness")) -> None:
@@ -98,8 +94,7 @@ def draw(path: Path, rows: list[dict], scales: dict[str, int]) -> None:
             xlabel="δ, the size of the change of the features",
             ylabel="rise of the loss, over what κ says",
         )
-        axes.grid(alpha=0.25, linewidth=0.5)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
         axes.legend(frameon=False, title="± 2 standard errors")
         figure.savefig(path)
     plt.close(figure)

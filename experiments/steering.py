@@ -14,22 +14,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 import tyro
 from flax import nnx
-from harness import images
-from harness.comparison import interval
-from harness.records import write_record
 from tqdm import trange
 
 from flatjax import cross_entropy, flat_reg, relative_flatness
 from flatjax.models import MLP
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
+from flatjax.run.records import write_record
+from harness.data import images
+from harness.results.intervals import interval
+from harness.results.style import plt, tidy
 
 LOSSES = (0.3, 0.1, 0.03, 0.01, 0.003)
 """That κ is compared at."""
@@ -153,8 +149,7 @@ def draw(folder: Path, strengths: tuple[float, ...], loss: np.ndarray, kappa: np
         axes.set_xlim(1.1 * np.max(loss[:, :, 0]), np.min(loss) / 1.5)
         learned = loss <= np.max(loss[:, :, 0])
         axes.set_ylim(np.min(kappa[learned]) / 2, 2 * np.max(kappa[learned]))
-        axes.grid(alpha=0.25, linewidth=0.5)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
         axes.legend(frameon=False)
         figure.savefig(folder / "figure.png")
     plt.close(figure)

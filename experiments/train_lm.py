@@ -20,30 +20,27 @@ import dataclasses
 import functools
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
-import matplotlib
 import numpy as np
 import tyro
-from harness import text
-from harness.batches import batch_at
-from harness.checkpoints import checkpointer, load_latest
-from harness.language_model import HEAD, Descent, evaluating, network, one_step, penalty, placement
-from harness.options import check_heads, check_least
-from harness.progress import Progress
-from harness.runs import Record, RunFolder
 
+from flatjax.diagnosis.text import Document, evenly, read, standard_library
 from flatjax.models import DecoderConfig
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
-from harness.figures import COLOURS, draw_curve
+from flatjax.run.checkpoints import checkpointer, load_latest
+from flatjax.run.options import RunOptions, check_heads, check_least
+from flatjax.run.progress import Progress
+from flatjax.run.records import Record, RunFolder, number
+from harness.data import text
+from harness.data.batches import batch_at
+from harness.results.figures import COLOURS, draw_curve
+from harness.results.style import plt, tidy
+from harness.training.decoders import HEAD, Descent, evaluating, network, one_step, penalty, placement
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(RunOptions):
     """Train a small language model, and measure relative flatness of its head at every step."""
 
     text: tuple[Path, ...] = ()
@@ -105,12 +102,9 @@ class Config:
     """Devices that the parameters are split among; the others split the batch."""
     seed: int = 0
     """Of the initial weights, the batches and the probes."""
-    name: str = "standard-library"
-    """Of the run's folder."""
     folder: Path = Path("runs/train_lm")
-    """Where the runs' folders are."""
-    resume: bool = False
-    """Continue the run of this name where it was left."""
+
+    may_differ = frozenset({"model_devices"})
 
     def __post_init__(self):
         check_least(
@@ -118,6 +112,10 @@ class Config:
         )
         check_least(self, 1, "width", "depth", "vocab_size")
         check_heads(self.width, self.heads, self.key_value_heads)
+
+    @property
+    def default_name(self) -> str:
+        return "standard-library"
 
     @property
     def model(self) -> DecoderConfig:
@@ -139,10 +137,10 @@ class Config:
 def main(config: Config) -> None:
     """Reads the text, trains, draws the figure and says what came of it."""
     started = time.monotonic()
-    documents = text.read(config.text, config.pattern) if config.text else text.standard_library()
+    documents = read(config.text, config.pattern) if config.text else standard_library()
     shares = text.Shares(config.held_out_share, config.transfer_share, config.split_seed)
     parts = text.split(documents, shares, config.modules)
-    run = RunFolder(config.folder / config.name, recorded(config, parts), resume=config.resume)
+    run = config.open_run(files=held_out_files(parts), model=config.model)
     tokenizer = text.saved_or_trained_tokenizer(run.folder / "tokenizer.json", parts["train"], config.vocab_size)
     windows = text.corpus(parts, tokenizer, config.context)
     print(describe(parts, windows))
@@ -154,19 +152,12 @@ def main(config: Config) -> None:
     print(f"{time.monotonic() - started:.0f} s. The figure is {run.path / 'figure.png'}")
 
 
-_NOT_OF_THE_RUN = {"resume", "name", "folder", "model_devices"}
-"""Options that may differ when a run is resumed."""
+def held_out_files(parts: dict[text.Part, list[Document]]) -> dict[str, list[str]]:
+    """The names of the files that are held out, by which a diagnosis finds them again."""
+    return {part: [each.name for each in parts[part]] for part in parts if part != "train"}
 
 
-def recorded(config: Config, parts: dict[text.Part, list[text.Document]]) -> Record:
-    """The options, the model, and what of the text was held out."""
-    options: Record = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_THE_RUN}
-    options |= {"text": list(map(str, config.text)), "modules": list(config.modules), "layers": list(config.layers)}
-    files = {part: [each.name for each in parts[part]] for part in parts if part != "train"}
-    return options | {"files": files, "model": dataclasses.asdict(config.model)}
-
-
-def describe(parts: dict[text.Part, list[text.Document]], windows: dict[text.Part, np.ndarray]) -> str:
+def describe(parts: dict[text.Part, list[Document]], windows: dict[text.Part, np.ndarray]) -> str:
     counts = {part: f"{len(parts[part])} files, {windows[part][:, 1:].size:,} tokens" for part in parts}
     modules = ", ".join(sorted({each.module for each in parts["transfer"]}))
     return f"trained on {counts['train']}; held out {counts['held_out']}; transfer to {counts['transfer']} ({modules})"
@@ -188,7 +179,7 @@ def train(config: Config, run: RunFolder, tokenizer: text.Tokenizer, windows: di
     if number < config.batch_size:
         raise SystemExit(f"--batch-size is {config.batch_size}, but the text has {number} sequences to train on")
     held_out: dict[text.Part, np.ndarray] = {
-        part: text.evenly(windows[part], config.measure_on) for part in windows if part != "train"
+        part: evenly(windows[part], config.measure_on) for part in windows if part != "train"
     }
 
     evaluate = evaluating(decoder, placed, held_out, config.batch_size)
@@ -201,7 +192,7 @@ def train(config: Config, run: RunFolder, tokenizer: text.Tokenizer, windows: di
         left_at, state = load_latest(checkpoints, state)
         run.keep(lambda record: record["step"] < left_at)
         first = max(left_at, 0)
-        with Progress(config.name, {"step": config.steps}) as progress:
+        with Progress(config.run_name, {"step": config.steps}) as progress:
             progress.were_done({"step": first})
             for step in range(first, config.steps + 1):
                 is_last = step == config.steps
@@ -231,13 +222,12 @@ def draw(path: Path, config: Config, records: list[Record]) -> None:
             draw_curve(axes, [measured], f"held_out_{quantity}", COLOURS["held_out"], "files held out")
             draw_curve(axes, [measured], f"transfer_{quantity}", "#3a7d44", "modules held out")
             axes.set_ylabel(label)
-            axes.grid(alpha=0.25, linewidth=0.5)
-            axes.spines[["top", "right"]].set_visible(False)
+            tidy(axes)
         all_axes[1].set_yscale("log")
         all_axes[0].legend(frameon=False)
         all_axes[1].set_xlabel("step")
         penalised = f", λ = {config.strength:g} on {', '.join(config.layers)}" if config.strength else ""
-        all_axes[0].set_title(f"{config.name}: width {config.width}, depth {config.depth}{penalised}")
+        all_axes[0].set_title(f"{config.run_name}: width {config.width}, depth {config.depth}{penalised}")
         figure.savefig(path)
     plt.close(figure)
 
@@ -247,15 +237,10 @@ _LABELS = ("loss, nats a token", "κ of the head")
 
 def report(summary: Record) -> str:
     def of(part: str) -> str:
-        loss, kappa = (_number(summary[f"{part}_{name}"]) for name in ("loss", "kappa"))
+        loss, kappa = (number(summary[f"{part}_{name}"]) for name in ("loss", "kappa"))
         return f"loss {loss:.4f} (perplexity {np.exp(loss):.2f}), κ of the head {kappa:.4g}"
 
     return f"files held out:   {of('held_out')}\nmodules held out: {of('transfer')}"
-
-
-def _number(value: Any) -> float:
-    """JSON has no NaN and no infinity."""
-    return np.nan if value is None else float(value)
 
 
 if __name__ == "__main__":

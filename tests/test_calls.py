@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness.calls import Call, public_calls
 
 import flatjax
 import flatjax.collapse
 import flatjax.flatness
 import flatjax.representations
+from harness.benchmarks.calls import Call, public_calls
 
 PUBLIC = {
     name: getattr(module, name)

@@ -2,10 +2,11 @@
 
 import json
 
-import benchmark_collapse
 import jax
 import numpy as np
 import pytest
+
+import benchmark_collapse
 from benchmark_collapse import Updating, batch, filled
 
 

@@ -1,10 +1,11 @@
 """The steps that are timed do what they are called."""
 
-import benchmark_training
 import jax
 import numpy as np
 import optax
 import pytest
+
+import benchmark_training
 from benchmark_training import KNOWN, STEPS, Training
 
 

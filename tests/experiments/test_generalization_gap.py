@@ -2,18 +2,18 @@
 
 import json
 
-import generalization_gap
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from harness import scarce
-from harness.trials import Trial, network
 from helpers import Problem, dense_flatness, softmax_cross_entropy
 
+import generalization_gap
 from flatjax import cross_entropy
 from flatjax.models import MLP
+from harness.data import few_labels
+from harness.training.small_networks import Trial, network
 
 from .processes import finish, kill_when, metrics, starter
 
@@ -58,7 +58,7 @@ def test_a_killed_run_resumes_to_the_same_bits(start, uninterrupted, tmp_path):
 
 
 def test_the_measures_of_a_network_are_those_of_its_dense_hessian():
-    digits = scarce.digits()
+    digits = few_labels.digits()
     x = jnp.asarray(digits.pixels[:, ::2, ::2].reshape(len(digits.labels), -1) / 255)
     of_width = network(lambda rngs: MLP((x.shape[1], 4, 4, 10), activation="tanh", rngs=rngs))
     config = generalization_gap.Config(num_train=40, steps=5, num_probes=3000, num_lanczos_steps=60)

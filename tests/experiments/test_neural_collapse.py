@@ -4,13 +4,14 @@ import json
 
 import jax
 import jax.numpy as jnp
-import neural_collapse
 import numpy as np
 import optax
 import pytest
-from harness import images
-from harness.classifiers import evaluating
-from harness.profiles import in_forward_order
+
+import neural_collapse
+from flatjax.layers.names import in_forward_order
+from harness.data import images
+from harness.training.classifiers import evaluating
 
 from .processes import finish, kill_when, metrics, starter
 

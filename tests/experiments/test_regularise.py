@@ -1,4 +1,4 @@
-"""The comparison, small enough for a test, as its own process: as it is run, and as it is killed; and its parts."""
+"""The comparison, small enough for a test, as its own process: as it is run, and as it is killed."""
 
 import contextlib
 import itertools
@@ -6,20 +6,14 @@ import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import regularise
-from flax import nnx
-from harness import comparison, scarce
-from harness.convolutions import convolve
-from harness.regularisers import REGULARISERS
-from harness.trials import PARTS, Programs, network
-from helpers import dense_flatness, random_problem, softmax_cross_entropy
-from scipy import stats
 
-import flatjax
+import regularise
 from flatjax.models import MLP
+from harness.data import few_labels
+from harness.training.regularisers import REGULARISERS
+from harness.training.small_networks import Programs, network
 
 from .processes import finish, kill_when, metrics, starter
 
@@ -105,87 +99,11 @@ def test_options_that_do_not_fit_are_an_error(options, wanted):
         regularise.Config(**options)
 
 
-# What is learned from.
-
-
-def test_a_draw_has_each_class_alike_and_parts_that_share_no_image():
-    labels = scarce.digits().labels
-    drawn = scarce.draw(labels, scarce.Task(100, 0.0), 300, seed=3)
-    assert np.bincount(drawn.labels[drawn.parts["train"]]).tolist() == [10] * 10
-    assert [len(drawn.parts[part]) for part in PARTS] == [100, 300, 797]
-    assert len(np.unique(np.concatenate(list(drawn.parts.values())))) == 1197
-    np.testing.assert_array_equal(drawn.labels, labels)
-
-
-def test_so_many_labels_are_wrong_of_the_images_trained_on_and_no_others():
-    labels = scarce.digits().labels
-    drawn = scarce.draw(labels, scarce.Task(500, 0.4), 300, seed=3)
-    wrong = np.flatnonzero(drawn.labels != labels)
-    assert len(wrong) == 200
-    assert np.isin(wrong, drawn.parts["train"]).all()
-    assert drawn.labels.min() == 0
-    assert drawn.labels.max() == 9
-    shifts = np.bincount((drawn.labels[wrong] - labels[wrong]) % 10, minlength=10)
-    assert stats.chisquare(shifts[1:]).pvalue > 1e-3
-
-
-def test_seeds_differ_in_what_is_trained_on_and_not_in_what_is_tested_on():
-    labels = scarce.digits().labels
-    one, other = (scarce.draw(labels, scarce.Task(100, 0.0), 300, seed) for seed in (0, 1))
-    assert len(np.intersect1d(one.parts["train"], other.parts["train"])) < 40
-    np.testing.assert_array_equal(one.parts["test"], other.parts["test"])
-
-
-def test_an_epoch_takes_each_image_once():
-    train = np.arange(7, 27)
-    order = scarce.batches(train, 5, 9, seed=0)
-    assert order.shape == (9, 5)
-    for epoch in (order[:4], order[4:8]):
-        np.testing.assert_array_equal(np.sort(epoch.ravel()), train)
-    assert (order[:4] != order[4:8]).any()
-
-
-# What is minimised.
-
-
-@pytest.mark.parametrize("name", ["label_smoothing", "confidence_penalty", "kappa", "simplified_kappa"])
-def test_the_objective_is_cross_entropy_with_the_term_that_is_named(name):
-    problem, strength = random_problem(4, 3, (6,)), 0.3
-    logits = problem.feats @ problem.weight.T + problem.bias
-    log_p = logits - np.log(np.sum(np.exp(logits), axis=1, keepdims=True))
-    loss = -log_p[np.arange(6), problem.labels].mean()
-    flatness = dense_flatness(softmax_cross_entropy, problem, weights=False)
-    wanted = {
-        "label_smoothing": (1 - strength) * loss - strength * log_p.mean(),
-        "confidence_penalty": loss + strength * np.sum(np.exp(log_p) * log_p, axis=1).mean(),
-        "kappa": loss + strength * flatness.kappa,
-        "simplified_kappa": loss + strength * flatness.simplified,
-    }[name]
-    arrays = (problem.feats, problem.labels, strength)
-    head = {name: jnp.asarray(value) for name, value in problem.params.items()}
-    with as_experiments_run():
-        got = REGULARISERS[name].objective(head, *map(jnp.asarray, arrays))
-    np.testing.assert_allclose(got, wanted, rtol=1e-12)
-
-
-# How it is trained and measured.
-
-
-@pytest.mark.parametrize(("size", "stride", "side"), [(3, 1, 8), (3, 2, 8), (3, 2, 5), (1, 2, 4)])
-def test_a_convolution_by_products_is_the_convolution(size, stride, side):
-    rng = np.random.default_rng(0)
-    images, kernel = rng.normal(size=(2, side, side, 3)), rng.normal(size=(size, size, 3, 4))
-    padding, layout = [(size // 2, size // 2)] * 2, ("NHWC", "HWIO", "NHWC")
-    wanted = jax.lax.conv_general_dilated(images, kernel, (stride, stride), padding, dimension_numbers=layout)
-    got = convolve(jnp.asarray(images), jnp.asarray(kernel), (stride, stride), padding)
-    np.testing.assert_allclose(got, wanted, rtol=1e-12, atol=1e-12)
-
-
 @pytest.fixture(scope="module")
 def bench():
     """A perceptron's programs, and a maker of its trials."""
     config = regularise.Config(width=5, steps=6, batch_size=20, num_few=40, num_wrong=60, num_validation=30)
-    digits = scarce.digits()
+    digits = few_labels.digits()
     small = network(lambda rngs: MLP((64, 5, 10), rngs=rngs))
     programs = Programs(small, regularise.inputs("mlp", digits.pixels), config.steps)
 
@@ -194,63 +112,6 @@ def bench():
 
     with as_experiments_run():
         yield programs, make
-
-
-def trained(bench, method: str, rate: float, strength: float | None, end: int | None = None) -> dict:
-    """The parameters of one network."""
-    programs, make = bench
-    state = programs.train(REGULARISERS[method], programs.stacked([make(rate, strength, 0)]), end)
-    return jax.tree.map(lambda leaf: np.asarray(leaf[0]), state["params"])
-
-
-@pytest.mark.parametrize("method", [name for name in REGULARISERS if name != "baseline"])
-def test_a_method_of_no_strength_is_the_baseline(bench, method):
-    one, other = (trained(bench, name, 0.1, 0.0) for name in (method, "baseline"))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one, other)
-
-
-def test_weight_decay_pulls_every_parameter_towards_nothing(bench):
-    rate, strength = 0.1, 0.5
-    start = bench[1](rate, strength, 0).start["params"]
-    plain, decayed = (trained(bench, name, rate, strength, end=1) for name in ("baseline", "weight_decay"))
-    jax.tree.map(
-        lambda w, a, b: np.testing.assert_allclose(b - a, -rate * strength * w, atol=1e-6), start, plain, decayed
-    )
-
-
-@pytest.mark.parametrize("method", ["kappa", "simplified_kappa"])
-def test_a_penalty_on_kappa_lowers_it(bench, method):
-    programs, make = bench
-    trials = [make(0.1, strength, 0) for strength in (0.0, 0.1)]
-    plain, flat = programs.run(REGULARISERS[method], trials)
-    assert flat["relative_flatness"] < 0.9 * plain["relative_flatness"]
-
-
-def test_a_network_learns_the_same_whatever_others_are_trained_beside_it(bench):
-    programs, make = bench
-    trials = [make(0.1, 0.01, seed, task) for seed, task in ((0, "few"), (1, "wrong"), (2, "few"))]
-    together = programs.run(REGULARISERS["kappa"], trials)
-    assert programs.run(REGULARISERS["kappa"], trials[1:2]) == together[1:2]
-    assert together[0] != together[1]
-
-
-def test_what_is_measured_is_of_the_part_that_is_named(bench):
-    programs, make = bench
-    chosen = make(0.3, None, 0, "wrong")
-    (measured,) = programs.run(REGULARISERS["baseline"], [chosen])
-    state = programs.train(REGULARISERS["baseline"], programs.stacked([chosen]))
-    params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[0]), state["params"])
-    model = nnx.merge(programs.network.in_use, params, {})
-    feats = np.asarray(model.features(programs.images))
-    logits = feats @ np.asarray(params["head"]["kernel"]) + np.asarray(params["head"]["bias"])
-    for place, part in enumerate(PARTS, start=1):
-        right = (logits.argmax(axis=1) == chosen.labels)[chosen.parts == place]
-        np.testing.assert_allclose(measured[f"{part}_accuracy"], right.mean(), rtol=1e-6)
-    is_train = chosen.parts == 1
-    kappa = flatjax.relative_flatness(params["head"], feats[is_train], chosen.labels[is_train])
-    np.testing.assert_allclose(measured["relative_flatness"], kappa, rtol=1e-5)
-    losses = flatjax.cross_entropy(jnp.asarray(logits[is_train]), jnp.asarray(chosen.labels[is_train]))
-    np.testing.assert_allclose(measured["train_loss"], losses.mean(), rtol=1e-5)
 
 
 def test_a_network_that_diverged_has_no_accuracy_and_its_setting_is_not_chosen(bench):
@@ -263,24 +124,6 @@ def test_a_network_that_diverged_has_no_accuracy_and_its_setting_is_not_chosen(b
         for value in (None, 0.1, 0.3, 0.3)
     ]
     assert regularise.best_of(tuned) is tuned[2]
-
-
-# How it is compared.
-
-
-def test_an_interval_is_that_of_the_t_distribution():
-    rng = np.random.default_rng(0)
-    values = rng.normal(size=7)
-    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    got = comparison.interval(values.tolist())
-    np.testing.assert_allclose([got.mean - got.half_width, got.mean + got.half_width], [low, high])
-    assert np.isnan(comparison.interval([1.0]).half_width)
-
-
-def test_a_gain_is_clear_if_its_interval_leaves_out_nothing():
-    assert comparison.is_clear(comparison.Interval(-0.2, 0.1))
-    assert not comparison.is_clear(comparison.Interval(0.1, 0.2))
-    assert not comparison.is_clear(comparison.Interval(0.1, np.nan))
 
 
 def test_each_method_has_as_many_settings_and_strengths_span_three_decades():

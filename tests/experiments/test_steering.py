@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+
 import steering
 
 

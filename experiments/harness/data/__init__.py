@@ -1,0 +1,1 @@
+"""What is learned: images, equations and text, and the order in which training takes them."""

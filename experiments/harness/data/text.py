@@ -1,0 +1,117 @@
+"""Local text as tokens: what is trained on, files held out, and whole modules held out.
+
+A file is held out by chance, and its neighbours are trained on; of a module, a top-level folder or file, all files are,
+so that its topic is new: the loss there is transfer. Both follow from a hash of the name and a seed.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from flatjax.diagnosis.text import Document, windows
+
+Part = Literal["train", "held_out", "transfer"]
+"""`held_out` is of modules that are trained on, `transfer` is not."""
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Shares(NamedTuple):
+    """Of what is trained on, and how it is drawn."""
+
+    held_out: float = 0.05
+    """Of files."""
+    transfer: float = 0.1
+    """Of modules."""
+    seed: int = 0
+
+
+def part_of(document: Document, shares: Shares, modules: Sequence[str] = ()) -> Part:
+    """By its name alone, so that it stays where it is whatever else there is; `modules` are held out by name."""
+    is_new = document.module in modules if modules else _chance("module", document.module, shares) < shares.transfer
+    if is_new:
+        return "transfer"
+    return "held_out" if _chance("file", document.name, shares) < shares.held_out else "train"
+
+
+def _chance(kind: str, name: str, shares: Shares) -> float:
+    """Uniform in [0, 1)."""
+    digest = hashlib.sha256(f"{shares.seed}/{kind}/{name}".encode()).digest()
+    return int.from_bytes(digest[:7], "big") / 2**56
+
+
+def split(documents: Iterable[Document], shares: Shares, modules: Sequence[str] = ()) -> dict[Part, list[Document]]:
+    """Every part of the documents, none of them empty.
+
+    Raises:
+        SystemExit: a part is empty, or there is no module of a name given.
+    """
+    documents = list(documents)
+    if unknown := set(modules) - {each.module for each in documents}:
+        raise SystemExit(f"--modules has {', '.join(sorted(unknown))}, of which the text has no file")
+    parts = {part: [each for each in documents if part_of(each, shares, modules) == part] for part in get_args(Part)}
+    if empty := [part for part in parts if not parts[part]]:
+        raise SystemExit(
+            f"of {len(documents)} files of text {' and '.join(empty)} got none: give more files, in several folders, "
+            "or larger shares, or --modules by name, or another --split-seed; cut a file that is large"
+        )
+    return parts
+
+
+def train_tokenizer(documents: Iterable[Document], vocab_size: int) -> Tokenizer:
+    """Byte pairs, so that no text has an unknown token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((each.text for each in documents), trainer)
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise SystemExit(
+            f"the text has byte pairs for {tokenizer.get_vocab_size()} tokens, --vocab-size is {vocab_size}: wanted at "
+            f"least {_BYTES_AND_END}, and no more than the text has"
+        )
+    return tokenizer
+
+
+_BYTES_AND_END = 257
+
+
+def saved_or_trained_tokenizer(file: Path, documents: Iterable[Document], vocab_size: int) -> Tokenizer:
+    """That of the file, or one that is not left there yet."""
+    return Tokenizer.from_file(str(file)) if file.exists() else train_tokenizer(documents, vocab_size)
+
+
+def save_tokenizer(tokenizer: Tokenizer, file: Path) -> None:
+    """Wholly or not at all."""
+    draft = file.with_suffix(".draft")
+    tokenizer.save(str(draft))
+    draft.replace(file)
+
+
+def cached_tokenizer(file: Path, documents: Iterable[Document], vocab_size: int) -> Tokenizer:
+    """That of the file, or one trained and left there."""
+    tokenizer = saved_or_trained_tokenizer(file, documents, vocab_size)
+    if not file.exists():
+        save_tokenizer(tokenizer, file)
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> np.ndarray:
+    """All documents one after another, each with the token of an end behind it."""
+    end = [tokenizer.token_to_id(END_OF_TEXT)]
+    encoded = tokenizer.encode_batch([each.text for each in documents], add_special_tokens=False)
+    return np.concatenate([np.array(each.ids + end, np.int32) for each in encoded])
+
+
+def corpus(documents: Mapping[Part, Sequence[Document]], tokenizer: Tokenizer, context: int) -> dict[Part, np.ndarray]:
+    """The windows of each part."""
+    return {part: windows(encode(tokenizer, documents[part]), context) for part in documents}

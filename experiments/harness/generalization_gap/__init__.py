@@ -1,0 +1,1 @@
+"""What belongs to `generalization_gap.py` alone."""

@@ -1,0 +1,89 @@
+"""What is to be learned, and by what network: the samples of each seed, and its initial weights."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from flatjax.models import MLP, Transformer
+from harness.data import images, modular
+
+Params = dict[str, Any]
+
+
+class Samples(NamedTuple):
+    """What is trained on and what is held out; with an axis in front, those of several seeds."""
+
+    train_x: Any
+    train_y: Any
+    held_out_x: Any
+    held_out_y: Any
+
+
+class Learner(NamedTuple):
+    """A network with a linear head under `params["head"]`, and what it learns."""
+
+    num_classes: int
+    features: Callable[[Params, jax.Array], jax.Array]
+    """What enters the head: (parameters, inputs (n, ...)) to (n, m)."""
+    start: Callable[[int], Params]
+    """A seed's initial parameters."""
+    samples: Callable[[int], Samples]
+    """A seed's."""
+
+
+def modular_addition(modulus: int, train_share: float, width: int, depth: int = 1, num_heads: int = 4) -> Learner:
+    """x + y mod p by a transformer without normalisation, a seed being a split and a start."""
+
+    def model(seed: int) -> Transformer:
+        options: dict[str, Any] = {"width": width, "depth": depth, "num_heads": num_heads, "rngs": nnx.Rngs(seed)}
+        return Transformer(
+            vocab_size=modular.vocab_size(modulus), num_outputs=modulus, context=modular.CONTEXT, **options
+        )
+
+    def samples(seed: int) -> Samples:
+        parts = modular.split(modular.equations("add", modulus), train_share, seed)
+        return Samples(*(each for part in parts for each in part))
+
+    return _learner(modulus, model, lambda model, x: model.last_features(x), samples)
+
+
+def image_classification(
+    name: images.Name, folder: Path | None, num_train: int, num_held_out: int, width: int, depth: int
+) -> Learner:
+    """Images by a perceptron, a seed being a choice of images and a start."""
+
+    def samples(seed: int) -> Samples:
+        parts = images.load(name, folder, seed)
+        train, held_out = (
+            part.some(number, seed) for part, number in zip(parts, (num_train, num_held_out), strict=True)
+        )
+        x = [part.pixels.reshape(len(part.labels), -1).astype(np.float32) for part in (train, held_out)]
+        x = [(each - x[0].mean()) / x[0].std() for each in x]
+        return Samples(x[0], train.labels, x[1], held_out.labels)
+
+    num_inputs = samples(0).train_x.shape[1]
+
+    def model(seed: int) -> MLP:
+        return MLP((num_inputs, *[width] * depth, images.NUM_CLASSES), rngs=nnx.Rngs(seed))
+
+    return _learner(images.NUM_CLASSES, model, lambda model, x: model.features(x), samples)
+
+
+def _learner(
+    num_classes: int,
+    model: Callable[[int], nnx.Module],
+    features: Callable[[Any, jax.Array], jax.Array],
+    samples: Callable[[int], Samples],
+) -> Learner:
+    graphdef = nnx.graphdef(model(0))
+    return Learner(
+        num_classes,
+        features=lambda params, x: features(nnx.merge(graphdef, params), x),
+        start=lambda seed: nnx.to_pure_dict(nnx.state(model(seed), nnx.Param)),
+        samples=functools.cache(samples),
+    )

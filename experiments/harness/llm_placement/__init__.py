@@ -1,0 +1,1 @@
+"""What belongs to `llm_placement.py` alone."""

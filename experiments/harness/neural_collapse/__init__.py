@@ -1,0 +1,1 @@
+"""What belongs to `neural_collapse.py` alone."""

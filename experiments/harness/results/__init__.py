@@ -1,0 +1,1 @@
+"""What is made of measurements, for two experiments or more: intervals, milestones, profiles and figures."""

@@ -1,0 +1,1 @@
+"""How networks are trained, for two experiments or more."""

@@ -1,0 +1,247 @@
+"""A decoder in training: cross-entropy with κ of the head by the way, λκ of any layer in the loss, and a step.
+
+κ of the head is exact. That of other kernels is ⟨v, H v⟩ for one random direction v = (W_l A_l)_l of all of them a
+step, whose mean is Σ_l κ_l; so the mean of its gradient, through H and through v, is that of Σ_l κ_l. It is taken on
+some of a batch's sequences, of which the same holds: of all of them it costs up to twelve times the rest of the step.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flatjax import cross_entropy, cross_entropy_and_flatness
+from flatjax.core.dtypes import computing_dtype
+from flatjax.core.trees import leaves_by_path, with_leaves
+from flatjax.curvature.vectors import random_signs
+from flatjax.layers import find_layers
+from flatjax.models import Decoder, DecoderConfig, decoder_shardings
+from harness.data.text import Part
+
+State = dict[str, Any]
+"""Parameters, and the optimizer's state."""
+
+HEAD = "head"
+"""The name of the head, tied to the embedding or not."""
+
+
+class DecoderNetwork(NamedTuple):
+    """A decoder's structure."""
+
+    graph: nnx.GraphDef
+
+    def model(self, params: State) -> Decoder:
+        return nnx.merge(self.graph, params)
+
+    def loss_and_flatness(self, params: State, windows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Cross-entropy of the next token, nats a token, and κ of the head, of windows (n, t + 1)."""
+        model = self.model(params)
+        return cross_entropy_and_flatness(model.head_params(), model.features(windows[:, :-1]), windows[:, 1:])
+
+    def loss(self, params: State, windows: jax.Array) -> jax.Array:
+        logits = self.model(params)(windows[:, :-1])
+        return cross_entropy(logits.astype(computing_dtype(logits)), windows[:, 1:]).mean()
+
+
+def network(config: DecoderConfig, seed: int, dtype: Any = jnp.float32) -> tuple[DecoderNetwork, State]:
+    """Its structure and its parameters, which are in float32; it computes in `dtype`."""
+    graph, params = nnx.split(Decoder(config, dtype=dtype, rngs=nnx.Rngs(seed)), nnx.Param)
+    return DecoderNetwork(graph), nnx.to_pure_dict(params)
+
+
+class Penalty(NamedTuple):
+    """Which κ is added to the loss."""
+
+    of_head: bool = False
+    kernels: tuple[str, ...] = ()
+    """Paths."""
+    share: float = 0.25
+    """Of a batch's sequences, that κ of the kernels is taken on; one at least."""
+
+
+def penalty(params: State, names: Sequence[str], share: float = 0.25) -> Penalty:
+    """By the names of kernels, of what holds them, as `blocks/2`, or `head`.
+
+    Raises:
+        SystemExit: there is no kernel of a name.
+    """
+    kernels = [path for path in find_layers(params) if not path.startswith((f"{HEAD}/", "token_", "position_"))]
+    chosen: list[str] = []
+    for name in names:
+        found = [path for path in kernels if f"{path}/".startswith(f"{name}/")]
+        if not found and name != HEAD:
+            raise SystemExit(f"--layers has {name!r}, wanted {HEAD!r}, or what is at or above {', '.join(kernels)}")
+        chosen += found
+    return Penalty(HEAD in names, tuple(dict.fromkeys(chosen)), share)
+
+
+def objective(
+    network: DecoderNetwork, penalty: Penalty, params: State, windows: jax.Array, key: jax.Array, strength: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """L + λ Σκ, and what is recorded of it: L, κ of the head, and the estimate of the kernels' if that is asked for."""
+    loss, kappa = network.loss_and_flatness(params, windows)
+    recorded = {"loss": loss, "kappa": kappa}
+    added = kappa if penalty.of_head else jnp.zeros_like(kappa)
+    if penalty.kernels:
+        recorded["kappa_of_layers"] = probed(network, penalty, params, windows, key)
+        added += recorded["kappa_of_layers"]
+    # A loss that nothing is added to is not to become NaN by 0 · ∞.
+    is_plain = not (penalty.of_head or penalty.kernels)
+    return loss if is_plain else loss + strength * added, recorded
+
+
+def probed(network: DecoderNetwork, penalty: Penalty, params: State, windows: jax.Array, key: jax.Array) -> jax.Array:
+    """An estimate of Σ_l κ_l of the kernels, by one direction, on the first of the windows.
+
+    ⟨v, H v⟩ is the second derivative of the loss along v. Taken forward twice, it is cheaper to differentiate than a
+    product with the Hessian: by a third to a half.
+    """
+    some = _first(windows, max(1, round(penalty.share * len(windows))))
+    leaves, layers = leaves_by_path(params), find_layers(params)
+    kernels = {path: leaves[path] for path in penalty.kernels}
+    direction = {}
+    for i, path in enumerate(kernels):
+        matrices = layers[path].matrices(kernels[path])
+        number, size, _ = matrices.shape
+        signs = random_signs(jax.random.fold_in(key, i), (number, size, size), matrices.dtype)
+        direction[path] = layers[path].kernel(signs @ matrices, kernels[path].shape)
+
+    def loss(kernels: State) -> jax.Array:
+        return network.loss(with_leaves(params, kernels, penalty.kernels), some)
+
+    def slope(kernels: State) -> jax.Array:
+        return jax.jvp(loss, (kernels,), (direction,))[1]
+
+    return jax.jvp(slope, (kernels,), (direction,))[1]
+
+
+def _first(windows: jax.Array, number: int) -> jax.Array:
+    """So many of them: on a mesh as many a device, or where that is not possible all on every device.
+
+    Spread unevenly, what is looked up in an embedding that is split has a wrong gradient (jax 0.10.2).
+    """
+    mesh, some = jax.sharding.get_abstract_mesh(), windows[:number]
+    if "data" not in mesh.axis_names:
+        return some
+    is_even = number % mesh.shape["data"] == 0
+    return jax.lax.with_sharding_constraint(some, PartitionSpec("data") if is_even else PartitionSpec())
+
+
+def one_step(
+    network: DecoderNetwork,
+    penalty: Penalty,
+    optimizer: optax.GradientTransformation,
+    state: State,
+    windows: jax.Array,
+    key: jax.Array,
+    strength: jax.Array,
+) -> tuple[State, dict[str, jax.Array]]:
+    """And what was recorded before it, with the norm of the gradient."""
+
+    def gradient(params: State, _: Any = None) -> tuple[State, dict[str, jax.Array]]:
+        return jax.grad(objective, argnums=2, has_aux=True)(network, penalty, params, windows, key, strength)
+
+    params = state["params"]
+    grads, recorded = gradient(params)
+    updates, optimizer_state = optax.with_extra_args_support(optimizer).update(
+        grads, state["optimizer"], params, grad_fn=lambda *perturbed: gradient(*perturbed)[0]
+    )
+    new_state = {"params": optax.apply_updates(params, updates), "optimizer": optimizer_state}
+    return new_state, recorded | {"gradient_norm": optax.tree.norm(grads)}
+
+
+class Descent(NamedTuple):
+    """AdamW with clipped gradients, at a rate that warms up, is stable, and decays to 0: WSD."""
+
+    steps: int
+    learning_rate: float
+    warm_up: int
+    decay_share: float
+    """Of the steps."""
+    weight_decay: float
+    clip: float
+    """The largest norm of a gradient."""
+
+    def rate(self) -> optax.Schedule:
+        decay = max(1, round(self.decay_share * self.steps))
+        pieces = [
+            optax.linear_schedule(0.0, self.learning_rate, self.warm_up),
+            optax.constant_schedule(self.learning_rate),
+            optax.linear_schedule(self.learning_rate, 0.0, decay),
+        ]
+        return optax.join_schedules(pieces, [self.warm_up, max(self.warm_up, self.steps - decay)])
+
+    def optimizer(self) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.clip_by_global_norm(self.clip),
+            optax.adamw(self.rate(), b2=0.95, weight_decay=self.weight_decay, mask=_is_matrix),
+        )
+
+
+def _is_matrix(params: State) -> Any:
+    """What is decayed: no scale of a normalisation, and no bias."""
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+class Placement(NamedTuple):
+    """Where a state and its batches lie: sequences along `data`; vocabulary, heads and inner widths along `model`."""
+
+    mesh: Mesh
+
+    def put(self, params: State, optimizer: optax.GradientTransformation) -> tuple[State, State]:
+        """The state that training starts from, and its shardings."""
+        of_params = decoder_shardings(params, self.mesh)
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        start = optimizer.init(params)
+        of_optimizer = optax.tree.map_params(
+            optimizer.init, lambda _, sharding: sharding, start, of_params, transform_non_params=lambda _: whole
+        )
+        shardings = {"params": of_params, "optimizer": of_optimizer}
+        return jax.device_put({"params": params, "optimizer": start}, shardings), shardings
+
+    def batch(self, windows: np.ndarray) -> jax.Array:
+        return jax.device_put(windows, NamedSharding(self.mesh, PartitionSpec("data")))
+
+
+def placement(model_devices: int, batch_size: int) -> Placement:
+    """All devices there are, so many of them along `model`.
+
+    Raises:
+        SystemExit: they do not divide.
+    """
+    number = jax.device_count()
+    if model_devices < 1 or number % model_devices:
+        raise SystemExit(f"--model-devices is {model_devices}, wanted a divisor of the {number} devices there are")
+    if batch_size % (number // model_devices):
+        raise SystemExit(
+            f"--batch-size is {batch_size}, wanted a multiple of the {number // model_devices} devices that share it"
+        )
+    shape = number // model_devices, model_devices
+    return Placement(jax.make_mesh(shape, ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2))
+
+
+def evaluating(
+    network: DecoderNetwork, placement: Placement, parts: Mapping[Part, np.ndarray], batch_size: int
+) -> Callable[[State], dict[str, float]]:
+    """`<part>_loss` and `<part>_kappa`, the means over whole batches."""
+    measure = jax.jit(network.loss_and_flatness)
+    batches = {
+        part: [placement.batch(rows[i : i + batch_size]) for i in range(0, len(rows) - batch_size + 1, batch_size)]
+        for part, rows in parts.items()
+    }
+    if short := [part for part in batches if not batches[part]]:
+        raise SystemExit(f"of text {' and '.join(short)} has no batch of --batch-size {batch_size}: give more")
+
+    def evaluate(state: State) -> dict[str, float]:
+        record = {}
+        for part, of_part in batches.items():
+            values = np.array(jax.device_get([measure(state["params"], batch) for batch in of_part]), float)
+            record |= dict(zip((f"{part}_loss", f"{part}_kappa"), values.mean(axis=0).tolist(), strict=True))
+        return record
+
+    return evaluate

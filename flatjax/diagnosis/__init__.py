@@ -1,0 +1,10 @@
+"""Diagnosis of language models: flatness, collapse and geometry of checkpoints, in a record and on one page.
+
+The parts are each a start, what a batch adds, and what is made of all in the end. They need the extras `experiments`
+and `llm`.
+"""
+
+from flatjax.loading.optional import optional
+
+for _name in ("tokenizers", "matplotlib", "tqdm", "tyro"):
+    optional(_name, use="work on language models needs", extras="experiments,llm")

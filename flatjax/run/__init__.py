@@ -1,0 +1,1 @@
+"""What a long computation leaves behind and shows: its folder, checkpoints, progress, options and tables."""
