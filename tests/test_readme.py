@@ -79,7 +79,7 @@ def test_the_examples_of_a_document_print_what_it_says(document, tmp_path):
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     command = [sys.executable, "-W", "error", str(path)]
     result = subprocess.run(
-        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
     )
     assert result.returncode == 0, result.stderr
     assert NUMBER.sub("#", result.stdout) == NUMBER.sub("#", expected), result.stdout
