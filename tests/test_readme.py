@@ -87,7 +87,7 @@ def test_the_examples_of_a_document_print_what_it_says(document, tmp_path):
     np.testing.assert_allclose(printed, said, rtol=0.02, atol=0.002, err_msg=result.stdout)
 
 
-@pytest.mark.parametrize("document", set(DOCUMENTS) - set(WITH_EXAMPLES))
+@pytest.mark.parametrize("document", sorted(set(DOCUMENTS) - set(WITH_EXAMPLES)))
 def test_other_documents_have_no_examples_that_are_not_run(document):
     assert not [block for block in blocks(document) if block.language == "python"]
 
