@@ -1,4 +1,4 @@
-"""Which sample is to blame for a NaN."""
+"""Name the sample that is to blame for a NaN."""
 
 from typing import Any
 
@@ -23,20 +23,20 @@ def check_inputs(
 ) -> None:
     """Raises an error that names the first sample whose values make a metric of the same arguments NaN.
 
-    The metrics themselves do not raise, as compiled code cannot. Nor can this function inside `jit`, unless
+    The metrics themselves do not raise, as compiled code cannot. Inside `jit` this function cannot either, unless
     `jax.experimental.checkify.checkify` takes its error out.
 
     Args:
-        params: the head, as for `relative_flatness`; so are the others.
+        params: the head, as for `relative_flatness`, and so are the other arguments.
         feats: features (..., m).
         labels: integer classes (...,), or targets (..., d).
         weights: sample weights (...,); what a sample of weight 0 holds is not checked.
-        loss: a name, or any callable, of whose labels nothing is known and nothing checked.
+        loss: a name, or any callable. Nothing is known of a callable's labels, and so they are not checked.
 
     Raises:
         checkify.JaxRuntimeError: a feature, a weight or the head is not finite, a label is out of range, a weight is
-            negative, or all are 0. A bias of −∞ leaves its output out, and is named where none is left, or where the
-            loss is "squared_error", of which it is no output.
+            negative, or all are 0. A bias of −∞ leaves its output out. It is named where no output is left, or where
+            the loss is "squared_error", which has no such outputs.
         TypeError, ValueError: as `relative_flatness`.
 
     Example:
