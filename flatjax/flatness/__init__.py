@@ -1,1 +1,1 @@
-"""Relative flatness: of a head today; see `flatjax.flatness.relative`."""
+"""Relative flatness of a linear head and its variants; see `flatjax.flatness.relative`."""

@@ -1,4 +1,4 @@
-"""From a head, its samples and a loss to the logit-space curvature that every flatness metric is made of."""
+"""Lead from a head, its samples and a loss to the logit-space curvature that every flatness metric is made of."""
 
 from collections.abc import Callable
 from typing import Literal, get_args
@@ -17,7 +17,7 @@ from flatjax.samples import IGNORED_LABEL, Samples, flatten_samples, mark_class_
 
 NamedLoss = Literal["softmax_cross_entropy", "squared_error", "sigmoid_cross_entropy"]
 Loss = NamedLoss | Callable[[Array, Array], Array]
-"""A named loss, or any `(logits (d,), label) -> scalar`."""
+"""A named loss, or any callable `(logits (d,), label) -> scalar`."""
 
 
 LogitCurvature = SoftmaxCurvature | SeparableCurvature | AutodiffCurvature
@@ -32,7 +32,7 @@ def summed_curvature(
     weights: ArrayLike | None,
     tile_size: int | None,
 ) -> LogitCurvature | TiledSoftmaxCurvature:
-    """The curvature where κ and κ̂ alone are asked for: of a large softmax head, without its logits.
+    """Builds the curvature where only κ and κ̂ are asked for: a large softmax head is then read without its logits.
 
     Raises:
         ValueError: `tile_size` is below 1, or the loss is not softmax cross-entropy; and as `read_samples`.
@@ -46,7 +46,7 @@ def summed_curvature(
 
 
 def logit_curvature(head: LinearHead, samples: Samples, loss: Loss, unit: Float[Array, ""]) -> LogitCurvature:
-    """The curvature of the loss of a head on its samples, as `read_samples` gives them.
+    """Builds the curvature of the loss of a head on its samples, as `read_samples` gives them.
 
     The weights are divided by `unit` and the features multiplied by it, so that their squares do not overflow.
     """
@@ -102,7 +102,7 @@ def read_samples(
 
 
 def _mark_labels(samples: Samples, num_outputs: int) -> Samples:
-    """Class indices (n,), or targets (n, d), are what the named losses take."""
+    """Checks that labels are what the named losses take: class indices (n,), or targets (n, d)."""
     labels = samples.labels
     if labels.ndim == 1:
         if not jnp.issubdtype(labels.dtype, jnp.integer):
