@@ -74,8 +74,9 @@ def flatten_samples(
     ignored_label: int | None = IGNORED_LABEL,
     unit: Float[Array, ""] | None = None,
 ) -> Samples:
-    """Flattens the leading shape, and casts to the dtype to compute in: float64 if an input or the head has it, or
-    float32.
+    """Flattens the leading shape, and casts to the dtype to compute in.
+
+    Float64 if an input or the head has it, else float32.
 
     Args:
         head: what the features enter.

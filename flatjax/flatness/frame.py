@@ -26,7 +26,9 @@ class Frame(NamedTuple):
 
 
 def unit_of(head: LinearHead, axis_names: AxisNames = ()) -> Float[Array, ""]:
-    """A power of two in whose units the largest weight is `_LARGEST`; the rows of all devices along `axis_names` count.
+    """A power of two in whose units the largest weight is `_LARGEST`.
+
+    The rows of all devices along `axis_names` count.
     """
     largest = jnp.max(jnp.abs(jax.lax.stop_gradient(head.matrix)))
     largest = largest.astype(sum_dtype(largest))
@@ -42,8 +44,9 @@ def unit_for(feats: Float[Array, "n m"]) -> Float[Array, ""]:
 
 
 def frame_of(head: SplitHead, feats: Float[Array, "n m"], unit: Float[Array, ""]) -> Frame:
-    """Puts the frame around the rows between which some samples hesitate: κ and its gradient are made of their
-    differences.
+    """Puts the frame around the rows between which some samples hesitate.
+
+    κ and its gradient are made of their differences.
 
     A sample that is certain of a row far from all others makes nothing of its distance, and neither does the frame. If
     none hesitates, the frame is in the middle of some rows, as all samples may be certain of the far one.
@@ -75,8 +78,9 @@ def mean_by_importance(values: Float[Array, "n ..."], importance: Float[Array, "
 
 
 _LARGEST = 2.0**16
-"""The size of the largest number. Squares then have as much room below as above: a row may be 1e9 times as far as
-others.
+"""The size of the largest number. Squares then have as much room below as above.
+
+a row may be 1e9 times as far as those that matter.
 """
 _SAMPLES, _ROWS = 8, 11
 _NEGLIGIBLE = 1e-3

@@ -110,7 +110,9 @@ def split(head: LinearHead, axis_names: AxisNames, like: Any) -> SplitHead:
 
 
 def map_parts(function: Callable[..., Any], heads: tuple[SplitHead, ...], *arrays: Shaped[Array, "k ..."]) -> Any:
-    """Applies `function(*heads, *arrays)` to each part, a `LinearHead` for a head; the results lie along a first axis.
+    """Applies `function(*heads, *arrays)` to each part, a `LinearHead` for a head.
+
+    The results lie along a first axis.
     """
     rows_axis = heads[0].rows_axis
 

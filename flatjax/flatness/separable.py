@@ -47,10 +47,10 @@ def squared_error(head: LinearHead, feats: Float[Array, "n m"], shares: Float[Ar
 def sigmoid_cross_entropy(
     head: LinearHead, feats: Float[Array, "n m"], shares: Float[Array, " n"]
 ) -> SeparableCurvature:
-    """The curvature of −Σ_s [y_s log σ(z_s) + (1 − y_s) log σ(−z_s)]: g = σ(z)σ(−z), without the cancellation of σ(1 −
-    σ).
+    """The curvature of −Σ_s [y_s log σ(z_s) + (1 − y_s) log σ(−z_s)]: g = σ(z)σ(−z).
 
-    g is 0 at −∞, an output that is left out, and NaN at +∞, where a network diverged.
+    It does not cancel as σ(1 − σ) does. g is 0 at −∞, an output that is left out, and NaN at +∞, where a network
+    diverged.
     """
     logits = head.logits(feats)
     second_derivatives = jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits)

@@ -45,8 +45,9 @@ def tile(
     tile_size: int,
     i: Integer[Array, ""],
 ) -> Tile:
-    """Reads tile `i` of a head, in the frame that `feats` are in; the head's rows belong to the outputs from
-    `first_output` on.
+    """Reads tile `i` of a head, in the frame that `feats` are in.
+
+    The head's rows belong to the outputs from `first_output` on.
     """
     start = _start(head, tile_size, i)
     rows, bias = take_rows(head, tile_size, i, feats.dtype)
