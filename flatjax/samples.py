@@ -76,7 +76,7 @@ def flatten_samples(
 ) -> Samples:
     """Flattens the leading shape, and casts to the dtype to compute in.
 
-    Float64 if an input or the head has it, else float32.
+    It computes in float64 if an input or the head has it, else in float32.
 
     Args:
         head: what the features enter.

@@ -78,9 +78,9 @@ def mean_by_importance(values: Float[Array, "n ..."], importance: Float[Array, "
 
 
 _LARGEST = 2.0**16
-"""The size of the largest number. Squares then have as much room below as above.
+"""The size of the largest number, chosen so that squares have as much room below as above.
 
-a row may be 1e9 times as far as those that matter.
+A row may then be 1e9 times as far as those that matter.
 """
 _SAMPLES, _ROWS = 8, 11
 _NEGLIGIBLE = 1e-3
