@@ -94,10 +94,9 @@ def _agrees(layer: Layer, reading: Reading, shape: tuple[int, ...]) -> bool:
 
 
 def _may_be_networks(reading: Reading, ndim: int) -> bool:
-    """Whether the product may be of several networks on one input, or of one layer whose first outputs' axis comes
-    first.
+    """Whether the product may be one of several networks on one input.
 
-    Both look the same in a program.
+    A layer whose first outputs' axis comes first looks the same.
     """
     features = reading.feature_axes
     outputs = [axis for axis in range(ndim) if axis not in (*features, *reading.stack_axes)]

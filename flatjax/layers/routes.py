@@ -129,8 +129,9 @@ class Prober:
         }
 
     def exact_routes(self, num_probes: dict[Layer, int]) -> dict[Layer, str]:
-        """The exact routes of those layers that are heads, or have one that takes no more products than probes are
-        needed.
+        """The exact routes of the layers that have one.
+
+        They are heads, or layers for which it takes no more products than probes are needed.
         """
         routes = {layer: self._exact_route(layer, number) for layer, number in num_probes.items()}
         return {layer: by for layer, by in routes.items() if by is not None}
