@@ -1,7 +1,7 @@
-"""Convolutions with their axes in an order that XLA compiles well on a CPU, in loops too.
+"""Put the axes of convolutions in an order that XLA compiles well on a CPU, in loops too.
 
-There it has a fast kernel for one order, (batch, space, features) and (space, in, out), and brings others to it outside
-of loops alone: in a loop, what the derivative of a convolution is made of takes ten to thirty times as long.
+XLA has a fast kernel for one order there, (batch, space, features) and (space, in, out). It brings others to it only
+outside of loops. In a loop, what the derivative of a convolution is made of takes ten to thirty times as long.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from flatjax.curvature.programs import as_function
 
 
 def with_convolutions_in_order(function: Callable[[Tree], Tree]) -> Callable[[Tree], Tree]:
-    """The same function, of the same program but for the order of the axes in its convolutions."""
+    """Makes the same function with the same program, but for the order of the axes in its convolutions."""
     if jax.default_backend() != "cpu":
         return function
 
