@@ -1,11 +1,11 @@
-"""Packages that only loading needs."""
+"""Import packages that only loading needs."""
 
 import importlib
 from typing import Any
 
 
 def optional(name: str) -> Any:
-    """The module, or an error that says how to get it."""
+    """Imports a module, or raises an error that says how to get it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
