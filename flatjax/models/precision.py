@@ -1,9 +1,9 @@
-"""In what a model accumulates."""
+"""The dtype in which models sum: float64 if given, else float32."""
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 
 def at_least_float32(dtype: DTypeLike) -> DTypeLike:
-    """`jnp.promote_types` with float32, which under strict promotion refuses float64."""
+    """Promotes a dtype to float32 at least: `jnp.promote_types` refuses float64 under strict promotion."""
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
