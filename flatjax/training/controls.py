@@ -75,7 +75,6 @@ def label_smoothing(
 
 
 def _log_probabilities(logits: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-    """log softmax(z); that of the likeliest class comes from the sum of the others, so that it keeps its digits near 0.
-    """
+    """log softmax(z); the likeliest class gets it from the sum of the others, so that it keeps its digits near 0."""
     relative, others = relative_to_largest(logits.astype(sum_dtype(logits)))
     return relative - jnp.log1p(others)
