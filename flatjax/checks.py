@@ -4,20 +4,19 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental import checkify
-from jax.typing import ArrayLike
-from jaxtyping import Float, Shaped
 
 from flatjax.flatness.losses import Loss, read_samples
 from flatjax.heads import HeadParams
 from flatjax.metric import metric
+from flatjax.samples import Features, Labels, Weights
 
 
 @metric(compiled=False)
 def check_inputs(
     params: HeadParams,
-    feats: Float[ArrayLike, "*n m"],
-    labels: Shaped[ArrayLike, "*n"] | Shaped[ArrayLike, "*n k"],
-    weights: Shaped[ArrayLike, "*n"] | None = None,
+    feats: Features,
+    labels: Labels,
+    weights: Weights | None = None,
     *,
     loss: Loss = "softmax_cross_entropy",
 ) -> None:

@@ -3,18 +3,18 @@
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Bool, Float
 
 from flatjax.curvature.vectors import sum_dtype
 from flatjax.metric import metric
-from flatjax.samples import IGNORED_LABEL, widened
+from flatjax.samples import IGNORED_LABEL, Classes, Logits, Targets, widened
 from flatjax.sharding import automatic
 
 
 @metric(placed="as it comes")
 def cross_entropy(
-    logits: Float[ArrayLike, "*n d"],
-    labels: Integer[ArrayLike, "*n"] | Float[ArrayLike, "*n d"],
+    logits: Logits,
+    labels: Classes | Targets,
     smoothing: Float[ArrayLike, ""] = 0.0,
 ) -> Float[Array, "*n"]:
     """Softmax cross-entropy of each sample, as a sum over all classes but the likeliest.

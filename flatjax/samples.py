@@ -11,12 +11,28 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Integer, Shaped
+from typing_extensions import TypeAliasType
 
 from flatjax.heads import LinearHead
 
 IGNORED_LABEL = -100
 """The label of padding, by the convention of those who pad tokens."""
+
+
+# Named, so that a signature shows the name and not the union of all that it stands for; checked at run time as before.
+Features = TypeAliasType("Features", Float[ArrayLike, "*n m"])
+"""Features (..., m) of any floating dtype."""
+Logits = TypeAliasType("Logits", Float[ArrayLike, "*n d"])
+"""Logits (..., d) of any floating dtype."""
+Classes = TypeAliasType("Classes", Integer[ArrayLike, "*n"])
+"""One integer class a sample (...,)."""
+Targets = TypeAliasType("Targets", Float[ArrayLike, "*n d"])
+"""A target for each output of each sample (..., d)."""
+Labels = TypeAliasType("Labels", Shaped[ArrayLike, "*n"] | Shaped[ArrayLike, "*n k"])
+"""One label a sample (...,), or k of them (..., k); which are allowed, the loss says."""
+Weights = TypeAliasType("Weights", Shaped[ArrayLike, "*n"])
+"""One weight a sample (...,), real; a sample of weight 0 is padding."""
 
 
 class Flaw(NamedTuple):

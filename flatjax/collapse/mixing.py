@@ -11,7 +11,7 @@ from flatjax import results
 from flatjax.collapse.geometry import row_norms
 from flatjax.heads import HeadParams, linear_head
 from flatjax.metric import metric
-from flatjax.samples import check_one_class_a_sample, flatten_samples, mark_class_labels
+from flatjax.samples import Classes, Features, Weights, check_one_class_a_sample, flatten_samples, mark_class_labels
 
 
 class MixupGeometry(NamedTuple):
@@ -43,10 +43,10 @@ class MixupGeometry(NamedTuple):
 @metric
 def mixup_geometry(
     params: HeadParams,
-    feats: Float[ArrayLike, "*n m"],
-    labels: Integer[ArrayLike, "*n"],
-    partners: Integer[ArrayLike, "*n"],
-    weights: Shaped[ArrayLike, "*n"] | None = None,
+    feats: Features,
+    labels: Classes,
+    partners: Classes,
+    weights: Weights | None = None,
     *,
     centred: bool = False,
 ) -> MixupGeometry:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Integer, Shaped
+from jaxtyping import Array, Float, Int
 
 from flatjax import results
 from flatjax.collapse.class_means import class_means
@@ -15,7 +15,15 @@ from flatjax.collapse.variability import mean_square_in_means
 from flatjax.heads import HeadParams, LinearHead, linear_head
 from flatjax.integers import whole_number
 from flatjax.metric import metric
-from flatjax.samples import Samples, check_one_class_a_sample, flatten_samples, mark_class_labels
+from flatjax.samples import (
+    Classes,
+    Features,
+    Samples,
+    Weights,
+    check_one_class_a_sample,
+    flatten_samples,
+    mark_class_labels,
+)
 
 
 class NeuralCollapse(NamedTuple):
@@ -72,9 +80,9 @@ class NeuralCollapse(NamedTuple):
 @metric
 def neural_collapse(
     params: HeadParams,
-    feats: Float[ArrayLike, "*n m"],
-    labels: Integer[ArrayLike, "*n"],
-    weights: Shaped[ArrayLike, "*n"] | None = None,
+    feats: Features,
+    labels: Classes,
+    weights: Weights | None = None,
     *,
     num_classes: int | None = None,
 ) -> NeuralCollapse:

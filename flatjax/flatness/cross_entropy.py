@@ -4,23 +4,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Integer, Shaped
+from jaxtyping import Array, Float
 
 from flatjax.flatness.frame import unit_of
 from flatjax.flatness.vocabulary import read_out
 from flatjax.heads import HeadParams, linear_head
 from flatjax.metric import metric
-from flatjax.samples import check_one_class_a_sample, flatten_samples, mark_class_labels
+from flatjax.samples import Classes, Features, Weights, check_one_class_a_sample, flatten_samples, mark_class_labels
 from flatjax.sharding import axis_names, sum_over_devices, varying_axes
 
 
 @metric
 def cross_entropy_and_flatness(
     params: HeadParams,
-    feats: Float[ArrayLike, "*n m"],
-    labels: Integer[ArrayLike, "*n"],
-    weights: Shaped[ArrayLike, "*n"] | None = None,
+    feats: Features,
+    labels: Classes,
+    weights: Weights | None = None,
     *,
     tile_size: int | None = None,
     axis_name: str | tuple[str, ...] | None = None,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Integer, Shaped
+from jaxtyping import Array, Float
 
 from flatjax import results
 from flatjax.flatness.frame import frame_of, unit_of
@@ -16,7 +16,16 @@ from flatjax.flatness.tiles import check_tile_size, rows_of, tile, tile_indices
 from flatjax.flatness.vocabulary import FEWEST_ROWS, LOGITS_AT_ONCE
 from flatjax.heads import HeadParams, LinearHead, linear_head
 from flatjax.metric import metric
-from flatjax.samples import Samples, check_one_class_a_sample, flatten_samples, mark_class_labels
+from flatjax.samples import (
+    Classes,
+    Features,
+    Logits,
+    Samples,
+    Weights,
+    check_one_class_a_sample,
+    flatten_samples,
+    mark_class_labels,
+)
 from flatjax.sharding import varying_like
 
 
@@ -36,9 +45,9 @@ class LogitSharpness(NamedTuple):
 
 @metric
 def logit_sharpness(
-    logits: Float[ArrayLike, "*n d"],
-    labels: Integer[ArrayLike, "*n"],
-    weights: Shaped[ArrayLike, "*n"] | None = None,
+    logits: Logits,
+    labels: Classes,
+    weights: Weights | None = None,
     *,
     radius: float = 1e-3,
 ) -> LogitSharpness:
@@ -107,9 +116,9 @@ def logit_sharpness(
 @metric
 def head_logit_sharpness(
     params: HeadParams,
-    feats: Float[ArrayLike, "*n m"],
-    labels: Integer[ArrayLike, "*n"],
-    weights: Shaped[ArrayLike, "*n"] | None = None,
+    feats: Features,
+    labels: Classes,
+    weights: Weights | None = None,
     *,
     radius: float = 1e-3,
     tile_size: int | None = None,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
+from typing_extensions import TypeAliasType
 
 from flatjax.flatness.autodiff import AutodiffCurvature
 from flatjax.flatness.frame import unit_of
@@ -16,7 +17,7 @@ from flatjax.heads import HeadParams, LinearHead, linear_head
 from flatjax.samples import IGNORED_LABEL, Samples, flatten_samples, mark_class_labels
 
 NamedLoss = Literal["softmax_cross_entropy", "squared_error", "sigmoid_cross_entropy"]
-Loss = NamedLoss | Callable[[Array, Array], Array]
+Loss = TypeAliasType("Loss", NamedLoss | Callable[[Array, Array], Array])
 """A named loss, or any callable `(logits (d,), label) -> scalar`."""
 
 

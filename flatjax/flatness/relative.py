@@ -2,21 +2,21 @@
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
 from flatjax.flatness.frame import unit_for, unit_of
 from flatjax.flatness.losses import Loss, logit_curvature, read_samples, summed_curvature
 from flatjax.heads import HeadParams
 from flatjax.metric import metric
+from flatjax.samples import Features, Labels, Weights
 
 
 @metric
 def relative_flatness(
     params: HeadParams,
-    feats: Float[ArrayLike, "*n m"],
-    labels: Shaped[ArrayLike, "*n"] | Shaped[ArrayLike, "*n k"],
-    weights: Shaped[ArrayLike, "*n"] | None = None,
+    feats: Features,
+    labels: Labels,
+    weights: Weights | None = None,
     *,
     loss: Loss = "softmax_cross_entropy",
     tile_size: int | None = None,
@@ -87,9 +87,9 @@ def relative_flatness(
 @metric
 def simplified_relative_flatness(
     params: HeadParams,
-    feats: Float[ArrayLike, "*n m"],
-    labels: Shaped[ArrayLike, "*n"] | Shaped[ArrayLike, "*n k"],
-    weights: Shaped[ArrayLike, "*n"] | None = None,
+    feats: Features,
+    labels: Labels,
+    weights: Weights | None = None,
     *,
     loss: Loss = "softmax_cross_entropy",
     tile_size: int | None = None,
@@ -121,9 +121,9 @@ def simplified_relative_flatness(
 @metric
 def max_relative_flatness(
     params: HeadParams,
-    feats: Float[ArrayLike, "*n m"],
-    labels: Shaped[ArrayLike, "*n"] | Shaped[ArrayLike, "*n k"],
-    weights: Shaped[ArrayLike, "*n"] | None = None,
+    feats: Features,
+    labels: Labels,
+    weights: Weights | None = None,
     *,
     loss: Loss = "softmax_cross_entropy",
 ) -> Float[Array, ""]:
@@ -176,9 +176,9 @@ def max_relative_flatness(
 @metric
 def row_block_traces(
     params: HeadParams,
-    feats: Float[ArrayLike, "*n m"],
-    labels: Shaped[ArrayLike, "*n"] | Shaped[ArrayLike, "*n k"],
-    weights: Shaped[ArrayLike, "*n"] | None = None,
+    feats: Features,
+    labels: Labels,
+    weights: Weights | None = None,
     *,
     loss: Loss = "softmax_cross_entropy",
 ) -> Float[Array, "d d"]:

@@ -12,16 +12,17 @@ from flatjax.flatness.frame import framed
 from flatjax.flatness.losses import Loss, read_samples
 from flatjax.heads import HeadParams
 from flatjax.metric import metric
+from flatjax.samples import Features, Labels, Weights
 
 
 @metric
 def feature_robustness(
     params: HeadParams,
-    feats: Float[ArrayLike, "*n m"],
-    labels: Shaped[ArrayLike, "*n"] | Shaped[ArrayLike, "*n k"],
+    feats: Features,
+    labels: Labels,
     delta: float | Float[ArrayLike, ""],
     key: Key[Array, ""],
-    weights: Shaped[ArrayLike, "*n"] | None = None,
+    weights: Weights | None = None,
     *,
     distribution: str = "orthogonal",
     num_samples: int = 64,

@@ -3,21 +3,21 @@
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Integer, Shaped
+from jaxtyping import Array, Bool, Float, Integer
 
 from flatjax.curvature.vectors import sum_dtype
 from flatjax.double import Double
 from flatjax.heads import LinearHead
 from flatjax.metric import metric
 from flatjax.representations.spectrum import FIT_RANGE, RepresentationGeometry, geometry_of_spectrum
-from flatjax.samples import Samples, flatten_samples
+from flatjax.samples import Features, Samples, Weights, flatten_samples
 from flatjax.units import safe_sqrt
 
 
 @metric
 def representation_geometry(
-    feats: Float[ArrayLike, "*n m"],
-    weights: Shaped[ArrayLike, "*n"] | None = None,
+    feats: Features,
+    weights: Weights | None = None,
     *,
     fit_range: tuple[int, int] = FIT_RANGE,
 ) -> RepresentationGeometry:

@@ -11,14 +11,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float, Int, Shaped
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
 from flatjax.double import Double
 from flatjax.integers import whole_number
 from flatjax.metric import metric
 from flatjax.representations.geometry import centred, read_features, without_rounding
 from flatjax.representations.spectrum import FIT_RANGE, RepresentationGeometry, geometry_of_spectrum
+from flatjax.samples import Features, Weights
 from flatjax.sharding import num_devices
 from flatjax.units import root_of_squares
 
@@ -69,9 +70,7 @@ class FeatureSpectrum(NamedTuple):
         return _empty(num_features, jnp.dtype(dtype))
 
     @metric(placed="as the first")
-    def update(
-        self, feats: Float[ArrayLike, "*n m"], weights: Shaped[ArrayLike, "*n"] | None = None
-    ) -> "FeatureSpectrum":
+    def update(self, feats: Features, weights: Weights | None = None) -> "FeatureSpectrum":
         """Adds one more batch of features (..., m), with weights (...,), 1 by default; 0 is padding.
 
         Raises:

@@ -2,13 +2,14 @@
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float
 
 from flatjax.curvature.vectors import sum_dtype
 from flatjax.losses import cross_entropy, relative_to_largest
+from flatjax.samples import Classes, Logits, Targets
 
 
-def confidence_penalty(logits: Float[ArrayLike, "*n d"]) -> Float[Array, "*n"]:
+def confidence_penalty(logits: Logits) -> Float[Array, "*n"]:
     """The negative entropy of each prediction, to be added to the loss with a positive strength.
 
         −H(p) = Σ_s p_s log p_s,    p = softmax(z)
@@ -42,8 +43,8 @@ def confidence_penalty(logits: Float[ArrayLike, "*n d"]) -> Float[Array, "*n"]:
 
 
 def label_smoothing(
-    logits: Float[ArrayLike, "*n d"],
-    labels: Integer[ArrayLike, "*n"] | Float[ArrayLike, "*n d"],
+    logits: Logits,
+    labels: Classes | Targets,
     smoothing: Float[ArrayLike, ""],
 ) -> Float[Array, "*n"]:
     """Softmax cross-entropy with labels a part of which is spread over all d classes alike, the right one included.

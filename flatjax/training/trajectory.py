@@ -10,12 +10,11 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int, Integer
 
 from flatjax.curvature.vectors import sum_dtype
+from flatjax.samples import Logits
 from flatjax.sharding import explicit_mesh
 
 
-def trajectory_loss(
-    logits: Float[ArrayLike, "*n d"], past_logits: Float[ArrayLike, "*n d"], *, temperature: ArrayLike = 5.0
-) -> Float[Array, "*n"]:
+def trajectory_loss(logits: Logits, past_logits: Logits, *, temperature: ArrayLike = 5.0) -> Float[Array, "*n"]:
     """Measures how far each sample's prediction has moved from an earlier one, which sharp minima let it do fast.
 
         τ² KL(softmax(z_past/τ) ‖ softmax(z/τ))
