@@ -2,12 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from flatjax.curvature.vectors import sum_dtype
 from flatjax.metric import metric
-from flatjax.samples import IGNORED_LABEL, Classes, Logits, Targets, widened
+from flatjax.samples import IGNORED_LABEL, Classes, Logits, Scalar, Targets, widened
 from flatjax.sharding import automatic
 
 
@@ -15,7 +14,7 @@ from flatjax.sharding import automatic
 def cross_entropy(
     logits: Logits,
     labels: Classes | Targets,
-    smoothing: Float[ArrayLike, ""] = 0.0,
+    smoothing: Scalar = 0.0,
 ) -> Float[Array, "*n"]:
     """Softmax cross-entropy of each sample, as a sum over all classes but the likeliest.
 

@@ -33,6 +33,8 @@ Labels = TypeAliasType("Labels", Shaped[ArrayLike, "*n"] | Shaped[ArrayLike, "*n
 """One label a sample (...,), or k of them (..., k); which are allowed, the loss says."""
 Weights = TypeAliasType("Weights", Shaped[ArrayLike, "*n"])
 """One weight a sample (...,), real; a sample of weight 0 is padding."""
+Scalar = TypeAliasType("Scalar", Float[ArrayLike, ""])
+"""One number of a floating dtype."""
 
 
 class Flaw(NamedTuple):

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, Shaped
 
 from flatjax.curvature.estimate import Estimate, mean_of
@@ -12,7 +11,7 @@ from flatjax.flatness.frame import framed
 from flatjax.flatness.losses import Loss, read_samples
 from flatjax.heads import HeadParams
 from flatjax.metric import metric
-from flatjax.samples import Features, Labels, Weights
+from flatjax.samples import Features, Labels, Scalar, Weights
 
 
 @metric
@@ -20,7 +19,7 @@ def feature_robustness(
     params: HeadParams,
     feats: Features,
     labels: Labels,
-    delta: float | Float[ArrayLike, ""],
+    delta: Scalar,
     key: Key[Array, ""],
     weights: Weights | None = None,
     *,

@@ -1,12 +1,11 @@
 """Losses that hold confidence down by themselves: what a regulariser by flatness has to be compared with."""
 
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from flatjax.curvature.vectors import sum_dtype
 from flatjax.losses import cross_entropy, relative_to_largest
-from flatjax.samples import Classes, Logits, Targets
+from flatjax.samples import Classes, Logits, Scalar, Targets
 
 
 def confidence_penalty(logits: Logits) -> Float[Array, "*n"]:
@@ -45,7 +44,7 @@ def confidence_penalty(logits: Logits) -> Float[Array, "*n"]:
 def label_smoothing(
     logits: Logits,
     labels: Classes | Targets,
-    smoothing: Float[ArrayLike, ""],
+    smoothing: Scalar,
 ) -> Float[Array, "*n"]:
     """Softmax cross-entropy with labels a part of which is spread over all d classes alike, the right one included.
 

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
+from typing_extensions import TypeAliasType
 
 from flatjax.arrays import as_arrays
 from flatjax.curvature.counts import counted
@@ -20,7 +21,7 @@ from flatjax.curvature.vectors import sum_dtype
 from flatjax.sharding import axis_names, varying_along, varying_axes
 from flatjax.training.arguments import check_fits, check_given
 
-Strength: TypeAlias = ArrayLike | optax.Schedule
+Strength = TypeAliasType("Strength", ArrayLike | optax.Schedule)
 """The strength λ, or λ as a function of the number of updates so far."""
 
 Gradient: TypeAlias = Callable[..., tuple[Float[Array, ""], Tree]]
