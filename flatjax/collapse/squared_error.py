@@ -250,7 +250,7 @@ def _best_head(moments: _Moments) -> _BestHead:
 
         W_LS root = diag(s)PAY,    (W_LS M + b_LS 1ᵀ − I) diag(s) = −diag(s)PAP,    √λ b_LS = diag(s)PAs/√(1 + λ)
 
-    which are products, of which none cancels.
+    which are products, none of which cancels.
     """
     s, decay = jnp.sqrt(moments.shares), moments.weight_decay
     left = jnp.sqrt(decay / (1 + decay))

@@ -249,7 +249,7 @@ def _like(params: Tree, paths: tuple[str, ...] | None) -> Tree:
 
 
 def _with_chosen(params: Tree, chosen: Tree, paths: tuple[str, ...] | None) -> Tree:
-    """The parameters, those chosen at their own precision again."""
+    """The parameters with the chosen leaves put back, at their own precision again."""
     given = jax.tree.map(lambda x, leaf: x.astype(jnp.result_type(leaf)), chosen, chosen_leaves(params, paths))
     return with_leaves(params, given, paths)
 

@@ -69,7 +69,7 @@ def trace_of(sketch: Sketch) -> Estimate:
 
 
 def leave_one_out_traces(sketch: Sketch) -> Float[Array, " k"]:
-    """tr(P_i C) + (n − k + 1) uᵢᵀ C u_i, with P_i the projection on the images of all ω_j but ω_i.
+    """The estimates tr(P_i C) + (n − k + 1) uᵢᵀ C u_i, with P_i the projection on the images of all ω_j but ω_i.
 
     u_i is the direction of (1 − P_i) ω_i, uniform among those that are left. P_i = Q (1 − s_i s_iᵀ) Qᵀ, where s_i is
     column i of R⁻ᵀ, normalised; (1 − P_i) ω_i = ω_i − Q x_i; C ω_i = Q r_i.

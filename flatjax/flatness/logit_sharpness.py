@@ -55,7 +55,7 @@ def logit_sharpness(
 
         max_δ ℓ(z + δ) is at z_j + ε(|z_j| + 1) for j ≠ y, and z_y − ε(|z_y| + 1)
 
-    The rise depends on the logits and the labels alone: on the margins and on how large the logits are. It does not
+    The rise depends only on the logits and the labels: on the margins and on how large the logits are. It does not
     depend on the weights of a network or their curvature. Unlike the loss, it changes when the same number is added to
     all logits of a sample.
 

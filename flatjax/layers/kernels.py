@@ -50,7 +50,7 @@ class Layer(NamedTuple):
         return self.matrices(kernel)[index]
 
     def kernel(self, matrices: Float[Array, "l m d"], shape: tuple[int, ...]) -> Float[Array, "..."]:
-        """The kernel whose matrices they are."""
+        """The kernel whose matrices Wᵀ are the given ones."""
         order = self._order(len(shape))
         permuted = matrices.reshape([shape[axis] for axis in order])
         return jnp.transpose(permuted, [order.index(axis) for axis in range(len(shape))])

@@ -63,7 +63,7 @@ def layer_outputs(program: Program, layer: Layer) -> LayerOutputs:
 
 
 def try_layer_outputs(program: Program, layer: Layer) -> LayerOutputs | None:
-    """`layer_outputs`, or None where a layer does not enter the loss by one product of matrices."""
+    """Finds a layer in a loss; None where it does not enter the loss by one product of matrices."""
     try:
         return layer_outputs(program, layer)
     except NotOneProductError:

@@ -54,11 +54,11 @@ class Origins(NamedTuple):
         return isinstance(value, Var) and value in self.of_data
 
     def is_parameter(self, value: Any) -> bool:
-        """Made of parameters and of no data."""
+        """Whether a value is made of parameters and of no data."""
         return isinstance(value, Var) and value in self.of_params and value not in self.of_data
 
     def within(self, program: Jaxpr, inner: Sequence[Var], outer: Sequence[Any]) -> "Origins":
-        """The same in a program that is called, whose variables `inner` are given the values `outer`."""
+        """The origins in a program that is called, whose variables `inner` are given the values `outer`."""
         pairs = [(var, value) for var, value in zip(inner, outer, strict=True) if isinstance(value, Var)]
         return Origins.of(
             program,
@@ -67,7 +67,10 @@ class Origins(NamedTuple):
         )
 
     def within_loop(self, program: Jaxpr, outer: Sequence[Any], first_carry: int, num_carry: int) -> "Origins":
-        """The same in the body of a `scan`: what is carried is made of what it begins as, and of what a step adds."""
+        """The origins in the body of a `scan`.
+
+        What is carried is made of what it begins as, and of what a step adds.
+        """
         inner = list(program.invars)
         origins, before = self.within(program, inner, outer), None
         while origins != before:

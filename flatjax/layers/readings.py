@@ -16,7 +16,7 @@ def read_layer(program: Program, layer: str | Layer) -> Layer:
     """Reads the layer as the program uses it; one given with its axes is confirmed.
 
     Raises:
-        MisreadKernelError: the program multiplies the kernel along other axes than those given; or, of a path alone,
+        MisreadKernelError: the program multiplies the kernel along other axes than those given; or, given only a path,
             it does not show which, or different ones in different places.
     """
     path = layer if isinstance(layer, str) else layer.path

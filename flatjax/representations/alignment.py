@@ -82,7 +82,7 @@ def numerical_ranks(singular_values: Float[ArrayLike, "*l k"], *, tolerance: flo
 
 
 class LineFit(NamedTuple):
-    """A line through points of a layer each."""
+    """A line that is fitted through points, one a layer."""
 
     slope: Float[Array, ""]
     """The slope, for a step of one layer."""

@@ -1,4 +1,4 @@
-"""Neural collapse as a regulariser in any optimizer chain."""
+"""Regularise by neural collapse in any optimizer chain."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -46,7 +46,7 @@ def label_smoothing(
     labels: Classes | Targets,
     smoothing: Scalar,
 ) -> Float[Array, "*n"]:
-    """Softmax cross-entropy with labels a part of which is spread over all d classes alike, the right one included.
+    """Softmax cross-entropy with smoothed labels: a part is spread over all d classes alike, the right one included.
 
         ℓ = −Σ_s ((1 − α) [s = y] + α/d) log p_s,    p = softmax(z)
 

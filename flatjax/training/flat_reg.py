@@ -1,4 +1,4 @@
-"""Relative flatness as a regulariser in any optimizer chain."""
+"""Regularise by relative flatness in any optimizer chain."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
