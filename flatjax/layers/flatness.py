@@ -82,8 +82,8 @@ def layer_relative_flatness(
     Raises:
         TypeError: the kernel is not of a floating dtype, a leaf of params no array, or the loss no scalar.
         ValueError: there is no such layer; the program multiplies it along other axes than was said, or only a path
-            is given and does not say how it is to be read; no key for probes, too few of them, an unknown method, or, for "outputs",
-            a layer that does not enter the loss by one product of matrices.
+            is given and does not say how it is to be read; no key for probes, too few of them, an unknown method, or,
+            for "outputs", a layer that does not enter the loss by one product of matrices.
 
     Notes:
         Cost: "outputs" takes min(d, m) products after the layer if no feature vector interacts with another. It takes
