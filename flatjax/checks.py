@@ -1,42 +1,41 @@
-"""Which sample is to blame for a NaN."""
+"""Name the sample that is to blame for a NaN."""
 
 from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental import checkify
-from jax.typing import ArrayLike
-from jaxtyping import Float, Shaped
 
 from flatjax.core.metric import metric
 from flatjax.flatness.inputs import Loss, read_samples
 from flatjax.heads import HeadParams
+from flatjax.samples import Features, Labels, Weights
 
 
 @metric(compiled=False)
 def check_inputs(
     params: HeadParams,
-    feats: Float[ArrayLike, "*n m"],
-    labels: Shaped[ArrayLike, "*n"] | Shaped[ArrayLike, "*n k"],
-    weights: Shaped[ArrayLike, "*n"] | None = None,
+    feats: Features,
+    labels: Labels,
+    weights: Weights | None = None,
     *,
     loss: Loss = "softmax_cross_entropy",
 ) -> None:
     """Raises an error that names the first sample whose values make a metric of the same arguments NaN.
 
-    The metrics themselves do not raise, as compiled code cannot. Nor can this function inside `jit`, unless
+    The metrics themselves do not raise, as compiled code cannot. Inside `jit` this function cannot either, unless
     `jax.experimental.checkify.checkify` takes its error out.
 
     Args:
-        params: the head, as for `relative_flatness`; so are the others.
+        params: the head, as for `relative_flatness`, and so are the other arguments.
         feats: features (..., m).
         labels: integer classes (...,), or targets (..., d).
         weights: sample weights (...,); what a sample of weight 0 holds is not checked.
-        loss: a name, or any callable, of whose labels nothing is known and nothing checked.
+        loss: a name, or any callable. Nothing is known of a callable's labels, and so they are not checked.
 
     Raises:
         checkify.JaxRuntimeError: a feature, a weight or the head is not finite, a label is out of range, a weight is
-            negative, or all are 0. A bias of −∞ leaves its output out, and is named where none is left, or where the
-            loss is "squared_error", of which it is no output.
+            negative, or all are 0. A bias of −∞ leaves its output out. It is named where no output is left, or where
+            the loss is "squared_error", which has no such outputs.
         TypeError, ValueError: as `relative_flatness`.
 
     Example:

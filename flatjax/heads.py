@@ -1,4 +1,4 @@
-"""What a linear head is: the layouts it is kept in, and its logits."""
+"""Linear heads: the layouts in which they are kept, and their logits."""
 
 import dataclasses
 import functools
@@ -12,8 +12,9 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 HeadParams = Any
 """A head: a mapping or `nnx.State` with `kernel` (m, d), `weight` (d, m) or `embedding` (d, m), and optionally `bias`
-(d,); or the layer that has them, of NNX, Equinox or PyTorch. The name says the layout: `kernel` is (in, out), as Flax
-keeps it, `weight` (out, in), as PyTorch and Equinox do."""
+(d,); or the layer of NNX, Equinox or PyTorch that has them. The name says the layout: `kernel` is (in, out), as Flax
+keeps it, and `weight` (out, in), as PyTorch and Equinox do.
+"""
 
 _LAYOUTS = {"kernel": "(m, d), (in, out)", "weight": "(d, m), (out, in)", "embedding": "(d, m), (vocabulary, features)"}
 
@@ -21,13 +22,13 @@ _LAYOUTS = {"kernel": "(m, d), (in, out)", "weight": "(d, m), (out, in)", "embed
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["matrix", "bias"], meta_fields=["rows_axis"])
 @dataclasses.dataclass(frozen=True)
 class LinearHead:
-    """A linear layer z = Wφ + b, with one row of W an output, in the layout it was given in.
+    """A linear layer z = Wφ + b in the layout it was given in; each row of W belongs to one output.
 
-    A transposed copy of a vocabulary's head is one array too many: what reads it in parts transposes the parts.
+    A transposed copy of a vocabulary's head is one array too many. What reads the head in parts transposes the parts.
     """
 
     matrix: Shaped[Array, "..."]
-    """W (d, m) if `rows_axis` is 0, else Wᵀ."""
+    """The matrix W (d, m) if `rows_axis` is 0, else Wᵀ."""
     bias: Shaped[Array, " d"]
     rows_axis: int = 0
 
@@ -45,14 +46,14 @@ class LinearHead:
 
     @property
     def is_finite(self) -> Bool[Array, ""]:
-        """That of a diverged network is not."""
+        """Whether all entries are finite: the head of a diverged network is not."""
         return jnp.all(jnp.isfinite(self.matrix)) & jnp.all(jnp.isfinite(self.bias))
 
     def astype(self, dtype: DTypeLike) -> "LinearHead":
         return LinearHead(self.matrix.astype(dtype), self.bias.astype(dtype), self.rows_axis)
 
     def squared_norm(self, dtype: DTypeLike) -> Float[Array, ""]:
-        """‖W‖_F²."""
+        """The squared Frobenius norm ‖W‖_F²."""
         return jnp.sum(self.matrix.astype(dtype) ** 2)
 
     def logits(self, feats: Float[Array, "n m"]) -> Float[Array, "n d"]:
@@ -63,8 +64,8 @@ def linear_head(params: HeadParams) -> LinearHead:
     """Reads a head in any of its layouts; a head without a bias gets a zero one.
 
     Raises:
-        TypeError: as `head_arrays`, or its arrays are not of a floating dtype.
-        ValueError: as `head_arrays`, or arrays of the wrong shape.
+        TypeError: `params` names no arrays, or they are not of a floating dtype.
+        ValueError: `params` holds other names than a head's, or arrays of the wrong shape.
     """
     arrays = head_arrays(params)
     (name,) = arrays.keys() - {"bias"}
@@ -86,7 +87,7 @@ def linear_head(params: HeadParams) -> LinearHead:
 
 
 def head_arrays(params: HeadParams) -> dict[str, Any]:
-    """The matrix of a head under the name that says its layout, and its `bias` if it has one, from whatever keeps them.
+    """Collects the matrix of a head, under the name that says its layout, and its `bias` if it has one.
 
     Raises:
         TypeError: `params` is nothing that names its arrays.
@@ -107,7 +108,7 @@ def head_arrays(params: HeadParams) -> dict[str, Any]:
 
 
 def _named(params: Any) -> dict[str, Any]:
-    """The arrays of a mapping or a layer by their names, None left out."""
+    """Collects the arrays of a mapping or a layer by their names, and leaves out None."""
     if callable(getattr(params, "state_dict", None)):  # a layer of PyTorch
         params = params.state_dict()
     if isinstance(params, Mapping):
@@ -125,7 +126,7 @@ def _named(params: Any) -> dict[str, Any]:
 
 
 def _where_heads_are(named: dict[str, Any]) -> str:
-    """What to pass instead, if `params` is more than a head."""
+    """Says what to pass instead, if `params` is more than a head."""
 
     def is_leaf(node: Any) -> bool:
         return not isinstance(node, Mapping)

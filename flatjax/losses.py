@@ -2,43 +2,38 @@
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Bool, Float
 
 from flatjax.core.arrays import one_number
 from flatjax.core.dtypes import computing_dtype
 from flatjax.core.metric import metric
 from flatjax.core.sharding import automatic
-from flatjax.samples import IGNORED_LABEL, widened
+from flatjax.samples import IGNORED_LABEL, Classes, Logits, Scalar, Targets, widened
 
 
 @metric(placed="as it comes")
 def cross_entropy(
-    logits: Float[ArrayLike, "*n d"],
-    labels: Integer[ArrayLike, "*n"] | Float[ArrayLike, "*n d"],
-    smoothing: Float[ArrayLike, ""] = 0.0,
+    logits: Logits,
+    labels: Classes | Targets,
+    smoothing: Scalar = 0.0,
 ) -> Float[Array, "*n"]:
     """Softmax cross-entropy of each sample, as a sum over all classes but the likeliest.
 
         ℓ = −Σ_s t_s log p_s = Σ_s t_s (z_j − z_s) + (Σ_s t_s) log(1 + Σ_{s≠j} exp(z_s − z_j)),    z_j the largest
 
-    Written as logsumexp(z) − z_y it is 0 in float32 once it is below 1e-7, and its second derivatives, which curvature
-    and relative flatness of every layer are made of, are off by half: what the label's own logit adds to them is a
-    difference of two numbers near 1. Here neither has to be taken, and automatic differentiation is right at 1e-30 too.
-
     Args:
         logits: z (..., d), of any floating dtype, the classes split among devices or not. A class with the logit −∞ is
-            left out: of the last one left the loss is 0, and so are its derivatives.
+            left out. If only one class is left, its loss is 0, and so are its derivatives.
         labels: integer classes (...,), or targets (..., d), probabilities t. If a sample's do not sum to 1 its loss is
             multiplied by their sum, as its part of κ is. The label −100 ignores its sample, as everywhere in flatjax.
-        smoothing: α, from 0 to 1, of which all d classes have an equal part, those left out too:
+        smoothing: α, from 0 to 1. All d classes have an equal part of it, those left out too:
             t = (1 − α) [s = y] + α/d.
 
     Returns:
         ℓ (...,) in nats, in float64 if the logits or the targets are, else in float32, whatever the logits are of.
 
-        * 0, with all its derivatives, of an ignored sample, whatever its logits: the mean over the others is the sum
-          of all over their number, `jnp.sum(labels != -100)`.
+        * 0, with all its derivatives, for an ignored sample, whatever its logits. The mean over the others is then the
+          sum of all over their number, `jnp.sum(labels != -100)`.
         * +∞ where a class that is left out has a part in the targets.
         * NaN, with all its derivatives, for any other label out of range, a target that is negative or not finite, an
           α out of range, a logit that is NaN or +∞, or no class left.
@@ -46,6 +41,12 @@ def cross_entropy(
     Raises:
         TypeError: the logits are not floating, or the labels neither integer classes nor floating targets.
         ValueError: shapes that do not fit.
+
+    Notes:
+        Written as logsumexp(z) − z_y the loss is 0 in float32 once it is below 1e-7. Its second derivatives are then
+        off by half, as what the label's own logit adds to them is a difference of two numbers near 1. Curvature and
+        relative flatness of every layer are made of these derivatives. Here no such difference is taken, and automatic
+        differentiation is right at 1e-30 too.
 
     Example:
         >>> import jax.numpy as jnp
@@ -85,7 +86,7 @@ def _losses(
 
 
 def relative_to_largest(logits: Float[Array, "*n d"]) -> tuple[Float[Array, "*n d"], Float[Array, "*n 1"]]:
-    """z_s − z_j, and the sum of their exponentials over s ≠ j: all that a softmax is made of, near certainty too."""
+    """All that a softmax is made of, near certainty too: z_s − z_j, and the sum of their exponentials over s ≠ j."""
     is_largest = _is_first_largest(logits)
     # Summed, not indexed: classes may be split among devices, and none is then looked up where it is not.
     relative = logits - jnp.sum(jnp.where(is_largest, logits, 0), axis=-1, keepdims=True)
@@ -95,7 +96,10 @@ def relative_to_largest(logits: Float[Array, "*n d"]) -> tuple[Float[Array, "*n 
 
 
 def _is_first_largest(logits: Float[Array, "*n d"]) -> Bool[Array, "*n d"]:
-    """At the first of several: by two reductions that XLA vectorises on a CPU, where it does not vectorise argmax."""
+    """Marks the largest logit, the first if there are several.
+
+    It takes two reductions that XLA vectorises on a CPU, where it does not vectorise argmax.
+    """
     places = jnp.arange(logits.shape[-1]).reshape(*[1] * (logits.ndim - 1), -1)
     is_largest = logits == jnp.max(jax.lax.stop_gradient(logits), axis=-1, keepdims=True)
     return places == jnp.min(jnp.where(is_largest, places, places.size), axis=-1, keepdims=True)
@@ -104,7 +108,7 @@ def _is_first_largest(logits: Float[Array, "*n d"]) -> Bool[Array, "*n d"]:
 def _targets(
     logits: Float[Array, "*n d"], labels: Array
 ) -> tuple[Bool[Array, "*n"], Bool[Array, "*n"], Float[Array, "*n d"]]:
-    """Which samples are ignored, which have good labels, and the targets of all."""
+    """Finds which samples are ignored, which have good labels, and the targets of all."""
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise TypeError(f"logits has dtype {logits.dtype}, wanted a floating dtype")
     if logits.ndim < 1 or logits.shape[-1] < 1:

@@ -1,66 +1,85 @@
-"""What a labelled set of samples is: any leading shape flattened, weights as shares, bad values marked.
+"""Labelled samples: any leading shape flattened, weights as shares, bad values marked.
 
 A sample of weight 0, or of label −100 where labels are classes, is padding: whatever it holds, NaN included, counts
-nowhere. How a mean would change with a weight that is 0 can be asked of a sample that holds good values; to all other
-padding nothing is sensitive. A bad value elsewhere (a label out of range, a negative weight) turns the share of its
-sample into NaN, so that no mean over the samples can look plausible. Without `jax_enable_x64` JAX cuts what enters a
-`jax.jit` of your own to 32 bits before it is seen here: a label 2³² is class 0 there, and bad elsewhere.
+nowhere. If such a sample holds good values, one can ask how a mean would change with its weight. Nothing is sensitive
+to any other padding. A bad value elsewhere (a label out of range, a negative weight) turns the share of its sample into
+NaN, so that no mean over the samples can look plausible. Without `jax_enable_x64` JAX cuts what enters a `jax.jit` of
+your own to 32 bits before it is seen here: a label 2³² is class 0 there, and bad elsewhere.
 """
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Integer, Shaped
+from typing_extensions import TypeAliasType
 
 from flatjax.core.dtypes import computing_dtype
 from flatjax.heads import LinearHead
 
 IGNORED_LABEL = -100
-"""By the convention of those who pad tokens."""
+"""The label of padding, by the convention of those who pad tokens."""
+
+
+# Named, so that a signature shows the name and not the union of all that it stands for; checked at run time as before.
+Features = TypeAliasType("Features", Float[ArrayLike, "*n m"])
+"""Features (..., m) of any floating dtype."""
+Logits = TypeAliasType("Logits", Float[ArrayLike, "*n d"])
+"""Logits (..., d) of any floating dtype."""
+Classes = TypeAliasType("Classes", Integer[ArrayLike, "*n"])
+"""One integer class a sample (...,)."""
+Targets = TypeAliasType("Targets", Float[ArrayLike, "*n d"])
+"""A target for each output of each sample (..., d)."""
+Labels = TypeAliasType("Labels", Shaped[ArrayLike, "*n"] | Shaped[ArrayLike, "*n k"])
+"""One label a sample (...,), or k of them (..., k); which are allowed, the loss says."""
+Weights = TypeAliasType("Weights", Shaped[ArrayLike, "*n"])
+"""One weight a sample (...,), real; a sample of weight 0 is padding."""
+Scalar = TypeAliasType("Scalar", Float[ArrayLike, ""])
+"""One number of a floating dtype."""
 
 
 class Flaw(NamedTuple):
-    """What may be wrong with a sample, and with which it is."""
+    """One way in which samples may be wrong, and which samples are."""
 
     bad: Bool[Array, " n"]
     message: str
-    """In which `{i}` is the first bad sample's index in row-major order, and `{name}` its entry of a detail."""
+    """The message, where `{i}` is the first bad sample's index in row-major order, and `{name}` its entry of a detail.
+    """
     details: dict[str, Shaped[Array, " n"]]
 
 
 class Samples(NamedTuple):
-    """n samples, flattened."""
+    """A number n of samples, flattened to one axis."""
 
     feats: Float[Array, "n m"]
     labels: Shaped[Array, " n"] | Shaped[Array, "n k"]
     weights: Float[Array, " n"]
-    """ω_i; that of a bad sample is NaN."""
+    """The weights ω_i; that of a bad sample is NaN."""
     total_weight: Float[Array, ""]
-    """Σω, as if no sample were bad."""
+    """The sum Σω, as if no sample were bad."""
     counts: Bool[Array, " n"]
-    """Where ω_i is not 0, nor the label −100: elsewhere is padding."""
+    """Whether a sample counts: ω_i is not 0, and the label not −100. Elsewhere is padding."""
     flaws: tuple[Flaw, ...] = ()
 
     @property
     def shares(self) -> Float[Array, " n"]:
-        """ω_i / Σω."""
+        """The share of each sample, ω_i / Σω."""
         return self.weights / self.total_weight
 
     def marked(self, bad: Bool[Array, "..."], message: str, **details: Shaped[Array, " n"]) -> "Samples":
-        """NaN in the weight of a bad sample; one that is padding is none, and nothing is sensitive to its weight."""
+        """Puts NaN in the weights of bad samples; padding is never bad, and nothing is sensitive to its weight."""
         samples = self.insensitive(bad & ~self.counts)
         bad = bad & self.counts
         flaws = (*self.flaws, Flaw(bad, message, details))
         return samples._replace(weights=jnp.where(bad, jnp.nan, samples.weights), flaws=flaws)
 
     def insensitive(self, padding: Bool[Array, " n"]) -> "Samples":
-        """To the weights, all of them 0, of some of the padding."""
+        """Removes the sensitivity to the weights of some of the padding, all of which are 0."""
         total_weight = self.total_weight - jnp.sum(jnp.where(padding, self.weights, 0))
         return self._replace(weights=jnp.where(padding, 0, self.weights), total_weight=total_weight)
 
     def mean(self, values: Float[Array, " n"]) -> Float[Array, ""]:
-        """Σ_i e_i x_i, in which padding has no part, though its x be infinite."""
+        """The weighted mean Σ_i e_i x_i; padding has no part in it, even if its x is infinite."""
         has_none = ~self.counts & ~jnp.isfinite(values)
         return jnp.sum(self.insensitive(has_none).shares * jnp.where(has_none, 0, values))
 
@@ -74,7 +93,9 @@ def flatten_samples(
     ignored_label: int | None = IGNORED_LABEL,
     unit: Float[Array, ""] | None = None,
 ) -> Samples:
-    """Flattens the leading shape, and casts to the dtype to compute in: float64 if it or the head has it, or float32.
+    """Flattens the leading shape, and casts to the dtype to compute in.
+
+    It computes in float64 if an input or the head has it, else in float32.
 
     Args:
         head: what the features enter.
@@ -82,8 +103,9 @@ def flatten_samples(
         labels: classes (...,), or targets (..., k).
         weights: ω (...,), all 1 if None.
         ignored_label: the class of padding; None if labels are no classes, as far as is known.
-        unit: times which the features can be squared, 1 if None. If given, the weights of good samples may be 0 and
-            have a derivative: such a sample has its own values, and all other padding those of one that counts.
+        unit: times which the features can be squared, 1 if None. If it is given, a good sample may have the weight 0
+            and a derivative in it: such a sample keeps its own values, and all other padding gets those of one that
+            counts.
 
     Raises:
         TypeError: `feats` is not of a floating dtype, or `weights` not of a real one.
@@ -130,7 +152,7 @@ def flatten_samples(
     is_first = counts & (jnp.arange(n) == jnp.argmax(counts))
 
     def without_padding(values: Shaped[Array, "n ..."]) -> Shaped[Array, "n ..."]:
-        """Padding becomes a copy of the first sample that counts, of which a loss has a value if it has any."""
+        """Replaces padding by a copy of the first sample that counts, where a loss has a value if it has any."""
         column = (n, *[1] * (values.ndim - 1))
         # Summed, not sliced: of samples split among devices a slice is cut once all are gathered. Zero if none counts.
         first = jnp.sum(jnp.where(is_first.reshape(column), values, jnp.zeros_like(values)), axis=0)
@@ -161,7 +183,7 @@ def _seem_good(labels: Shaped[Array, "n ..."], counts: Bool[Array, " n"], *, of_
 
 
 def widened(labels: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-    """Classes in a signed dtype, which holds the number of outputs too."""
+    """Casts classes to a signed dtype, which holds the number of outputs too."""
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         return labels
     return labels.astype(jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32)

@@ -1,6 +1,6 @@
 """Neural collapse, from the moments of the classes of any stream of features.
 
-Keyword-only arguments are static, as of all metrics: in a `jax.jit` of your own, too, they are no traced values.
+Keyword-only arguments are static, as for all metrics: in a `jax.jit` of your own, too, they are no traced values.
 """
 
 from flatjax.collapse.layers import LayerMoments as LayerMoments

@@ -9,16 +9,16 @@ from flatjax.samples import IGNORED_LABEL, widened
 
 
 class Batch(NamedTuple):
-    """n samples, flattened, of a dtype to compute in."""
+    """A number n of samples, flattened, in a dtype to compute in."""
 
     feats: Float[Array, "n m"]
-    """0 where a sample is padding, or bad."""
+    """The features, 0 where a sample is padding, or bad."""
     labels: Integer[Array, " n"]
-    """C where a sample is padding, or bad."""
+    """The labels, C where a sample is padding, or bad."""
     weights: Float[Array, " n"]
-    """0 where a sample is padding, or bad."""
+    """The weights, 0 where a sample is padding, or bad."""
     classes: Integer[Array, " n"]
-    """0 where a sample is padding, or bad."""
+    """The classes to look up, 0 where a sample is padding, or bad."""
     num_bad: Int[Array, ""]
 
 

@@ -1,4 +1,7 @@
-"""The class means that collapse is a geometry of: the classes with enough samples, centred, in a unit of their own."""
+"""Class means, the points whose geometry collapse is.
+
+Of classes with enough samples, centred, in a unit of their own.
+"""
 
 import dataclasses
 
@@ -14,26 +17,29 @@ from flatjax.core.units import unit_near
 from flatjax.heads import HeadParams, LinearHead, linear_head
 
 AxisName = str | tuple[str, ...] | None
-"""Of a `jax.shard_map`, along which the classes are split."""
+"""Names of axes of a `jax.shard_map`, along which the classes are split."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassMeans:
-    """Of C classes, or of a device's share of them; of a class that is not kept, zeros."""
+    """The means of C classes, or of a device's share of them; a class that is not kept has zeros."""
 
     kept: Bool[Array, " C"]
     placed: Float[Array, "C m"]
-    """μ_c less one of the means, near the most of them, in units of the largest number in μ_c − μ_G."""
+    """The means μ_c less one of them, near the most of them, in units of the largest number in μ_c − μ_G."""
     middle: Float[Array, " m"]
-    """μ_G, the unweighted mean of the kept means, less the same."""
+    """The unweighted mean μ_G of the kept means, less the same one."""
     variances: Float[Array, " C"]
-    """V_c, the mean squared distance of a class to its mean, in the same units squared."""
+    """The mean squared distance V_c of a class to its mean, in the same units squared."""
     unit: Float[Array, ""]
     axis_names: tuple[str, ...]
 
     @property
     def centred(self) -> Float[Array, "C m"]:
-        """μ_c − μ_G: what is far off moves μ_G, and of how others differ this has digits of that distance alone."""
+        """The centred means μ_c − μ_G. A mean that is far off moves μ_G.
+
+        How others differ then has digits of that distance only.
+        """
         return self.only_kept(self.placed - self.middle[None, :])
 
     @property
@@ -42,23 +48,23 @@ class ClassMeans:
 
     @property
     def count(self) -> Float[Array, ""]:
-        """C, of the classes kept."""
+        """The number C of classes kept, in the dtype of the means."""
         return self.num_kept.astype(self.centred.dtype)
 
     @property
     def differ(self) -> Bool[Array, ""]:
-        """Whether not all means are one."""
+        """Whether the means are not all one."""
         return self.total(jnp.any(self.placed != 0, axis=1).astype(jnp.int32)) > 0
 
     def total(self, values: Array) -> Array:
-        """Σ over the classes of all devices."""
+        """The sum Σ over the classes of all devices."""
         return sum_over_devices(jnp.sum(values, axis=0, dtype=values.dtype), self.axis_names)
 
     def only_kept(self, rows: Float[Array, "C m"]) -> Float[Array, "C m"]:
         return jnp.where(self.kept[:, None], rows, 0)
 
     def defined(self, value: Float[Array, ""], *heads: LinearHead) -> Float[Array, ""]:
-        """NaN where there are no two classes, samples were bad, or a head is not finite."""
+        """The value, or NaN where there are no two classes, samples were bad, or a head is not finite."""
         defined = (self.num_kept >= 2) & ~jnp.isnan(self.unit)
         for head in heads:
             num_bad = self.total(jnp.atleast_1d((~head.is_finite).astype(jnp.int32)))
@@ -67,7 +73,7 @@ class ClassMeans:
 
 
 def class_means(moments: ClassMoments, *, min_count: int = 2, ddof: int = 0, axis_name: AxisName = None) -> ClassMeans:
-    """Of the classes that have at least `min_count` samples.
+    """Reads the means of the classes that have at least `min_count` samples.
 
     Raises:
         TypeError: no `ClassMoments`.
@@ -104,7 +110,7 @@ def class_means(moments: ClassMoments, *, min_count: int = 2, ddof: int = 0, axi
 
 
 def classifier(params: HeadParams, moments: ClassMoments) -> LinearHead:
-    """Of as many outputs as classes.
+    """Reads a head that must have as many outputs as there are classes.
 
     Raises:
         ValueError: it has another number of outputs or of features than the moments.
@@ -119,10 +125,10 @@ def classifier(params: HeadParams, moments: ClassMoments) -> LinearHead:
 
 
 def _near_the_most(centres: Double, kept: Bool[Array, " C"], names: tuple[str, ...]) -> Bool[Array, " C"]:
-    """Which of the kept means of all devices is one near at least half of them.
+    """Finds one of the kept means of all devices that is near at least half of them.
 
-    From whatever mean the distances are, the middle one is that of such a mean. They are from the smallest, as features
-    have more digits the smaller they are.
+    Whatever mean distances are measured from, the middle one of them is that of such a mean. They are measured from the
+    smallest, as features have more digits the smaller they are.
     """
     centres = jax.lax.stop_gradient(centres)
     smallest = _row(centres, _place(jnp.max(jnp.abs(centres.high), axis=1), kept, names, 0), names)
@@ -134,7 +140,7 @@ def _near_the_most(centres: Double, kept: Bool[Array, " C"], names: tuple[str, .
 def _place(
     sizes: Float[Array, " C"], kept: Bool[Array, " C"], names: tuple[str, ...], rank: Int[Array, ""] | int
 ) -> Bool[Array, " C"]:
-    """Which of the kept classes of all devices has the size of so high a rank."""
+    """Marks which of the kept classes of all devices has the size of so high a rank."""
     sizes = jnp.where(kept, sizes, jnp.inf)
     of_all = jax.lax.all_gather(sizes, names, tiled=True) if names else sizes
     own = jax.lax.axis_index(names) * len(kept) if names else 0
@@ -147,5 +153,5 @@ def _row(centres: Double, chosen: Bool[Array, " C"], names: tuple[str, ...]) -> 
 
 
 def _sum_of_rows(chosen: Bool[Array, " C"], rows: Float[Array, "C m"], names: tuple[str, ...]) -> Float[Array, " m"]:
-    """As a product, which needs no copy of the rows; moments hold finite numbers alone."""
+    """Sums the chosen rows as a product, which needs no copy of the rows; moments hold only finite numbers."""
     return sum_over_devices(jnp.matmul(chosen.astype(rows.dtype), rows, precision="highest"), names)

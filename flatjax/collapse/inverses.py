@@ -1,9 +1,9 @@
 """Pseudo-inverses of rows of very different sizes, each known to rounding of its own size.
 
-Of a class mean 10⁹ times further than the others a singular value decomposition leaves them no digit: it is exact to
-rounding of the largest row. So rows X are factored as Q R, the largest of them eliminated first, in directions in which
-the largest come first: then each row is rounded to its own size (Cox and Higham), and so is each row of the triangular
-R. These are brought to one length, R = D B, where B can be inverted, and X⁺ = B⁺ D⁻¹ Qᵀ.
+If one class mean is 10⁹ times further than the others, a singular value decomposition leaves them no digit: it is exact
+to rounding of the largest row. So rows X are factored as Q R, the largest of them eliminated first, in directions in
+which the largest come first. Then each row is rounded to its own size (Cox and Higham), and so is each row of the
+triangular R. These are brought to one length, R = D B, where B can be inverted, and X⁺ = B⁺ D⁻¹ Qᵀ.
 """
 
 import functools
@@ -22,13 +22,13 @@ class Inverse(NamedTuple):
 
     matrix: Float[Array, "m _"]
     rank: Float[Array, ""]
-    """Directions in which the rows are told from 0."""
+    """The number of directions in which the rows are told from 0."""
     known: Float[Array, ""]
     """1, or NaN if there are rows that differ from 0 in other directions too."""
 
 
 class Rows(NamedTuple):
-    """Rows X, each known to rounding of its size: that of what it is made of."""
+    """Rows X, each known to rounding of its size, which is that of what it is made of."""
 
     values: Float[Array, "k m"]
     sizes: Float[Array, " k"]
@@ -37,7 +37,7 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, values: Float[Array, "k m"], sizes: Float[Array, " k"] | None = None) -> "Rows":
-        """Rows of `sizes`, by default of their own."""
+        """Makes rows of the given `sizes`, by default of their own."""
         lengths = root_of_squares(jax.lax.stop_gradient(values).T)
         sizes = lengths if sizes is None else jnp.maximum(jax.lax.stop_gradient(sizes), lengths)
         is_rounding = (lengths > 0) & (lengths <= _ROUNDINGS * float(jnp.finfo(values.dtype).eps) * sizes)
@@ -46,7 +46,10 @@ class Rows(NamedTuple):
 
 @jax.custom_jvp
 def pseudo_inverse(rows: Rows) -> Inverse:
-    """X⁺ (m, k). Its derivative is finite at equal singular values, where that of a decomposition is not."""
+    """The pseudo-inverse X⁺ (m, k).
+
+    Its derivative is finite at equal singular values, where that of a decomposition is not.
+    """
     k, m = rows.values.shape
     if k >= m:
         return _inverse(rows)
@@ -71,7 +74,7 @@ def _pseudo_inverse_jvp(primals: tuple[Rows], tangents: tuple[Rows]) -> tuple[In
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def inverse_of_gram(names: tuple[str, ...], rows: Rows) -> Inverse:
-    """(XᵀX)⁺ (m, m) of many rows, which need not be on one device, without squaring what they are conditioned by."""
+    """(XᵀX)⁺ (m, m) for many rows, which need not be on one device, without squaring what they are conditioned by."""
     inverse = pseudo_inverse(_few(names, rows))
     return inverse._replace(matrix=inverse.matrix @ inverse.matrix.T)
 
@@ -97,7 +100,7 @@ def _inverse_of_gram_jvp(
 
 
 def _inverse(rows: Rows) -> Inverse:
-    """Of at least as many rows as columns."""
+    """Inverts at least as many rows as columns."""
     epsilon = float(jnp.finfo(rows.values.dtype).eps)
     factors = _factored(rows)
     Q, R, is_seen = factors.Q, factors.R, factors.is_seen
@@ -126,19 +129,22 @@ def _product_with_inverse(directions: Array, sizes: Array, is_used: Array, colum
 
 
 class _Factors(NamedTuple):
-    """X Vᵀ = Q R, with the rows of V directions in the order of how large X is in them, and so the columns of R."""
+    """The factors of X Vᵀ = Q R. The rows of V are directions in the order of how large X is in them.
+
+    So are R's columns.
+    """
 
     directions: Float[Array, "m m"]
     turned: Float[Array, "k m"]
     Q: Float[Array, "k m"]
     R: Float[Array, "m m"]
     is_seen: Bool[Array, " m"]
-    """Rows of R that are no rounding."""
+    """Which rows of R are more than rounding."""
     known: Float[Array, ""]
 
 
 def _factored(rows: Rows) -> _Factors:
-    """Of at least as many rows as columns."""
+    """Factors at least as many rows as columns."""
     directions = jnp.linalg.svd(jnp.linalg.qr(rows.values, mode="r"))[2]
     turned, order = rows.values @ directions.T, jnp.argsort(-rows.sizes)
     Q, R = jnp.linalg.qr(turned[order])
@@ -166,13 +172,16 @@ def _few(names: tuple[str, ...], rows: Rows) -> Rows:
 
 
 def of_all_devices(x: Array, names: tuple[str, ...]) -> Array:
-    """One after the other; by a sum, of which the compiler knows that it is the same on all devices."""
+    """Puts the arrays of all devices one after the other, by a sum.
+
+    The compiler knows that it is the same on all devices.
+    """
     of_devices = jnp.zeros((jax.lax.axis_size(names), *x.shape), x.dtype).at[jax.lax.axis_index(names)].set(x)
     return sum_over_devices(of_devices, names).reshape(-1, *x.shape[1:])
 
 
 def _reduced(rows: Rows) -> Rows:
-    """No more rows than columns."""
+    """Reduces the rows to no more than there are columns."""
     if len(rows.values) <= rows.values.shape[1]:
         return rows
     factors = _factored(rows)
@@ -180,7 +189,7 @@ def _reduced(rows: Rows) -> Rows:
 
 
 _ROUNDINGS = 8
-"""In units of ε, that a row may be off by of its size."""
+"""How much a row may be off, in units of ε times its size."""
 
 _LOST = 0.1
-"""Of a row, beyond which it is not represented by what is left of it; and of a direction, that may be rounding."""
+"""The share of a row that may be missing from what is left of it, and of a direction that may be rounding."""

@@ -1,4 +1,4 @@
-"""Depth-wise collapse: the moments of the classes in every layer's features at once, of one stream of batches."""
+"""Depth-wise collapse: the moments of the classes in every layer's features at once, from one stream of batches."""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from flatjax.collapse.report import CollapseReport, collapse_report
 from flatjax.heads import HeadParams
 
 LayerMoments = dict[str, ClassMoments]
-"""By the name of the layer: a tree of arrays, as moments are, to be jitted and checkpointed as one.
+"""Moments by the name of the layer: a tree of arrays, as moments are, to be jitted and checkpointed as one.
 
 What leaves a compiled function is in the order of the names, not of the layers.
 """
@@ -27,15 +27,15 @@ def init_layers(
     covariance_up_to: int = 0,
     dtype: DTypeLike = jnp.float32,
 ) -> LayerMoments:
-    """Moments of no samples for each layer of the width of its features.
+    """Moments of no samples yet for each layer, to `update_layers` with batches.
 
-    A layer's features of a sample, whatever their shape, are one vector: all axes that the labels do not have are
-    flattened. Pool a convolution's features first, where each position's are not to be features of their own.
+    The features that a layer has of a sample, whatever their shape, are one vector: all axes that the labels do not
+    have are flattened. Pool a convolution's features first, unless each position's are to be features of their own.
 
     Args:
-        feats: by the name of the layer, features of a batch (..., *) or their shapes, as `jax.eval_shape` gives them.
-        labels: of that batch (...,), or their shape.
-        num_classes: C.
+        feats: features of a batch (..., *) by the name of the layer, or their shapes, as `jax.eval_shape` gives them.
+        labels: the labels of that batch (...,), or their shape.
+        num_classes: C, the number of classes.
         covariance_up_to: layers of at most so many features keep their covariance, which NC1 needs: (m, m) numbers.
         dtype: as for `ClassMoments.init`.
 
@@ -68,7 +68,7 @@ def update_layers(
     labels: Integer[Any, "*n"],
     weights: Shaped[Any, "*n"] | None = None,
 ) -> LayerMoments:
-    """With one more batch, as `ClassMoments.update` of every layer.
+    """Updates the moments of every layer with one more batch, as `ClassMoments.update` does.
 
     Raises:
         ValueError: other layers than the moments are of, or shapes that do not fit.
@@ -87,7 +87,7 @@ def update_layers(
 def layer_reports(
     moments: LayerMoments, heads: Mapping[str, HeadParams] | None = None, *, min_count: int = 2
 ) -> dict[str, CollapseReport]:
-    """`collapse_report` of every layer, with the classifier of those layers that `heads` has one for.
+    """Makes the `collapse_report` of every layer, with the classifier of those layers that `heads` has one for.
 
     Raises:
         ValueError: a head for a layer that there are no moments of, or that does not fit its features.

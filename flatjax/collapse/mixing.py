@@ -11,13 +11,13 @@ from flatjax.collapse.nc2_geometry import row_norms
 from flatjax.core import results
 from flatjax.core.metric import metric
 from flatjax.heads import HeadParams, linear_head
-from flatjax.samples import check_one_class_a_sample, flatten_samples, mark_class_labels
+from flatjax.samples import Classes, Features, Weights, check_one_class_a_sample, flatten_samples, mark_class_labels
 
 
 class MixupGeometry(NamedTuple):
-    """What `mixup_geometry` returns: under mixup training the first rises to 1, and the second falls to 0.
+    """The result of `mixup_geometry`: under mixup training the first value rises to 1, and the second falls to 0.
 
-    Scalars, or under `vmap` one for each of the batch.
+    The values are scalars, or under `vmap` one for each of the batch.
 
     Attributes:
         same_class_cosine: mean over classes c of cos(h̄_cc, w_c).
@@ -25,7 +25,7 @@ class MixupGeometry(NamedTuple):
             span{w_i, w_j}.
         num_classes: classes in the first mean.
         num_pairs: pairs in the second.
-        num_parallel: of these pairs, those whose two rows are parallel, or one of them 0: P is onto what they span.
+        num_parallel: pairs of these whose two rows are parallel, or one of them 0: P is onto what they span.
         num_undefined: classes and pairs with mixes that are in neither mean, as h̄ is 0, or w_c is.
     """
 
@@ -43,36 +43,40 @@ class MixupGeometry(NamedTuple):
 @metric
 def mixup_geometry(
     params: HeadParams,
-    feats: Float[ArrayLike, "*n m"],
-    labels: Integer[ArrayLike, "*n"],
-    partners: Integer[ArrayLike, "*n"],
-    weights: Shaped[ArrayLike, "*n"] | None = None,
+    feats: Features,
+    labels: Classes,
+    partners: Classes,
+    weights: Weights | None = None,
     *,
     centred: bool = False,
 ) -> MixupGeometry:
-    """How the mean features h̄_ij of mixes of classes i and j lie to the classifier's rows.
+    """Measures how the mean features h̄_ij of mixes of classes i and j lie to the classifier's rows.
 
-    Trained on mixes tx + (1 − t)x' of inputs and of their targets, networks come to h̄_cc along w_c, whatever t, and to
-    h̄_ij in span{w_i, w_j}. Each mean is over all mixes of the two classes that are given, in either order; for a curve
-    in t measure the mixes of one t at a time. All means weigh the same in the result, however many mixes they are of.
+    Networks that are trained on mixes tx + (1 − t)x' of inputs and of their targets come to h̄_cc along w_c, whatever t,
+    and to h̄_ij in span{w_i, w_j}. Each mean is over all mixes of the two classes that are given, in either order. For a
+    curve in t, measure the mixes of one t at a time. All means weigh the same in the result, however many mixes they
+    are of.
 
     Args:
         params: the head of C outputs, as for `relative_flatness`. The bias plays no part.
         feats: features of the mixes (..., m), which `mixup` makes of inputs.
-        labels: class of the one input of each mix (...,).
-        partners: class of the other (...,).
+        labels: the class of the one input of each mix (...,).
+        partners: the class of the other (...,).
         weights: sample weights (...,), all 1 by default; 0 masks a mix, as a label of −100 does, and the derivative in
             that weight is 0.
         centred: whether to take the mean of the h̄_cc from all features, and the mean row from all rows. The theory has
             no use for it, as there both are 0; features after a ReLU are in one orthant. Static.
 
     Returns:
-        The two means and what is in them, at a memory of a few (n, m) arrays, however many pairs there are. A mean of
-        nothing is NaN; all is NaN where a feature or the head is not finite, a class out of range or a weight negative.
+        A `MixupGeometry`: the two means and what is in them. A mean of nothing is NaN. All is NaN where a feature or
+        the head is not finite, a class out of range or a weight negative.
 
     Raises:
         TypeError: `params` is no mapping, or the classes are not integers.
         ValueError: shapes that do not fit.
+
+    Notes:
+        The memory is that of a few (n, m) arrays, however many pairs there are.
 
     Example:
         >>> import jax.numpy as jnp
@@ -140,10 +144,10 @@ def mixup_geometry(
 def mixup(
     key: Key[Array, ""], inputs: Shaped[ArrayLike, "n ..."], labels: Integer[ArrayLike, " n"], mixing_weight: ArrayLike
 ) -> tuple[Float[Array, "n ..."], Integer[Array, " n"], Integer[Array, " n"]]:
-    """Mixes tx + (1 − t)x' of each input with another, at random, and the classes of the two.
+    """Mixes each input with another, tx + (1 − t)x', at random, and gives the classes of the two.
 
     Args:
-        key: of the order of the others.
+        key: the random key for the order of the others.
         inputs: x (n, ...).
         labels: classes (n,).
         mixing_weight: t, one or (n,).
@@ -171,11 +175,11 @@ def mixup(
 
 
 _PARALLEL = 16
-"""Rows are parallel if the sine of their angle is so many roundings."""
+"""How many roundings the sine of an angle may be for rows to be parallel."""
 
 
 class _Groups(NamedTuple):
-    """Of mixes of the same two classes, at most one group a mix; the others are not present."""
+    """Groups of mixes of the same two classes, at most one group a mix; the others are not present."""
 
     present: Bool[Array, " n"]
     first: Integer[Array, " n"]
@@ -206,18 +210,18 @@ def _grouped(
 
 
 def _mean(values: Float[Array, "n ..."], chosen: Bool[Array, " n"]) -> Float[Array, "..."]:
-    """NaN of none."""
+    """The mean of the chosen values; NaN if none is chosen."""
     mask = chosen.reshape(-1, *[1] * (values.ndim - 1))
     return jnp.sum(jnp.where(mask, values, 0), axis=0) / jnp.sum(chosen).astype(values.dtype)
 
 
 def _without(directions: Float[Array, "n m"], rows: Float[Array, "n m"]) -> Float[Array, "n m"]:
-    """Rows less what they have along unit directions."""
+    """Removes from rows what they have along unit directions."""
     return rows - jnp.sum(directions * rows, axis=1, keepdims=True) * directions
 
 
 def _units(rows: Float[Array, "n m"]) -> Float[Array, "n m"]:
-    """0 for 0, and no square of a large or small number overflows or underflows."""
+    """The directions of rows, 0 for 0. No square of a large or small number overflows or underflows."""
     size = jax.lax.stop_gradient(jnp.max(jnp.abs(rows), axis=1, keepdims=True))
     rows = rows / jnp.where(size == 0, 1, size)
     norms = row_norms(rows)

@@ -1,12 +1,12 @@
-"""What neural collapse is measured on: counts, means and centred squares of the classes, from any stream of batches.
+"""Keep what neural collapse is measured on: counts, means and centred squares of the classes, from a stream of batches.
 
 Two sets of samples of a class, of masses a and b and with means δ apart, have together the squares (Chan)
 
-    S = S_a + S_b + ab/(a + b)·‖δ‖²,
+    S = S_a + S_b + ab/(a + b)·‖δ‖².
 
-sums of what is not negative, so that nothing cancels: no E[x²] − E[x]². A mean in float32 is rounded to ε times its
-size, which may exceed the spread around it; and of 2²⁴ samples, 1 more would count as none. So means, masses and
-squares are kept as `Double`.
+These are sums of what is not negative, so that nothing cancels: there is no E[x²] − E[x]². A mean in float32 is rounded
+to ε times its size, which may exceed the spread around it. After 2²⁴ samples, 1 more would count as none. So means,
+masses and squares are kept as `Double`.
 """
 
 import functools
@@ -27,19 +27,21 @@ from flatjax.core.sharding import axis_names
 class ClassMoments(NamedTuple):
     """Statistics of labelled features, immutable: `init`, then `update` with each batch, or `merge` with another's.
 
-    With N samples a batch of m features, an update costs O(N·m), and the classes that are not in the batch are not
-    touched: at vocabulary scale donate the old moments, and the new ones take their place.
+    Each batch has features (..., m), labels (...,) in 0 … C − 1, and weights (...,), 1 by default. They may be arrays
+    of JAX or NumPy, lists, or tensors that speak DLPack; these enter a `jax.jit` of your own by `jnp.from_dlpack`. A
+    sample of weight 0, or of label −100, is padding, and the derivative in its weight is 0. A label out of range, a
+    feature that is not finite or a negative weight makes all means and variances NaN, and so every metric.
 
-    Each batch is of features (..., m), labels (...,) in 0 … C − 1, and weights (...,), 1 by default, as arrays of JAX
-    or NumPy, lists, or tensors that speak DLPack; into a `jax.jit` of your own by `jnp.from_dlpack`. Without x64 JAX
-    cuts what enters that to 32 bits: a label 2³² then is class 0; elsewhere it is bad. A sample of weight 0, or of
-    label −100, is padding, and the derivative in its weight is 0. A label out of range, a feature that is not finite or
-    a negative weight makes all means and variances NaN, and so every metric. Weights are summed to 48 bits in float32,
-    and samples counted to 2³¹ − 1 a class, where the count stays. A distance to a mean below 1e-19 has no square in
-    float32, and counts as none: scale such features.
+    Notes:
+        With N samples a batch of m features, an update costs O(N·m), and the classes that are not in the batch are not
+        touched. At vocabulary scale donate the old moments, and the new ones take their place.
 
-    Orbax saves moments as any tree, and restores them as such to a target alone: `ClassMoments.init` of the same
-    arguments.
+        Weights are summed to 48 bits in float32, and samples counted to 2³¹ − 1 a class, where the count stays. A
+        distance to a mean below 1e-19 has no square in float32, and counts as none: scale such features. Without x64
+        JAX cuts what enters a `jax.jit` of your own to 32 bits: a label 2³² then is class 0; elsewhere it is bad.
+
+        Orbax saves moments like any tree. It restores them as moments only to a target: `ClassMoments.init` of the same
+        arguments.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -56,24 +58,27 @@ class ClassMoments(NamedTuple):
     """
 
     counts: Int[Array, " C"]
-    """Samples whose weight is not 0."""
+    """The number of samples of each class whose weight is not 0."""
     mass_sums: Double
-    """Σω (C,)."""
+    """The sum Σω of each class (C,)."""
     centres: Double
-    """μ_c (C, m), 0 of an empty class."""
+    """The means μ_c (C, m); 0 for an empty class."""
     square_sums: Double
-    """Σ ω‖h − μ_c‖² (C,)."""
+    """The centred squares Σ ω‖h − μ_c‖² of each class (C,)."""
     product_sums: Double | None
-    """Σ_c Σ ω (h − μ_c)(h − μ_c)ᵀ (m, m), if asked for."""
+    """The centred products Σ_c Σ ω (h − μ_c)(h − μ_c)ᵀ (m, m), if asked for."""
     num_bad: Int[Array, ""]
-    """Samples of a bad label, weight or feature. One of them makes every metric NaN: where a report of a stream is all
-    NaN, look here first, and find the sample with `flatjax.check_inputs` of each batch."""
+    """The number of samples with a bad label, weight or feature. One of them makes every metric NaN.
+
+    Where a report of a stream is all NaN, look here first, and find the sample with `flatjax.check_inputs` of each
+    batch.
+    """
 
     @classmethod
     def init(
         cls, num_classes: int, num_features: int, *, covariance: bool = False, dtype: DTypeLike = jnp.float32
     ) -> "ClassMoments":
-        """Of no samples.
+        """Moments of no samples yet, to `update` with batches.
 
         Args:
             num_classes: C, at least 1.
@@ -82,9 +87,18 @@ class ClassMoments(NamedTuple):
                 then costs O(N·m²).
             dtype: float32 or float64, to keep and to compute in.
 
+        Returns:
+            `ClassMoments` of C classes and m features, all of whose counts are 0.
+
         Raises:
             TypeError: another dtype, or one that JAX has not enabled.
             ValueError: fewer than 1 class or feature.
+
+        Example:
+            >>> from flatjax import ClassMoments
+            >>> moments = ClassMoments.init(num_classes=3, num_features=2)
+            >>> print(moments.counts, moments.means.shape)
+            [0 0 0] (3, 2)
         """
         num_classes, num_features = whole_number(num_classes, "num_classes"), whole_number(num_features, "num_features")
         if num_classes < 1 or num_features < 1:
@@ -107,22 +121,22 @@ class ClassMoments(NamedTuple):
 
     @property
     def masses(self) -> Float[Array, " C"]:
-        """Σω of each class."""
+        """The sum of weights Σω of each class (C,)."""
         return self._marked(self.mass_sums.value)
 
     @property
     def means(self) -> Float[Array, "C m"]:
-        """μ_c, rounded; 0 of an empty class."""
+        """The means μ_c (C, m), rounded; 0 for an empty class."""
         return self._marked(self.centres.high)
 
     @property
     def variances(self) -> Float[Array, " C"]:
-        """V_c = Σ ω‖h − μ_c‖² / Σω; 0 of an empty class."""
+        """The mean squared distance to the mean, V_c = Σ ω‖h − μ_c‖² / Σω (C,); 0 for an empty class."""
         return self._marked(self.square_sums.value / _positive(self.mass_sums.value))
 
     @property
     def covariance(self) -> Float[Array, "m m"]:
-        """Σ_W, of all samples around the means of their classes.
+        """The covariance Σ_W (m, m) of all samples around the means of their classes.
 
         Raises:
             ValueError: it was not asked for.
@@ -132,7 +146,10 @@ class ClassMoments(NamedTuple):
         return self._marked(self.product_sums.value / jnp.sum(self.mass_sums.value))
 
     def kept(self, min_count: int = 2) -> Bool[Array, " C"]:
-        """Classes of so many samples or more: one sample is its own mean, and says nothing of the spread around it."""
+        """Marks classes of so many samples or more.
+
+        One sample is its own mean, and says nothing of the spread around it.
+        """
         return self.counts >= min_count
 
     @metric(placed="as the first")
@@ -142,7 +159,15 @@ class ClassMoments(NamedTuple):
         labels: Integer[Any, "*n"],
         weights: Shaped[Any, "*n"] | None = None,
     ) -> "ClassMoments":
-        """With one more batch.
+        """Adds one more batch, and returns the new moments.
+
+        Args:
+            feats: features (..., m), of a floating dtype no wider than the moments.
+            labels: integer classes (...,) in 0 … C − 1; −100 is padding.
+            weights: sample weights (...,), all 1 by default; 0 is padding.
+
+        Returns:
+            The `ClassMoments` of the samples so far and these.
 
         Raises:
             TypeError: `feats` are not floating, wider than the moments, or `labels` are no integers. Without x64 JAX
@@ -152,7 +177,7 @@ class ClassMoments(NamedTuple):
         return self.with_batch(self.read(feats, labels, weights))
 
     def read(self, feats: Any, labels: Any, weights: Any) -> Batch:
-        """A batch, checked against the moments; raises as `update`."""
+        """Checks a batch against the moments and flattens it; raises as `update`."""
         return read_batch(
             feats,
             labels,
@@ -166,12 +191,12 @@ class ClassMoments(NamedTuple):
         return _updated(self, batch) if len(batch.feats) else self
 
     def residuals(self, batch: Batch) -> Float[Array, "n m"]:
-        """h_i − μ_c(i), to rounding of itself."""
+        """The residuals h_i − μ_c(i), each to rounding of itself."""
         return batch.feats - self.centres.high[batch.classes] - self.centres.low[batch.classes]
 
     @metric(placed="as the first")
     def merge(self, other: "ClassMoments") -> "ClassMoments":
-        """Of the samples of both; the order changes nothing beyond rounding.
+        """Merges the moments of two sets of samples; their order changes nothing beyond rounding.
 
         Raises:
             ValueError: the moments are of other classes or features, or one has no covariance.
@@ -185,12 +210,15 @@ class ClassMoments(NamedTuple):
         return _merged(self, other)
 
     def across(self, axis_name: str | tuple[str, ...]) -> "ClassMoments":
-        """Of the samples of all devices along axes of a `jax.shard_map` or `jax.pmap`, the same on each.
+        """Merges the moments of all devices along axes of a `jax.shard_map` or `jax.pmap`; all get the same result.
 
-        By two `psum` of the size of the means. Of moments that already are the same on each device, whatever is in them
-        would count once a device: either each device keeps its own, and `across` comes once at the end, or only what is
-        new goes across, `moments.merge(ClassMoments.init(C, m).update(feats, labels).across("data"))`. For `lax.scan`
-        to carry a device's own, begin with `jax.lax.pcast(ClassMoments.init(C, m), "data", to="varying")`.
+        If the moments are the same on each device already, whatever is in them would count once a device. So either
+        each device keeps its own, and `across` comes once at the end; or only what is new goes across,
+        `moments.merge(ClassMoments.init(C, m).update(feats, labels).across("data"))`. For `lax.scan` to carry a
+        device's own, begin with `jax.lax.pcast(ClassMoments.init(C, m), "data", to="varying")`.
+
+        Notes:
+            It takes two `psum` of the size of the means.
 
         Example:
             >>> import jax, jax.numpy as jnp
@@ -230,7 +258,7 @@ class ClassMoments(NamedTuple):
         return jnp.where(self.num_bad > 0, jnp.nan, values)
 
     def _plus_shifts(self, masses: Float[Array, " C"], shifts: Float[Array, "C m"]) -> "ClassMoments":
-        """With the squares of masses moved off their means."""
+        """Adds the squares of masses that are moved off their means."""
         squares = self.square_sums.plus(masses * jnp.sum(shifts**2, axis=1))
         if self.product_sums is None:
             return self._replace(square_sums=squares)
@@ -317,7 +345,7 @@ def _merged(a: ClassMoments, b: ClassMoments) -> ClassMoments:
 
 
 def _sum_of_counts(a: Int[Array, "..."], b: Int[Array, "..."]) -> Int[Array, "..."]:
-    """Where the sum is too large for its dtype, the largest number there is."""
+    """The sum, or the largest number there is where the sum is too large for its dtype."""
     return jnp.where(a + b < a, jnp.iinfo(a.dtype).max, a + b)
 
 
@@ -335,5 +363,5 @@ def check_moments(moments: Any) -> None:
 
 
 def _positive(masses: Float[Array, "..."]) -> Float[Array, "..."]:
-    """To divide by: where there is none, so is what is divided."""
+    """Masses to divide by, 1 in the place of 0: where there is no mass, what is divided is 0 too."""
     return jnp.where(masses == 0, 1, masses)

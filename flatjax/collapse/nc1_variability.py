@@ -25,24 +25,27 @@ def cdnv(
 ) -> Float[Array, ""]:
     """Class-distance normalized variance: the mean over pairs c ≠ c' of (V_c + V_c')/(2‖μ_c − μ_c'‖²).
 
-    With μ_c the mean of class c and V_c the mean squared distance to it. The distance is squared: one published code
-    has its fourth power. At the cost of half a product of matrices (C, m)·(m, C), and a memory of O((C + t)·m + t²).
+    μ_c is the mean of class c and V_c the mean squared distance to it. The distance is squared: one published code has
+    its fourth power.
 
     Args:
-        moments: of C classes and m features.
-        min_count: classes with fewer samples are left out, and of one sample has no spread.
+        moments: the moments of C classes and m features.
+        min_count: classes with fewer samples are left out; a class of one sample has no spread.
         ddof: 1 for variances over n − 1 samples, by their number whatever their weights.
-        tile_size: t, of classes, static. Changes nothing beyond rounding.
+        tile_size: t, how many classes are compared at a time, static. It changes nothing beyond rounding.
         axis_name: inside a `jax.shard_map`, the axes along which the classes are split, equally many on each device.
             Where the compiler splits the work, nothing need be said.
 
     Returns:
-        A scalar without a unit. NaN if fewer than two classes are left or a sample was bad; infinite, or NaN, where two
-        means are one.
+        A scalar without a unit, 0 where the classes have collapsed to their means. It is NaN if fewer than two classes
+        are left or a sample was bad. It is infinite, or NaN, where two means are one.
 
     Raises:
         TypeError: `moments` are no `ClassMoments`.
         ValueError: fewer than 2 classes, or a `min_count` that is not more than `ddof`.
+
+    Notes:
+        The cost is half a product of matrices (C, m)·(m, C), and the memory O((C + t)·m + t²).
 
     Example:
         >>> import jax.numpy as jnp
@@ -70,13 +73,10 @@ def ncc(
 ) -> Float[Array, ""]:
     """CDNV summed over the ordered pairs c ≠ c', so C(C − 1) times as large: a λ does not carry over.
 
-    Not to be taken for the accuracy of the nearest class centre, which goes by the same letters.
+    The accuracy of the nearest class centre goes by the same letters, and is something else.
 
-    Args and Raises:
-        As for `cdnv`.
-
-    Returns:
-        As `cdnv`.
+    Args, Returns and Raises:
+        The same as for `cdnv`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -98,24 +98,27 @@ def nc1(
 ) -> Float[Array, ""]:
     """NC1 = tr(Σ_W Σ_B⁺)/C, with Σ_B = M̄M̄ᵀ/C and M̄ = [μ_c − μ_G], μ_G the unweighted mean of the class means.
 
-    Σ_W, the covariance within the classes over all samples, is what `ClassMoments.init(..., covariance=True)` keeps.
-    Inverting Σ_B magnifies what Σ_W is rounded by: where the spread is much smaller along the weak directions of the
-    means than along others, `neural_collapse`, which has the samples, keeps more digits.
+    Σ_W is the covariance within the classes over all samples. `ClassMoments.init(..., covariance=True)` keeps it.
 
     Args:
-        moments: of C classes and m features, with the covariance.
-        min_count: classes with fewer samples are left out; 1 or 2, as the covariance is of all samples, to which one
-            sample that is its own mean adds nothing.
+        moments: the moments of C classes and m features, with the covariance.
+        min_count: classes with fewer samples are left out. It must be 1 or 2, as the covariance is of all samples: one
+            sample that is its own mean adds nothing to it.
         divided: False for tr(Σ_W Σ_B⁺), as the notebook of Papyan, Han and Donoho plots it.
         axis_name: as for `cdnv`; the covariance is then the whole on every device.
 
     Returns:
-        A scalar without a unit; NaN as `cdnv`, where all means are one, and where rounding of means that are far off
-        hides how others differ. Of a few means that are 10⁹ times further than the others, it does not.
+        A scalar without a unit, 0 where the classes have collapsed to their means. It is NaN if fewer than two classes
+        are left, a sample was bad, all means are one, or rounding of means that are far off hides how others differ.
 
     Raises:
         TypeError: `moments` are no `ClassMoments`.
         ValueError: the moments have no covariance, or `min_count` is neither 1 nor 2.
+
+    Notes:
+        A few means that are 10⁹ times further than the others do not hide how these differ. Inverting Σ_B magnifies
+        what Σ_W is rounded by. Where the spread is much smaller along the weak directions of the means than along
+        others, `neural_collapse`, which has the samples, keeps more digits.
 
     Example:
         >>> import jax.numpy as jnp
@@ -141,7 +144,7 @@ def nc1(
 
 
 def square_within_means(moments: ClassMoments, classes: ClassMeans) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """NC1 of the covariance, and how many directions the means are told apart in."""
+    """NC1 from the covariance, and the number of directions in which the means are told apart."""
     assert moments.product_sums is not None
     mass = classes.total(jnp.where(classes.kept, moments.masses, 0))
     within = moments.product_sums.value / mass / classes.unit / classes.unit
@@ -171,7 +174,7 @@ def sum_of_cdnv(classes: ClassMeans, tile_size: int | None = None) -> Float[Arra
 def mean_square_in_means(
     residuals: Float[Array, "n m"], shares: Float[Array, " n"], classes: ClassMeans
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """NC1 of the samples themselves, E‖M̄⁺(h − μ_c)‖², and how many directions the means are told apart in."""
+    """NC1 from the samples themselves, E‖M̄⁺(h − μ_c)‖², and the number of directions the means are told apart in."""
     inverse = pseudo_inverse(contrasts(classes))
     return _where_means_differ(jnp.sum(shares * jnp.sum((residuals @ inverse.matrix) ** 2, axis=1)), inverse, classes)
 
@@ -179,16 +182,19 @@ def mean_square_in_means(
 def _where_means_differ(
     value: Float[Array, ""], inverse: Inverse, classes: ClassMeans
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """NaN where all means are one, which Σ_B⁺ = 0 would call collapsed, or where rounding hides how they differ."""
+    """The value, or NaN where all means are one, or where rounding hides how they differ.
+
+    Σ_B⁺ = 0 would call means that are all one collapsed.
+    """
     return jnp.where(classes.differ, inverse.known * value, jnp.nan), inverse.rank.astype(jnp.int32)
 
 
 def contrasts(classes: ClassMeans) -> Rows:
     """Rows X with XᵀX = M̄M̄ᵀ, each to rounding of the means that it is made of.
 
-    Each mean against that of those before it (Helmert), near ones first, and far ones among themselves before they are
-    held against others: a difference of means that are far off has digits only of that distance. Of classes split among
-    devices those of the device, on the first of them with the contrasts between devices.
+    Each mean is taken against that of those before it (Helmert), near ones first, and far ones among themselves before
+    they are held against others: a difference of means that are far off has only digits of that distance. If classes
+    are split among devices, each device has its own contrasts, and the first of them also those between devices.
     """
     names, masses = classes.axis_names, classes.kept.astype(classes.placed.dtype)
     sizes = root_of_squares(jax.lax.stop_gradient(classes.placed).T)
@@ -210,7 +216,7 @@ def contrasts(classes: ClassMeans) -> Rows:
 
 
 _LEVELS = 8
-"""Of sizes, over 128 powers of 2."""
+"""The number of levels of sizes, over 128 powers of 2."""
 
 
 class _Groups(NamedTuple):
@@ -224,7 +230,10 @@ class _Groups(NamedTuple):
 def _contrasts(
     groups: _Groups, levels: Integer[Array, " k"], num_levels: int
 ) -> tuple[tuple[Float[Array, "k m"], Float[Array, " k"]], _Groups]:
-    """X with XᵀX = Σ mass (row − mean)(row − mean)ᵀ, summed over levels, and the sizes of its rows; and each level."""
+    """Contrasts X and the sizes of their rows, with XᵀX = Σ mass (row − mean)(row − mean)ᵀ summed over levels.
+
+    And each level.
+    """
     # What has no mass comes last, at a level that there is not.
     levels = jnp.where(groups.masses == 0, num_levels, levels)
     order = jnp.lexsort((groups.sizes, levels))
@@ -233,7 +242,7 @@ def _contrasts(
     firsts = jnp.searchsorted(levels, jnp.arange(num_levels, dtype=levels.dtype)).clip(max=len(levels) - 1)
 
     def before(x: Array) -> Array:
-        """Σ over what comes before each in its level."""
+        """Sums over what comes before each in its level."""
         sums = jnp.cumsum(x, axis=0) - x
         return sums - _taken(sums[firsts], levels)
 

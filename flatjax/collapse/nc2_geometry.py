@@ -29,7 +29,7 @@ def equinorm(
     μ_G is the unweighted mean of the class means.
 
     Args:
-        moments: of C classes and m features.
+        moments: the moments of C classes and m features.
         params: the head of C outputs, as for `relative_flatness`, to measure it instead of the means, over the same
             classes.
         min_count: classes with fewer samples are left out.
@@ -37,7 +37,8 @@ def equinorm(
         axis_name: as for `cdnv`.
 
     Returns:
-        A scalar without a unit, 0 at a simplex; NaN as `cdnv`, or where the head is not finite.
+        A scalar without a unit, 0 at a simplex. It is NaN if fewer than two classes are left, a sample was bad, or the
+        head is not finite.
 
     Raises:
         TypeError, ValueError: `moments` are no `ClassMoments`, `params` is no head of the classes, or there
@@ -69,8 +70,19 @@ def equiangularity(
 ) -> Float[Array, ""]:
     """Mean over pairs c ≠ c' of |cos(x_c, x_c') + 1/(C − 1)|, with x_c = μ_c − μ_G, or, with `params`, x_c = w_c.
 
-    Args, Returns, Raises and References:
-        As for `equinorm` and `cdnv`.
+    Args:
+        moments: the moments of C classes and m features.
+        params: the head of C outputs, as for `relative_flatness`, to measure it instead of the means.
+        min_count: classes with fewer samples are left out.
+        tile_size: as for `cdnv`.
+        axis_name: as for `cdnv`.
+
+    Returns:
+        A scalar without a unit, 0 at a simplex. It is NaN if fewer than two classes are left, a sample was bad, a row
+        is 0, or the head is not finite.
+
+    Raises:
+        TypeError, ValueError: as `equinorm`, whose reference it shares.
 
     Example:
         >>> import jax.numpy as jnp
@@ -96,8 +108,19 @@ def cosine_std(
 
     The variance is over the number of pairs.
 
-    Args, Returns, Raises and References:
-        As for `equinorm` and `cdnv`.
+    Args:
+        moments: the moments of C classes and m features.
+        params: the head of C outputs, as for `relative_flatness`, to measure it instead of the means.
+        min_count: classes with fewer samples are left out.
+        tile_size: as for `cdnv`.
+        axis_name: as for `cdnv`.
+
+    Returns:
+        A scalar without a unit, 0 at a simplex. It is NaN if fewer than two classes are left, a sample was bad, a row
+        is 0, or the head is not finite.
+
+    Raises:
+        TypeError, ValueError: as `equinorm`, whose reference it shares.
 
     Example:
         >>> import jax.numpy as jnp
@@ -114,12 +137,27 @@ def cosine_std(
 def etf_error(
     moments: ClassMoments, params: HeadParams | None = None, *, min_count: int = 2, axis_name: AxisName = None
 ) -> Float[Array, ""]:
-    """‖M̄ᵀM̄/‖M̄ᵀM̄‖_F − (I − 11ᵀ/C)/√(C − 1)‖_F with M̄ = [μ_c − μ_G], or, with `params`, of [w_c].
+    """Distance of the Gram matrix of the centred means, or, with `params`, of the head's rows, to that of a simplex.
 
-    From products (m, m) or smaller, at O(C·m²). Not below `etf_floor`.
+        ‖M̄ᵀM̄/‖M̄ᵀM̄‖_F − (I − 11ᵀ/C)/√(C − 1)‖_F,    M̄ = [μ_c − μ_G], or, with `params`, [w_c]
 
-    Args, Returns, Raises and References:
-        As for `equinorm`; infinite or NaN where all means are one, or the head is 0.
+    It is not below `etf_floor`.
+
+    Args:
+        moments: the moments of C classes and m features.
+        params: the head of C outputs, as for `relative_flatness`, to measure it instead of the means.
+        min_count: classes with fewer samples are left out.
+        axis_name: as for `cdnv`.
+
+    Returns:
+        A scalar without a unit, 0 at a simplex. It is NaN if fewer than two classes are left, a sample was bad, or the
+        head is not finite. It is infinite or NaN where all means are one, or the head is 0.
+
+    Raises:
+        TypeError, ValueError: as `equinorm`, whose reference it shares.
+
+    Notes:
+        It is made of products (m, m) or smaller, at O(C·m²).
 
     Example:
         >>> import jax.numpy as jnp
@@ -134,10 +172,18 @@ def etf_error(
 
 @metric
 def etf_floor(moments: ClassMoments, *, min_count: int = 2, axis_name: AxisName = None) -> Float[Array, ""]:
-    """√(2 − 2√(m/(C − 1))), below which no m features bring the ETF error where m < C − 1; 0 elsewhere.
+    """The least `etf_error` that m features allow: √(2 − 2√(m/(C − 1))) where m < C − 1, and 0 elsewhere.
 
-    Args, Returns and Raises:
-        As for `equinorm`.
+    Args:
+        moments: the moments of C classes and m features.
+        min_count: classes with fewer samples are left out.
+        axis_name: as for `cdnv`.
+
+    Returns:
+        A scalar without a unit; NaN if fewer than two classes are left or a sample was bad.
+
+    Raises:
+        TypeError, ValueError: as `equinorm`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -153,7 +199,7 @@ def etf_floor(moments: ClassMoments, *, min_count: int = 2, axis_name: AxisName 
 def rows_to_measure(
     moments: ClassMoments, params: HeadParams | None, min_count: int, axis_name: AxisName
 ) -> tuple[ClassMeans, Float[Array, "C m"], tuple[LinearHead, ...]]:
-    """Of the classifier, if there is one, or else the centred means."""
+    """The rows of the classifier, if there is one, or else the centred means."""
     classes = class_means(moments, min_count=min_count, axis_name=axis_name)
     if params is None:
         return classes, classes.centred, ()
@@ -191,17 +237,17 @@ def cosine_statistics(
 
 
 def mean_cosine(directions: Float[Array, "C m"], classes: ClassMeans) -> Float[Array, ""]:
-    """Over c ≠ c', of unit rows: the square of their sum has all pairs in it."""
+    """The mean cosine over c ≠ c' of unit rows: the square of their sum has all pairs in it."""
     num_units = classes.total(jnp.sum(directions**2, axis=1))
     return (jnp.sum(classes.total(directions) ** 2) - num_units) / (classes.count * (classes.count - 1))
 
 
 def distance_to_etf(rows: Float[Array, "C m"], classes: ClassMeans) -> Float[Array, ""]:
-    """‖G/‖G‖ − P/√(C − 1)‖_F of the Gram matrix G of the kept rows, with P = I − 11ᵀ/C.
+    """‖G/‖G‖ − P/√(C − 1)‖_F for the Gram matrix G of the kept rows, with P = I − 11ᵀ/C.
 
-    G is P G P, the part of rows from their mean, and what is orthogonal to that, of norm ‖G‖² − ‖P G P‖². P G P has
-    the eigenvalues of the scatter matrix S (m, m) of the rows, and P has C − 1 times 1. So where m ≤ C − 1, the square
-    is ‖S/‖G‖ − I/√(C − 1)‖² + (C − 1 − m)/(C − 1), and else P G P itself is small.
+    G is P G P, made of the rows less their mean, and a part orthogonal to that, of squared norm ‖G‖² − ‖P G P‖². P G P
+    has the eigenvalues of the scatter matrix S (m, m) of the rows, and P has C − 1 times 1. So where m ≤ C − 1, the
+    square is ‖S/‖G‖ − I/√(C − 1)‖² + (C − 1 − m)/(C − 1). Elsewhere P G P itself is small.
     """
     num_features, count = rows.shape[1], classes.count
     mean = classes.total(classes.only_kept(rows)) / count
@@ -233,18 +279,18 @@ def distance_to_etf(rows: Float[Array, "C m"], classes: ClassMeans) -> Float[Arr
 
 
 def least_distance_to_etf(classes: ClassMeans) -> Float[Array, ""]:
-    """√(2 − 2√(m/(C − 1))), or 0."""
+    """The floor √(2 − 2√(m/(C − 1))), or 0."""
     share = classes.centred.shape[1] / (classes.count - 1)
     return jnp.sqrt(2 - 2 * jnp.sqrt(jnp.minimum(share, 1)))
 
 
 def unit_rows(rows: Float[Array, "C m"], classes: ClassMeans) -> Float[Array, "C m"]:
-    """Directions of the kept rows; a row of zeros has none, and NaN."""
+    """Directions of the kept rows; a row of zeros has none, and gives NaN."""
     return classes.only_kept(rows / jnp.where(classes.kept, row_norms(rows), 1)[:, None])
 
 
 def row_norms(rows: Float[Array, "C m"]) -> Float[Array, " C"]:
-    """‖x_c‖."""
+    """The norms ‖x_c‖ of rows."""
     return safe_sqrt(jnp.sum(rows**2, axis=1))
 
 

@@ -16,11 +16,11 @@ from flatjax.heads import HeadParams
 
 
 class Uniformity(NamedTuple):
-    """Over the pairs of classes, of log 1/‖û_c − û_c'‖."""
+    """Statistics of log 1/‖û_c − û_c'‖ over the pairs of classes."""
 
     mean: Float[Array, ""]
     variation: Float[Array, ""]
-    """Standard deviation over the magnitude of the mean."""
+    """The standard deviation over the magnitude of the mean."""
 
     to_dict = results.to_dict
     __str__ = results.to_table
@@ -37,19 +37,19 @@ def gnc2(
 ) -> Uniformity:
     """Mean and variation over pairs c ≠ c' of log 1/‖û_c − û_c'‖, û the directions of μ_c − μ_G, or of w_c.
 
-    The variation is the standard deviation, over the number of pairs, by the magnitude of the mean; it makes little
-    sense where distances are about 1, as the logarithm is then about 0.
+    The variation is the standard deviation, over the number of pairs, divided by the magnitude of the mean. It makes
+    little sense where distances are about 1, as the logarithm is then about 0.
 
     Args:
-        moments: of C classes and m features.
-        params: as for `equinorm`, to measure the classifier instead of the means.
+        moments: the moments of C classes and m features.
+        params: the head of C outputs, as for `relative_flatness`, to measure the classifier instead of the means.
         min_count: classes with fewer samples are left out.
         tile_size: as for `cdnv`.
         axis_name: as for `cdnv`.
 
     Returns:
-        A `Uniformity` of scalars; infinite or NaN where two directions are one or no further apart than rounding, and
-        NaN as `equinorm`.
+        A `Uniformity` of scalars. They are infinite or NaN where two directions are one or no further apart than
+        rounding. They are NaN if fewer than two classes are left, a sample was bad, or the head is not finite.
 
     Raises:
         TypeError, ValueError: as `equinorm`.
@@ -71,11 +71,11 @@ def gnc2(
 
 
 _ROUNDINGS = 16
-"""In units of ε, of a distance between directions."""
+"""The rounding of a distance between directions, in units of ε."""
 
 
 def log_distances(rows: Float[Array, "C m"], classes: ClassMeans, tile_size: int | None = None) -> Uniformity:
-    """Of log 1/‖û_c − û_c'‖ over the pairs of kept rows."""
+    """The `Uniformity` of log 1/‖û_c − û_c'‖ over the pairs of kept rows."""
     directions = unit_rows(rows, classes)
     # Near the mean to be found, so that the squares from there nearly are the variance.
     near = -jnp.log(2 - 2 * mean_cosine(directions, classes)) / 2

@@ -30,7 +30,7 @@ def nc3(
         axis_name: as for `cdnv`; the head is then split as the classes are.
 
     Returns:
-        A scalar without a unit; NaN as `cdnv`, where the head is 0 or not finite, or all means are one.
+        A scalar without a unit. It is NaN as `cdnv` is, where the head is 0 or not finite, and where all means are one.
 
     Raises:
         TypeError, ValueError: `params` is no head of the classes, or there are fewer than 2.
@@ -64,17 +64,18 @@ def unc3(
     """Uniform duality: the standard deviation over the magnitude of the mean, over c, of cos(w_c, μ_c − μ_G).
 
     Args:
-        moments: of C classes and m features.
-        params: as for `nc3`.
-        min_count: as for `nc3`.
+        moments: the moments of C classes and m features.
+        params: the head of C outputs, as for `relative_flatness`; the bias has no part.
+        min_count: classes with fewer samples are left out of both.
         ddof: the variance is over C − ddof.
-        axis_name: as for `nc3`.
+        axis_name: as for `cdnv`; the head is then split as the classes are.
 
     Returns:
-        A scalar without a unit, 0 where all classes are as near to duality; NaN as `nc3`, or where a row is 0.
+        A scalar without a unit, 0 where all classes are as near to duality. It is NaN as `cdnv` is, where a row of the
+        head is 0 or not finite, and where all means are one.
 
     Raises:
-        TypeError, ValueError: as `nc3`.
+        TypeError, ValueError: `params` is no head of the classes, or there are fewer than 2.
 
     Example:
         >>> import jax.numpy as jnp
@@ -92,7 +93,7 @@ def unc3(
 
 
 def self_duality(rows: Float[Array, "C m"], classes: ClassMeans) -> Float[Array, ""]:
-    """‖W/‖W‖_F − M̄ᵀ/‖M̄‖_F‖_F² of the kept rows."""
+    """The distance ‖W/‖W‖_F − M̄ᵀ/‖M̄‖_F‖_F² of the kept rows."""
 
     def unit(matrix: Array) -> Array:
         return matrix / safe_sqrt(classes.total(jnp.sum(matrix**2, axis=1)))

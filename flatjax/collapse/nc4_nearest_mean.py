@@ -1,4 +1,4 @@
-"""Whether the network decides as the nearest class mean does (NC4)."""
+"""Measure whether the network decides as the nearest class mean does (NC4)."""
 
 from typing import Any, NamedTuple
 
@@ -17,24 +17,24 @@ from flatjax.heads import HeadParams, LinearHead
 
 
 class Decisions(NamedTuple):
-    """Sums of weights, so that of two batches each is the sum of both: `jax.tree.map(operator.add, ...)`."""
+    """Sums of weights; for two batches together add both: `jax.tree.map(operator.add, ...)`."""
 
     disagreeing: Float[Array, ""]
-    """Of samples where network and nearest class mean are of different classes."""
+    """The weight of samples for which network and nearest class mean are of different classes."""
     total: Float[Array, ""]
-    """Of all samples whose class is kept."""
+    """The weight of all samples whose class is kept."""
 
     to_dict = results.to_dict
     __str__ = results.to_table
 
     @property
     def share(self) -> Float[Array, ""]:
-        """NC4."""
+        """The share NC4 of samples that disagree, from 0, collapsed, to 1."""
         return self.disagreeing / self.total
 
     @property
     def standard_error(self) -> Float[Array, ""]:
-        """√(p(1 − p)/Σω), for samples of weight 1 that are drawn at random."""
+        """The standard error √(p(1 − p)/Σω), for samples of weight 1 that are drawn at random."""
         return jnp.sqrt(self.share * (1 - self.share) / self.total)
 
 
@@ -50,27 +50,30 @@ def nc4(
     min_count: int = 2,
     tile_size: int | None = None,
 ) -> Decisions:
-    """NC4: on which samples the largest logit and the nearest class mean are of different classes.
+    """NC4: the share of samples for which the largest logit and the nearest class mean are of different classes.
 
-    Of n samples a product of matrices (n, m)·(m, C) for the logits and two for the means, and a memory of
-    O((n + t)·m + n·t): of a stream, each batch on its own, and the sums of all.
+    For a stream, take each batch on its own, and add the sums of all.
 
     Args:
         moments: of C classes and m features.
         params: the head of C outputs, as for `relative_flatness`.
         feats: features (..., m), as for `ClassMoments.update`, of the samples of the moments or of others.
-        labels: classes (...,). Only which samples count, and what they are measured from, depends on them.
+        labels: classes (...,). They decide which samples count, and what these are measured from, and nothing else.
         weights: sample weights (...,), all 1 by default; 0 masks a sample, and the derivative in that weight is 0.
         bias: whether the network decides with its bias.
-        min_count: means of fewer samples are none to be near to, and samples of such classes do not count.
-        tile_size: t, of classes.
+        min_count: classes with fewer samples are left out: no sample is near to their means, and theirs do not count.
+        tile_size: t, how many classes are compared at a time.
 
     Returns:
-        `Decisions`, whose `share` is NC4. NaN if fewer than two classes are left or all means are one, and where a
-        sample or the head is bad, or a logit infinite. Of equally near means the first counts.
+        `Decisions`, whose `share` is NC4. It is NaN if fewer than two classes are left or all means are one, and where
+        a sample or the head is bad, or a logit infinite. If several means are equally near, the first counts.
 
     Raises:
         TypeError, ValueError: as `equinorm` and `ClassMoments.update`.
+
+    Notes:
+        For n samples the cost is a product of matrices (n, m)·(m, C) for the logits and two for the means. The memory
+        is O((n + t)·m + n·t).
 
     Example:
         >>> import jax.numpy as jnp
@@ -102,9 +105,11 @@ def disagreements(
     classes: ClassMeans,
     tile_size: int | None = None,
 ) -> Float[Array, " n"]:
-    """1 where the nearest kept mean and the largest logit are of two classes, of samples so far from their own's mean.
+    """1 for a sample whose nearest kept mean and largest logit are of two classes, else 0.
 
-    NaN where no logit is known to be the largest, as one is infinite or NaN, or where all means are one.
+    `residuals` are from its own mean.
+
+    It is NaN where no logit is known to be the largest, as one is infinite or NaN, or where all means are one.
     """
     head, feats, residuals = jax.lax.stop_gradient((head, feats, residuals))
     rows, num_classes = jax.lax.stop_gradient(classes.placed), len(classes.placed)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Integer, Shaped
+from jaxtyping import Array, Float, Int
 
 from flatjax.collapse.class_means import class_means
 from flatjax.collapse.moments import ClassMoments
@@ -15,13 +15,21 @@ from flatjax.core import results
 from flatjax.core.integers import whole_number
 from flatjax.core.metric import metric
 from flatjax.heads import HeadParams, LinearHead, linear_head
-from flatjax.samples import Samples, check_one_class_a_sample, flatten_samples, mark_class_labels
+from flatjax.samples import (
+    Classes,
+    Features,
+    Samples,
+    Weights,
+    check_one_class_a_sample,
+    flatten_samples,
+    mark_class_labels,
+)
 
 
 class NeuralCollapse(NamedTuple):
-    """What `neural_collapse` returns: every metric falls to 0 (NC2's ETF error to its floor) as a network collapses.
+    """The result of `neural_collapse`: every metric falls to 0 (NC2's ETF error to its floor) as a network collapses.
 
-    Scalars, or under `vmap` one for each of the batch. C is the number of classes kept.
+    The values are scalars, or under `vmap` one for each of the batch. C is the number of classes kept.
 
     Attributes:
         nc1: tr(Σ_W Σ_B⁺)/C.
@@ -42,8 +50,9 @@ class NeuralCollapse(NamedTuple):
         num_classes_kept: C, classes with two samples or more.
         num_classes_empty: classes with none.
         num_classes_single: classes with one, masked like the empty ones: a single sample has no spread.
-        num_directions: rank of Σ_B, in how many directions the class means are told apart; C − 1 or m, whichever is
-            less, but where means lie in fewer dimensions or rounding hides that they do not. NC1 is over these.
+        num_directions: rank of Σ_B, the number of directions in which the class means are told apart. It is C − 1 or m,
+            whichever is less, unless means lie in fewer dimensions or rounding hides that they do not. NC1 is over
+            these directions.
     """
 
     nc1: Float[Array, ""]
@@ -71,19 +80,19 @@ class NeuralCollapse(NamedTuple):
 @metric
 def neural_collapse(
     params: HeadParams,
-    feats: Float[ArrayLike, "*n m"],
-    labels: Integer[ArrayLike, "*n"],
-    weights: Shaped[ArrayLike, "*n"] | None = None,
+    feats: Features,
+    labels: Classes,
+    weights: Weights | None = None,
     *,
     num_classes: int | None = None,
 ) -> NeuralCollapse:
-    """Neural collapse of features and of the head that classifies them: NC1 to NC4, CDNV and NCC.
+    """Measures neural collapse of features and of the head that classifies them: NC1 to NC4, CDNV and NCC.
 
-    With h the features, μ_c the mean of class c and V_c the mean squared distance to it, μ_G the unweighted mean of the
-    class means, Σ_W the covariance within the classes (over all samples), Σ_B = M̄M̄ᵀ/C that of the class means, and w_c
-    the rows of the head. The conventions, which differ between codes, stand with the attributes of `NeuralCollapse`.
-    Means come first and centred squares second: in float32 a V_c of 1e-12 of the squared distances keeps six digits.
-    Of more samples than are in memory, or of a vocabulary, take `ClassMoments` batch by batch, and a `collapse_report`.
+    The formulas and conventions, which differ between codes, stand with the attributes of `NeuralCollapse`. There h are
+    the features, μ_c is the mean of class c, V_c the mean squared distance to it, and μ_G the unweighted mean of the
+    class means. Σ_W is the covariance within the classes (over all samples), Σ_B = M̄M̄ᵀ/C that of the class means, and
+    w_c are the rows of the head. For more samples than are in memory, or for a vocabulary, take `ClassMoments` batch by
+    batch, and a `collapse_report`.
 
     Args:
         params: the head of C outputs, as for `relative_flatness`.
@@ -93,15 +102,19 @@ def neural_collapse(
         num_classes: C, at least 2, static. It is the number of outputs of the head, and need not be given.
 
     Returns:
-        The metrics, scalars without a unit, at a memory of O((n + C)·(m + 512)). Classes without two samples are left
-        out of all of them, and counted. Where a metric has no value it is NaN or infinite: with fewer than two classes
-        left, where two class means are one (CDNV, NCC), or all of them (every metric of means but the floor), and where
-        rounding of class means that are far off hides how others differ (NC1). It is NaN where a feature, a logit or
-        the head is not finite, a label out of range, or a weight negative: `flatjax.check_inputs` says where.
+        A `NeuralCollapse`: scalars without a unit. Classes without two samples are left out of all of them, and
+        counted. Where a metric has no value it is NaN or infinite: with fewer than two classes left, where two class
+        means are one (CDNV, NCC), or all of them (every metric of means but the floor), and where rounding of class
+        means that are far off hides how others differ (NC1). All are NaN where a feature, a logit or the head is not
+        finite, a label out of range, or a weight negative: `flatjax.check_inputs` says where.
 
     Raises:
         TypeError: `params` is no mapping, or `labels` are not integers.
         ValueError: fewer than 2 classes, another number than the head has outputs, or shapes that do not fit.
+
+    Notes:
+        Means come first and centred squares second: in float32 a V_c of 1e-12 of the squared distances keeps six
+        digits. The memory is O((n + C)·(m + 512)).
 
     Example:
         >>> import jax.numpy as jnp

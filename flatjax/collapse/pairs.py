@@ -1,7 +1,7 @@
 """Sums over all pairs of classes in tiles, on products of matrices, and never an array of all pairs.
 
-Only one of (c, c') and (c', c) is computed. Of classes split among devices, each device compares its own with each
-other and then with those of half of the others, which go around in a ring.
+Only one of (c, c') and (c', c) is computed. If classes are split among devices, each device compares its own with each
+other, and then with those of half of the others, which go around in a ring.
 """
 
 import functools
@@ -20,10 +20,13 @@ from flatjax.core.integers import whole_number
 from flatjax.core.sharding import num_devices, sum_over_devices, varying_like
 
 TILE_SIZE = 512
-"""At which a product of matrices of some hundred columns is as fast as a larger one."""
+"""The tile size for which a product of matrices of some hundred columns is as fast as a larger one."""
 
 Terms = Callable[[Float[Array, "t u"], Any, Any], Any]
-"""Of how the classes of a tile relate, and of what else is known of the one and of the other: arrays (t, u) to sum."""
+"""A function of how the classes of a tile relate, and of what else is known of each side.
+
+It gives arrays (t, u) to sum.
+"""
 
 
 def sum_over_distances(
@@ -52,6 +55,7 @@ def _sum_over_pairs(
     axis_names: tuple[str, ...] = (),
 ) -> Any:
     num_rows = len(rows)
+    # A part for each device, so that each computes on rows it holds. Inside a `jax.shard_map` a device has one already.
     num_parts = 1 if axis_names else math.gcd(num_rows, num_devices(rows))
     size = num_rows // num_parts
     tile_size = tile_of(tile_size, size)
@@ -59,12 +63,16 @@ def _sum_over_pairs(
     parts = jax.tree.map(lambda x: x.reshape(num_parts, size, *x.shape[1:]), (rows, columns, use))
 
     def tile(part: Any, i: Array) -> tuple[Any, Array]:
-        """A last tile begins early, to be as large as the others; rows that were in another are not to use again."""
+        """Cuts out a tile. A last tile begins early, to be as large as the others.
+
+        Its rows of another tile are not used again.
+        """
         start = jnp.minimum(i * tile_size, size - tile_size)
         rows, columns, use = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, tile_size), part)
         places = start + jnp.arange(tile_size, dtype=start.dtype)
         return (rows, columns, use & (places >= i * tile_size)), places
 
+    # Without checkpoint the gradient would keep every tile's relations: together the array of all pairs.
     @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=0)
     def of_tiles(is_own: bool, one: Any, other: Any, i: Array, j: Array) -> Any:
         (a, of_a, use_a), places_a = tile(one, i)
@@ -72,12 +80,14 @@ def _sum_over_pairs(
         pairs = use_a[:, None] & use_b[None, :]
         if is_own:
             pairs &= places_a[:, None] < places_b[None, :]
+        # 1 for pairs that are not asked for: a quotient or a logarithm of 0 would make their derivative NaN.
         relation = jnp.where(pairs, between(a, b, pairs), 1)
         return jax.tree.map(lambda x: jnp.sum(jnp.where(pairs, x, 0), axis=0), terms(relation, of_a, of_b))
 
     def of_parts(is_own: bool, one: Any, other: Any) -> Any:
-        """Column by column of the tiles, as doubles: of a sum of 10⁹ numbers float32 would lose digits."""
+        """Sums tile after tile, column by column, as doubles: in a sum of 10⁹ numbers float32 would lose digits."""
         i, j = (x.ravel() for x in np.indices((num_tiles, num_tiles), np.int32))
+        # Within a part the tiles below the diagonal are those above it again; between two parts each one is new.
         asked = i <= j if is_own else i >= 0
         tiles = jnp.asarray(i[asked]), jnp.asarray(j[asked])
 
@@ -92,6 +102,7 @@ def _sum_over_pairs(
     of_all_parts = _map_first_axis(of_parts, num_parts)
     sums = of_all_parts(True, parts, parts)
 
+    # After d steps around the ring each part meets the one d places on: half a round is enough for every pair of parts.
     num_places = num_parts * (jax.lax.axis_size(axis_names) if axis_names else 1)
     if num_places > 1:
 
@@ -109,7 +120,7 @@ def _sum_over_pairs(
 
 
 def tile_of(tile_size: int | None, num_rows: int) -> int:
-    """As many rows as were asked for, no more than there are.
+    """The tile size, as many rows as were asked for but no more than there are.
 
     Raises:
         TypeError, ValueError: it is no whole number, or below 1.
@@ -133,7 +144,7 @@ def _map_first_axis(function: Callable[..., Any], size: int) -> Callable[..., An
 
 
 def _from_next(part: Array, axis_names: tuple[str, ...]) -> Array:
-    """Of the next part around the ring."""
+    """Fetches the array of the next part around the ring."""
     if not axis_names:
         return jnp.roll(part, -1, axis=0)
     num_devices = jax.lax.axis_size(axis_names)

@@ -17,12 +17,13 @@ from flatjax.heads import HeadParams, LinearHead
 
 
 class CollapseReport(NamedTuple):
-    """What `collapse_report` returns: scalars, by the conventions of `NeuralCollapse`, over the classes kept.
+    """The result of `collapse_report`: scalars, by the conventions of `NeuralCollapse`, over the classes kept.
 
     Attributes:
         nc1: as `nc1`; None if the moments have no covariance.
         nc2_equinorm_means: as `equinorm`.
-        nc2_equinorm_classifier: the same of the classifier; of this and of all that follows, None without `params`.
+        nc2_equinorm_classifier: the same of the classifier. It is None without `params`, as all values of the
+            classifier and nc3 and unc3 are.
         nc2_equiangularity_means: as `equiangularity`.
         nc2_equiangularity_classifier: the same of the classifier.
         nc2_cosine_std_means: as `cosine_std`.
@@ -39,7 +40,7 @@ class CollapseReport(NamedTuple):
         num_classes_kept: C, classes with `min_count` samples or more.
         num_classes_empty: classes with none.
         num_classes_single: classes with one.
-        num_directions: as of `NeuralCollapse`; None where NC1 is.
+        num_directions: as in `NeuralCollapse`; None where NC1 is.
     """
 
     nc1: Float[Array, ""] | None
@@ -78,13 +79,12 @@ def collapse_report(
     tile_size: int | None = None,
     axis_name: AxisName = None,
 ) -> CollapseReport:
-    """Every metric of the means, and with `params` of the classifier, by its default convention.
+    """Reports every metric of the means, and with `params` of the classifier, by its default convention.
 
-    Of metrics that go over all pairs there are three for the means and two for the classifier, each half a product of
-    matrices (C, m)·(m, C). NC4 needs samples: `nc4`.
+    NC4 needs samples, and is not among them: see `nc4`.
 
     Args:
-        moments: of C classes and m features, for NC1 with the covariance.
+        moments: the moments of C classes and m features; NC1 needs them with the covariance.
         params: the head of C outputs, as for `relative_flatness`.
         min_count: classes with fewer samples are left out; above 2 NC1 is None, as the covariance is of all samples.
         tile_size: as for `cdnv`.
@@ -95,6 +95,10 @@ def collapse_report(
 
     Raises:
         TypeError, ValueError: as `equinorm`.
+
+    Notes:
+        Three metrics of the means and two of the classifier go over all pairs. Each costs half a product of matrices
+        (C, m)·(m, C).
 
     Example:
         >>> import jax.numpy as jnp
@@ -130,7 +134,7 @@ def collapse_report(
 
 
 def of_means(classes: ClassMeans, tile_size: int | None = None) -> dict[str, Float[Array, ""]]:
-    """The metrics of the means alone."""
+    """The metrics that need only the means."""
     angle, cosine_std = cosine_statistics(classes.centred, classes, tile_size)
     ncc = sum_of_cdnv(classes, tile_size)
     return {
@@ -157,7 +161,7 @@ def of_classifier(head: LinearHead, classes: ClassMeans, tile_size: int | None =
 
 
 def class_counts(moments: ClassMoments, classes: ClassMeans) -> dict[str, Int[Array, ""]]:
-    """How many classes are kept, and how many cannot be."""
+    """Counts how many classes are kept, and how many cannot be."""
     return {
         "num_classes_kept": classes.num_kept,
         "num_classes_empty": classes.total((moments.counts == 0).astype(jnp.int32)),

@@ -1,4 +1,4 @@
-"""Collapse under the mean squared error: what a network loses by its features, and what by its head beside the best."""
+"""Collapse under the mean squared error: what a network loses by its features, and by its head beside the best one."""
 
 from typing import NamedTuple
 
@@ -15,9 +15,10 @@ from flatjax.heads import HeadParams, linear_head
 
 
 class SquaredErrorDecomposition(NamedTuple):
-    """What `squared_error_decomposition` returns: parts of a mean squared error, none negative.
+    """The result of `squared_error_decomposition`: parts of a mean squared error, none negative.
 
-    Scalars, or under `vmap` one for each of the batch. On the central path, to which training converges, the last is 0.
+    The parts are scalars, or under `vmap` one for each of the batch. On the central path, to which training converges,
+    the last is 0.
 
     Attributes:
         nc1: ½[tr W_LS (Σ_W + λI) W_LSᵀ + λ‖b_LS‖²], what the best head loses by the spread within the classes.
@@ -34,7 +35,7 @@ class SquaredErrorDecomposition(NamedTuple):
 
     @property
     def total(self) -> Float[Array, ""]:
-        """½ E‖Wh + b − y‖² + ½λ(‖W‖² + ‖b‖²)."""
+        """The whole loss ½ E‖Wh + b − y‖² + ½λ(‖W‖² + ‖b‖²)."""
         return self.nc1 + self.nc2_and_nc3 + self.perpendicular
 
 
@@ -46,32 +47,34 @@ def squared_error_decomposition(
     masses: Real[ArrayLike, " C"],
     weight_decay: ArrayLike = 0.0,
 ) -> SquaredErrorDecomposition:
-    """The three parts of a mean squared error against one-hot targets y, from the classes' moments alone.
+    """Splits a mean squared error against one-hot targets y into three parts, from the moments of the classes.
 
         ½ E‖Wh + b − y‖² + ½λ(‖W‖² + ‖b‖²) = L_NC1 + L_NC2/3 + L_⊥
 
-    with the best head W_LS, b_LS of `least_squares_head` and Δ the head less that one. The first two depend on the
-    features alone. Published for classes of one size, where π_c = 1/C; here it holds for the share π_c of samples, or
-    of their weights, that each class has.
-
-    No part is a difference: each keeps its digits however small it is against the others, as far as the moments have
-    them. Of a covariance only what exceeds its own rounding, ε·tr Σ_W, is known: with λ = 0 a spread below that, in
-    directions in which the means differ, is taken to be as large.
+    with the best head W_LS, b_LS of `least_squares_head` and Δ the head less that one. The first two parts depend only
+    on the features. The decomposition was published for classes of one size, where π_c = 1/C. Here it holds for the
+    share π_c of samples, or of their weights, that each class has.
 
     Args:
         params: the head of C outputs, as for `relative_flatness`; one without bias has the bias 0.
-        means: μ_c (C, m). Those of classes of mass 0 may hold anything.
+        means: μ_c (C, m). The means of classes of mass 0 may hold anything.
         within_covariance: Σ_W = Σ_i ω_i (h_i − μ_c(i))(h_i − μ_c(i))ᵀ / Σ_i ω_i (m, m), over all samples.
         masses: n_c or Σω of each class (C,), in any unit.
         weight_decay: λ ≥ 0 as in the formula: that of `optax.add_decayed_weights` for the loss ½‖Wh + b − y‖².
 
     Returns:
-        The parts, in float64 if any input is, else in float32; memory of a few (C, C), (m, m) and (C, m) arrays. NaN
-        where a moment or the head is not finite, a mass or λ negative, or Σ_W + λI no covariance.
+        A `SquaredErrorDecomposition`, in float64 if any input is, else in float32. It is NaN where a moment or the head
+        is not finite, a mass or λ negative, or Σ_W + λI no covariance.
 
     Raises:
         TypeError: `params` is no mapping, or an array not of a floating dtype.
         ValueError: shapes that do not fit each other.
+
+    Notes:
+        No part is a difference: each keeps its digits however small it is against the others, as far as the moments
+        have them. What is below the rounding of a covariance, ε·tr Σ_W, is not known: with λ = 0 a spread below that,
+        in directions in which the means differ, is taken to be as large. The memory is that of a few (C, C), (m, m) and
+        (C, m) arrays.
 
     Example:
         >>> import jax.numpy as jnp
@@ -113,12 +116,15 @@ def squared_error_decomposition(
 
 @metric
 def central_path(moments: ClassMoments, params: HeadParams, weight_decay: ArrayLike = 0.0) -> SquaredErrorDecomposition:
-    """`squared_error_decomposition` of a head on the features of a stream, which all count, of small classes too.
+    """Makes the `squared_error_decomposition` of a head on a stream's features; those of small classes count too.
 
     Args:
-        moments: of the features, kept with `covariance=True`.
-        params: the head, as for `squared_error_decomposition`.
-        weight_decay: λ, as there.
+        moments: the moments of the features, kept with `covariance=True`.
+        params: the head of C outputs, as for `relative_flatness`; one without bias has the bias 0.
+        weight_decay: λ ≥ 0, as for `squared_error_decomposition`.
+
+    Returns:
+        A `SquaredErrorDecomposition`, NaN where that of `squared_error_decomposition` would be.
 
     Raises:
         TypeError, ValueError: as there, or the moments are no `ClassMoments`, or have no covariance.
@@ -152,8 +158,8 @@ def least_squares_head(
 
         W_LS = [diag(π) Mᵀ − π μᵀ/(1 + λ)] [Σ_W + M diag(π) Mᵀ − μμᵀ/(1 + λ) + λI]⁻¹,    b_LS = (π − W_LS μ)/(1 + λ)
 
-    with M = [μ_c], π the shares of the classes and μ = Mπ. If λ is 0 and many heads are best, it is one of nearly the
-    least norm. Args and errors are those of `squared_error_decomposition`.
+    with M = [μ_c], π the shares of the classes and μ = Mπ. If λ is 0 and many heads are best, the result is one of
+    nearly the least norm. Args and errors are those of `squared_error_decomposition`.
 
     Returns:
         `kernel` (m, C) and `bias` (C,), as Flax keeps a head. A class of mass 0 has zeros.
@@ -179,21 +185,21 @@ class _Moments(NamedTuple):
     shares: Float[Array, " C"]
     weight_decay: Float[Array, ""]
     centred: Float[Array, "C m"]
-    """μ_c − μ."""
+    """The centred means μ_c − μ."""
     mean: Float[Array, " m"]
     root: Float[Array, "m m"]
-    """Lower triangular, root rootᵀ = Σ_W + λI."""
+    """A lower triangular root of the covariance: root rootᵀ = Σ_W + λI."""
 
 
 class _BestHead(NamedTuple):
-    """What the best head makes of the features, which is known better than that head is."""
+    """Products of the best head with the features, which are known better than that head is."""
 
     within: Float[Array, "C m"]
-    """W_LS root."""
+    """The product W_LS root."""
     at_means: Float[Array, "C C"]
-    """(W_LS M + b_LS 1ᵀ − I) diag(√π)."""
+    """The errors at the means, (W_LS M + b_LS 1ᵀ − I) diag(√π)."""
     bias: Float[Array, " C"]
-    """√λ b_LS."""
+    """The scaled bias √λ b_LS."""
 
 
 def _moments(
@@ -235,14 +241,16 @@ def _moments(
 
 
 def _best_head(moments: _Moments) -> _BestHead:
-    """In coordinates in which the features within the classes are white, as there are directions to nothing there.
+    """Finds the best head in coordinates in which the features within the classes are white.
+
+    Directions to nothing exist there.
 
     With s = √π and ε² = λ/(1 + λ), P = I − (1 − ε)ssᵀ and X = diag(s)[μ_c − μ + εμ]ᵀ, the two matrices of the formula
     for W_LS are diag(s)PX and Σ_W + λI + XᵀX. So for Y = X root⁻ᵀ and A = (I + YYᵀ)⁻¹
 
         W_LS root = diag(s)PAY,    (W_LS M + b_LS 1ᵀ − I) diag(s) = −diag(s)PAP,    √λ b_LS = diag(s)PAs/√(1 + λ)
 
-    which are products, of which none cancels.
+    which are products, none of which cancels.
     """
     s, decay = jnp.sqrt(moments.shares), moments.weight_decay
     left = jnp.sqrt(decay / (1 + decay))
@@ -265,7 +273,7 @@ def _best_head(moments: _Moments) -> _BestHead:
 
 @jax.custom_jvp
 def _resolvent(rows: Float[Array, "C m"]) -> tuple[Float[Array, "C C"], Float[Array, "C m"]]:
-    """(I + YYᵀ)⁻¹ and (I + YYᵀ)⁻¹Y, whatever the rank and the size of Y."""
+    """The matrices (I + YYᵀ)⁻¹ and (I + YYᵀ)⁻¹Y, whatever the rank and the size of Y."""
     U, values, Vh = jnp.linalg.svd(rows, full_matrices=False)
     squares = values**2
     filtered = (U * (values / (1 + squares))[None, :]) @ Vh

@@ -1,4 +1,4 @@
-"""What callers have for arrays: JAX's and NumPy's, lists, and live tensors of frameworks that are not imported here."""
+"""Read what callers have for arrays: JAX's and NumPy's, lists, and live tensors of frameworks not imported here."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ import numpy as np
 
 
 def as_arrays(name: str, value: Any, *, are_classes: bool = False) -> Any:
-    """A tree of arrays that `jax.jit` takes; what is one already stays the object that it is.
+    """Turns a value into a tree of arrays that `jax.jit` takes; what is one already stays the object that it is.
 
-    Integers of 64 bits that JAX has no room for would wrap around there: classes are cut to the range, which leaves
-    them out of that of any head, and other numbers become floating.
+    JAX may have no room for integers of 64 bits, which would wrap around there. Classes are therefore cut to the range,
+    which leaves them out of that of any head. Other numbers become floating.
 
     Raises:
         TypeError: text, objects, or a tensor that is not dense and in reach.
@@ -97,10 +97,10 @@ def _in_range_of_jax(array: Any, are_classes: bool) -> Any:
 
 
 def _of_tensor(name: str, tensor: Any) -> Any:
-    """A copy in NumPy, as training goes on and changes the tensor; of one on a device that JAX shares, what lies there.
+    """Copies a tensor to NumPy, as training goes on and changes it; one on a device that JAX shares is read in place.
 
     Raises:
-        TypeError: it is neither dense nor in reach.
+        TypeError: the tensor is neither dense nor in reach.
     """
     try:
         # What is trained does not give itself away.
@@ -122,11 +122,11 @@ def _of_tensor(name: str, tensor: Any) -> Any:
 
 
 _CPU = 1
-"""As DLPack numbers devices."""
+"""The number that DLPack gives the CPU."""
 
 
 def _of_sequence(name: str, values: list[Any] | tuple[Any, ...], are_classes: bool) -> Any:
-    """One array of numbers, or of arrays that are stacked."""
+    """Joins a sequence of numbers to one array, or stacks a sequence of arrays."""
     leaves = jax.tree.leaves(values)
     if not all(isinstance(leaf, bool | int | float | complex | str | bytes) for leaf in leaves):
         values = jax.tree.map(lambda leaf: as_arrays(name, leaf, are_classes=are_classes), values)

@@ -1,4 +1,4 @@
-"""Numbers of twice the digits: the sum of two, of which the second is what the first was rounded by."""
+"""Numbers of twice the digits: each is the sum of two, the second being what the first was rounded by."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from flatjax.core.sharding import axis_names
 
 
 class Double(NamedTuple):
-    """`high + low`, never added up: 48 bits in float32."""
+    """A number `high + low`, never added up: it has 48 bits in float32."""
 
     high: Float[Array, "..."]
     low: Float[Array, "..."]
@@ -23,11 +23,11 @@ class Double(NamedTuple):
 
     @property
     def value(self) -> Float[Array, "..."]:
-        """Rounded to one number."""
+        """The number, rounded to one of its dtype."""
         return self.high + self.low
 
     def plus(self, x: Float[Array, "..."]) -> "Double":
-        """What the sum of the high parts is rounded by is known without rounding (Knuth)."""
+        """The sum with x: what the sum of the high parts is rounded by is known without rounding (Knuth)."""
         high, lost = _two_sum(self.high, x)
         return Double(*_two_sum(high, self.low + lost))
 
@@ -35,15 +35,15 @@ class Double(NamedTuple):
         return self.plus(other.high).plus(other.low)
 
     def minus(self, other: "Double") -> Float[Array, "..."]:
-        """One number, to rounding of the difference however large the two are."""
+        """The difference as one number, to rounding of itself however large the two are."""
         return (self.high - other.high) + (self.low - other.low)
 
     def where(self, condition: Bool[Array, "..."], other: "Double") -> "Double":
-        """The other one where `condition` is false."""
+        """Takes this number where `condition` is true, and the other one elsewhere."""
         return Double(jnp.where(condition, self.high, other.high), jnp.where(condition, self.low, other.low))
 
     def sum_over_devices(self, axis_name: str | tuple[str, ...]) -> "Double":
-        """Along axes of a `jax.shard_map`: all digits, if they are of 2, 4, 8, ... devices."""
+        """The sum along axes of a `jax.shard_map`: it keeps all digits if they are of 2, 4, 8, ... devices."""
         names = axis_names(axis_name)
         # As exact as their number is a power of 2, the devices add what they differ by from their mean.
         num_devices = jax.lax.axis_size(names)

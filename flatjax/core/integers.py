@@ -1,4 +1,4 @@
-"""Whole numbers that are known when a program is traced: of Python, NumPy and JAX alike."""
+"""Whole numbers that are known when a program is traced, whether of Python, NumPy or JAX."""
 
 import operator
 from typing import Any
@@ -8,14 +8,14 @@ import numpy as np
 
 
 def is_whole_number(value: Any) -> bool:
-    """Whether it is an integer, or an array of one; no boolean is."""
+    """Whether the value is an integer, or an array of one; a boolean is not."""
     dtype = getattr(value, "dtype", type(value))
     is_integer = np.issubdtype(dtype, np.integer) if isinstance(dtype, type | np.dtype) else False
     return is_integer and getattr(value, "shape", ()) == ()
 
 
 def known_integer(value: Any, name: str) -> int | None:
-    """The integer, or None of one that is traced.
+    """Reads an integer, and returns None for one that is traced.
 
     Raises:
         TypeError: it is no whole number.
@@ -27,7 +27,7 @@ def known_integer(value: Any, name: str) -> int | None:
 
 
 def whole_number(value: Any, name: str, *, least: int | None = None) -> int:
-    """A size, a number of draws or the like as an int.
+    """Reads a size, a number of draws or the like as an int.
 
     Raises:
         TypeError: it is no whole number, or is traced, where the program depends on it.

@@ -1,4 +1,4 @@
-"""What every public metric does around its formula."""
+"""Wrap every public metric in what is the same around all formulas."""
 
 import functools
 import inspect
@@ -24,18 +24,18 @@ def metric(*, compiled: bool = True, placed: Placement = "replicated") -> Callab
 def metric(function: Any = None, /, *, compiled: bool = True, placed: Placement = "replicated") -> Any:
     """Compiles a metric, once for each shape and each value of its keyword-only arguments, which are static.
 
-    All other arguments are arrays and trees of them, however they are sharded: from the second call on with the same
-    shapes nothing compiles, inside `jax.jit` or out of it. What is no array of JAX is read first, by `as_arrays`; what
-    is called `params` is a head in any of its layouts, and `labels` and `partners` are classes.
+    All other arguments are arrays and trees of them, however they are sharded. From the second call on with the same
+    shapes nothing compiles, inside `jax.jit` or out of it. What is no array of JAX is read first, by `as_arrays`. An
+    argument called `params` is a head in any of its layouts, and `labels` and `partners` are classes.
 
-    Products of float32 are of float32, which on a GPU or a TPU is not the default, as the sums of metrics cancel. On a
-    mesh with explicit axes the compiler chooses the shardings inside the metric.
+    Products of float32 are computed in float32, as the sums of metrics cancel; on a GPU or a TPU that is not the
+    default. On a mesh with explicit axes the compiler chooses the shardings inside the metric.
 
     Args:
         function: the metric.
         compiled: False for what has to raise errors that depend on values.
-        placed: how the result is sharded on a mesh with explicit axes: replicated, as the first argument, of which it
-            is a newer one, or as it comes, where nothing inside has to be chosen.
+        placed: how the result is sharded on a mesh with explicit axes: "replicated"; "as the first", where the result
+            is a newer version of the first argument; or "as it comes", where nothing inside has to be chosen.
     """
     if function is None:
         return functools.partial(metric, compiled=compiled, placed=placed)
@@ -81,10 +81,10 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
 
 
 def _static(name: str, value: Any) -> Any:
-    """An option that programs are told apart by.
+    """Reads an option that programs are told apart by.
 
     Raises:
-        TypeError: an array, or what has no hash.
+        TypeError: the option is an array, or has no hash.
     """
     if value is None or isinstance(value, str | int | float):
         return value

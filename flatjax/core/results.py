@@ -16,14 +16,14 @@ import jax
 import numpy as np
 
 MOST_SHOWN = 6
-"""Numbers of an array in a table; of more their extremes stand there."""
+"""How many numbers of an array a table shows; a larger array is shown by its extremes."""
 
 
 def to_dict(result: Any) -> dict[str, Any]:
     """The numbers of a result by their names, ready for strict JSON: floats, integers, booleans and lists of them.
 
-    JSON has no NaN and no infinity: None stands for the one and "inf" or "-inf" for the other, of which `float` makes
-    numbers again.
+    JSON has no NaN and no infinity. None stands for NaN, and "inf" or "-inf" for an infinity; `float` makes numbers of
+    these two again.
 
     Raises:
         TypeError: inside `jax.jit`, where there are no numbers yet.
@@ -39,7 +39,7 @@ def to_dict(result: Any) -> dict[str, Any]:
 
 
 def to_table(result: Any) -> str:
-    """A result as lines of names and numbers; inside `jax.jit`, where there are no numbers yet, of names and shapes.
+    """Shows a result as lines of names and numbers; inside `jax.jit`, which has no numbers yet, of names and shapes.
 
     Example:
         >>> import jax.numpy as jnp
@@ -53,7 +53,7 @@ def to_table(result: Any) -> str:
 
 
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str] | None = None) -> str:
-    """Rows of cells below each other, each column as wide as its widest cell.
+    """Lays rows of cells below each other, each column as wide as its widest cell.
 
     Example:
         >>> print(table([("head/kernel", 0.5), ("blocks/0/up/kernel", -12.25)], header=("layer", "value")))
@@ -70,7 +70,7 @@ def table(rows: Sequence[Sequence[Any]], header: Sequence[str] | None = None) ->
 
 
 def shown(value: Any) -> str:
-    """A number, or a tree of them, in one line of a table."""
+    """Shows a number, or a tree of them, in one line of a table."""
     if value is None:
         return "none"
     if not _is_number(value):
@@ -90,7 +90,7 @@ def shown(value: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A number as Python's, an array as lists, any other tree as a mapping, by the rules of `to_dict`."""
+    """Turns a number into Python's, an array into lists, any other tree into a mapping, by the rules of `to_dict`."""
     if value is None or isinstance(value, str):
         return value
     if not _is_number(value):
@@ -103,7 +103,7 @@ def plain(value: Any) -> Any:
 
 
 def _named(result: Any) -> dict[str, Any]:
-    """The fields of a tuple and what else its class says of it, or the parts of another tree by their paths."""
+    """Collects the fields of a tuple and the properties of its class, or the parts of another tree by their paths."""
     if isinstance(result, Mapping):
         return {str(name): value for name, value in result.items()}
     if not hasattr(result, "_asdict"):
@@ -118,7 +118,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_known(value: Any) -> bool:
-    """A traced one is not, nor is one of which another process has a part."""
+    """Whether the value has numbers here: a traced one has none, and one shared with another process not all."""
     is_traced = isinstance(value, jax.core.Tracer)
     return not is_traced and (not isinstance(value, jax.Array) or value.is_fully_addressable)
 

@@ -1,4 +1,4 @@
-"""What the types of arrays say of how they are sharded."""
+"""Read from the types of arrays how they are sharded."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +17,10 @@ def explicit_mesh(tree: Any) -> AbstractMesh | None:
 
 
 def num_devices(tree: Any) -> int:
-    """Among which the compiler splits the work on `tree`: those of the arrays' mesh, or else of the one that is set."""
+    """How many devices the compiler splits the work on `tree` among.
+
+    They are those of the arrays' mesh, or else of the mesh that is set.
+    """
     mesh = next((mesh for mesh in _meshes(tree) if not mesh.empty), jax.sharding.get_abstract_mesh())
     sizes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
     return math.prod(size for size, axis_type in sizes if axis_type == AxisType.Auto)
@@ -29,7 +32,7 @@ def varying_axes(tree: Any) -> frozenset[str]:
 
 
 def varying_along(tree: T, names: Iterable[str]) -> T:
-    """`tree`, said to vary along axes of a `jax.shard_map`; other axes have no such types."""
+    """Says that `tree` varies along axes of a `jax.shard_map`; other axes have no such types."""
     manual = set(names) & set(jax.sharding.get_abstract_mesh().manual_axes)
 
     def cast(leaf: Array) -> Array:
@@ -40,17 +43,20 @@ def varying_along(tree: T, names: Iterable[str]) -> T:
 
 
 def axis_names(axis_name: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """One, several, or none."""
+    """Reads one axis name, several, or none as a tuple."""
     return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
 
 
 def varying_like(tree: T, like: Any) -> T:
-    """`tree`, said to vary along the axes that `like` varies along: as the start of a loop that mixes them."""
+    """Says that `tree` varies along the axes that `like` varies along: a loop that mixes them must start so."""
     return varying_along(tree, varying_axes(like))
 
 
 def automatic(function: Callable[..., T], like: T) -> Callable[..., T]:
-    """On a mesh with explicit axes the compiler chooses the shardings in `function`, but not the result's: `like`'s."""
+    """Lets the compiler choose the shardings inside `function` on a mesh with explicit axes.
+
+    The result is sharded as `like` is.
+    """
 
     def wrapped(*args: Any) -> T:
         mesh = explicit_mesh((args, like))
@@ -65,18 +71,18 @@ def automatic(function: Callable[..., T], like: T) -> Callable[..., T]:
 
 
 def gathered(value: Array) -> Array:
-    """Whole on every device, where the mesh has explicit axes and an operation would ask for that."""
+    """Puts the whole array on every device, where the mesh has explicit axes and an operation would ask for that."""
     return value if explicit_mesh(value) is None else jax.sharding.reshard(value, PartitionSpec())
 
 
 def placed_like(value: Array, like: Any) -> Array:
-    """Sharded as `like` is, where the mesh has explicit axes and two of a kind must be sharded alike."""
+    """Shards an array as `like` is, where the mesh has explicit axes and two of a kind must be sharded alike."""
     sharding = jax.typeof(like).sharding
     return value if explicit_mesh(like) is None else jax.sharding.reshard(value, sharding)
 
 
 def sum_over_devices(value: Array, axis_names: tuple[str, ...]) -> Array:
-    """Along axes of a `jax.shard_map`, if there are any."""
+    """The sum along axes of a `jax.shard_map`, if there are any."""
     return jax.lax.psum(value, axis_names) if axis_names else value
 
 

@@ -1,4 +1,4 @@
-"""The leaves of a tree of parameters by their paths, and some of them in the place of all."""
+"""Read the leaves of a tree of parameters by their paths, and put some of them in the place of all."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,13 +12,13 @@ Tree = Any
 
 
 def leaf_path(keys: Sequence[KeyEntry]) -> str:
-    """The keys joined by slashes, "blocks/0/up/kernel"; that an NNX variable holds its array in a field is left out."""
+    """Joins the keys by slashes, "blocks/0/up/kernel"; that an NNX variable holds its array in a field is left out."""
     held = bool(keys) and keys[-1] == GetAttrKey("value")
     return jax.tree_util.keystr(tuple(keys[:-1] if held else keys), simple=True, separator="/")
 
 
 def leaves_by_path(tree: Tree) -> dict[str, Any]:
-    """All leaves, in their order in the tree.
+    """Collects all leaves by their paths, in their order in the tree.
 
     Raises:
         ValueError: two of them have the same path, as those of {"a": {"b": …}, "a/b": …}.
@@ -33,7 +33,7 @@ def leaves_by_path(tree: Tree) -> dict[str, Any]:
 
 
 def arrays_by_path(tree: Tree) -> dict[str, Any]:
-    """`leaves_by_path` of parameters, which are arrays.
+    """Collects the leaves of parameters by their paths; they must be arrays.
 
     Raises:
         TypeError: one of them is no array.
@@ -50,7 +50,7 @@ def arrays_by_path(tree: Tree) -> dict[str, Any]:
 
 
 def chosen_leaves(tree: Tree, paths: Sequence[str] | None) -> Tree:
-    """The leaves at `paths` as {path: leaf}, or the tree itself.
+    """Picks the leaves at `paths` as {path: leaf}, or the tree itself.
 
     Raises:
         TypeError: one of them is not of a floating dtype.
@@ -70,7 +70,7 @@ def chosen_leaves(tree: Tree, paths: Sequence[str] | None) -> Tree:
 
 
 def with_leaves(tree: Tree, chosen: Tree, paths: Sequence[str] | None) -> Tree:
-    """The tree with the leaves at `paths` replaced; what `chosen_leaves` took out, put back."""
+    """Replaces the leaves of the tree at `paths`: what `chosen_leaves` took out is put back."""
     if paths is None:
         return chosen
     return jax.tree_util.tree_map_with_path(lambda keys, leaf: chosen.get(leaf_path(keys), leaf), tree)

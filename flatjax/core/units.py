@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 
 def unit_near(size: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The power of 2 nearest to a size, by which division rounds nothing; 1 where the size is 0 or NaN.
+    """The power of 2 nearest to a size; 1 where the size is 0 or NaN. Dividing by it rounds nothing.
 
     It has no derivative: a number is the same in whatever unit it is measured.
     """
@@ -18,11 +18,11 @@ def unit_near(size: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def root_of_squares(values: Float[Array, "k ..."]) -> Float[Array, "..."]:
-    """√Σ x² along the first axis."""
+    """The root √Σ x² along the first axis."""
     unit = unit_near(jnp.max(jnp.abs(values), axis=0, initial=0))
     return unit * jnp.sqrt(jnp.sum((values / unit[None]) ** 2, axis=0))
 
 
 def safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """√x with the derivative 0 at 0: that of a distance where it is least, and of what a weight of 0 leaves out."""
+    """√x with the derivative 0 at 0, where a distance is least, and where a weight of 0 leaves a value out."""
     return jnp.where(x == 0, 0, jnp.sqrt(jnp.where(x == 0, 1, x)))

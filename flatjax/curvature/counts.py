@@ -1,4 +1,4 @@
-"""How many samples of a batch count: what its mean is to be weighed by, among those of other batches or devices."""
+"""Count the samples of a batch that count: its mean is weighed by them among those of other batches or devices."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,22 +14,22 @@ from flatjax.samples import IGNORED_LABEL, widened
 
 
 def num_samples(batch: Any, count: Callable[..., Any] | None = None) -> float:
-    """How many samples of a batch count: `count(*batch)`, or what the batch itself shows.
+    """Counts the samples of a batch that count: `count(*batch)`, or what the batch itself shows.
 
     A loss is the mean of what counts. The mean of such means is that of all samples if each is weighed by its number.
-    It is read off the arrays of a batch, in their order, from their dtypes and shapes; keys of random numbers, raw
-    ones (uint32 of the shape of a key) too, are passed over:
+    The number is read off the arrays of a batch, in their order, from their dtypes and shapes. Keys of random numbers,
+    raw ones (uint32 of the shape of a key) too, are passed over:
 
     1. The last array of integers is taken for the labels. As many samples count as it has entries that are not −100.
     2. The first array after it that is floating or boolean, and of exactly the shape of the labels, is taken for sample
        weights. Then the sum of those weights counts whose labels are not −100.
     3. Without integers it is the length of the first array.
 
-    So of tokens each one counts, and of images each label. A mask of integers, or one that comes before the labels, is
-    not seen, nor are weights of another shape: give a `count`.
+    So each token counts, and for images each label. A mask of integers, or one that comes before the labels, is not
+    seen, and weights of another shape are not either: give a `count`.
 
     Args:
-        batch: a tuple of arrays, or any tree; of a dictionary the order is that of its keys, sorted.
+        batch: a tuple of arrays, or any tree; a dictionary is read in the order of its sorted keys.
         count: `(*batch) -> number`, instead.
 
     Raises:
@@ -46,7 +46,7 @@ def num_samples(batch: Any, count: Callable[..., Any] | None = None) -> float:
 
 
 def counted(batch: Any, count: Callable[..., Any] | None = None) -> Any:
-    """`num_samples`, that may be traced."""
+    """The number that `num_samples` gives, which may be traced here."""
     if count is not None:
         return count(*batch)
     arrays = [leaf for leaf in jax.tree.leaves(batch) if jnp.ndim(leaf) and not _is_key(leaf)]

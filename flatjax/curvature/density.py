@@ -14,7 +14,7 @@ from flatjax.curvature.lanczos import Tridiagonal, lanczos
 from flatjax.curvature.products import Curvature
 
 _REACH = 6
-"""Of the grid beyond the outermost nodes, in widths of a Gaussian; 1e-9 of its mass is further out."""
+"""How far the grid goes beyond the outermost nodes, in widths of a Gaussian; 1e-9 of its mass is further out."""
 
 
 class SpectralDensity(NamedTuple):
@@ -22,11 +22,11 @@ class SpectralDensity(NamedTuple):
 
     grid: Float[Array, " g"]
     density: Float[Array, " g"]
-    """Integrates to 1."""
+    """The density at the grid, which integrates to 1."""
     standard_error: Float[Array, " g"]
-    """Of the density, over probes; with too few steps it has a bias besides."""
+    """The standard error of the density, over probes; with too few steps it has a bias besides."""
     broadening: Float[Array, ""]
-    """σ, the standard deviation of the Gaussians."""
+    """The standard deviation σ of the Gaussians."""
     num_probes: Integer[Array, ""]
 
     to_dict = results.to_dict
@@ -47,24 +47,27 @@ def spectral_density(
         ρ(x) = 1/n Σ_i N(x; λ_i, σ²) = E ⟨v, N(x; C, σ²) v⟩ ≈ E Σ_k s_k1² N(x; θ_k, σ²)
 
     over random unit vectors v, with θ_k and s_k the eigenvalues and eigenvectors of the tridiagonal matrix that
-    Lanczos' method makes of C from v in `num_steps`. The quadrature is exact for polynomials of degree 2 num_steps − 1:
-    Gaussians much narrower than the spectrum's width over num_steps make a comb of nodes, not a density.
+    Lanczos' method makes of C from v in `num_steps`.
 
     Args:
         curvature: a `Hessian`, `GaussNewton`, `Streamed`, or any other.
-        key: of the random vectors.
-        num_probes: how many, at least 2, one after the other.
+        key: the random key of the vectors.
+        num_probes: how many vectors, at least 2, one after the other.
         num_steps: the number of products, and of vectors in memory, for each.
-        num_points: of the grid, which runs 6 σ beyond the outermost nodes.
+        num_points: the number of points of the grid, which runs 6 σ beyond the outermost nodes.
         broadening: σ; by default 1/100 of the distance of the outermost nodes, but no less than 1/1000 of the largest
             of them in magnitude, or 1/100 if all are 0.
 
     Returns:
-        grid, density, standard_error, broadening and num_probes. The density is NaN if a product is, or if the points
-        are further apart than σ, as it would then not integrate to 1.
+        A `SpectralDensity`. The density is NaN if a product is, or if the points are further apart than σ, as it would
+        then not integrate to 1.
 
     Raises:
         ValueError: fewer than 2 probes, fewer than 1 step or than 2 points, or a broadening that is not positive.
+
+    Notes:
+        The quadrature is exact for polynomials of degree 2 num_steps − 1. Gaussians much narrower than the spectrum's
+        width over num_steps make a comb of nodes, not a density.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -94,7 +97,7 @@ def spectral_density(
 
 @jax.jit
 def _quadrature(tridiagonal: Tridiagonal) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
-    """Gauss': nodes and weights."""
+    """Nodes and weights of Gauss' quadrature."""
     nodes, vectors = tridiagonal.eigenpairs()
     return nodes, vectors[0] ** 2
 

@@ -12,13 +12,16 @@ from flatjax.core.units import unit_near
 
 
 class Estimate(NamedTuple):
-    """An estimate; exact if no probes were needed. Of several numbers at once, value and error are trees of arrays."""
+    """An estimate, exact if no probes were needed.
+
+    If it is of several numbers at once, value and error are trees of arrays.
+    """
 
     value: Float[Array, "..."] | Any
     standard_error: Float[Array, "..."] | Any
-    """Of the value, as a standard deviation over repetitions; 0 if it is exact."""
+    """The standard error of the value, as a standard deviation over repetitions; 0 if it is exact."""
     num_probes: Integer[Array, ""]
-    """How many random draws it is the mean of; 0 if it is exact."""
+    """The number of random draws that it is the mean of; 0 if it is exact."""
 
     to_dict = results.to_dict
     __str__ = results.to_table
@@ -29,7 +32,7 @@ def mean_of(samples: Float[Array, "k ..."]) -> Estimate:
     """The mean of independent draws along the first axis.
 
     Raises:
-        ValueError: there are fewer than 2, of which there is no standard error.
+        ValueError: there are fewer than 2, which have no standard error.
     """
     num_probes = len(samples)
     check_num_probes(num_probes)
@@ -40,7 +43,7 @@ def mean_of(samples: Float[Array, "k ..."]) -> Estimate:
 
 
 def exactly(value: Float[Array, "..."]) -> Estimate:
-    """What is known without probes."""
+    """Makes an estimate of what is known without probes."""
     return Estimate(value, jnp.zeros_like(value), jnp.zeros((), jnp.int32))
 
 

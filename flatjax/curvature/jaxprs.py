@@ -1,7 +1,7 @@
-"""Traced programs taken apart, and run with the axes of their convolutions in an order that XLA compiles well on a CPU.
+"""Take traced programs apart, and put the axes of their convolutions in an order that XLA compiles well on a CPU.
 
-There it has a fast kernel for one order, (batch, space, features) and (space, in, out), and brings others to it outside
-of loops alone: in a loop, what the derivative of a convolution is made of takes ten to thirty times as long.
+XLA has a fast kernel for one order there, (batch, space, features) and (space, in, out). It brings others to it only
+outside of loops. In a loop, what the derivative of a convolution is made of takes ten to thirty times as long.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from flatjax.core.trees import Tree
 
 
 def with_convolutions_in_order(function: Callable[[Tree], Tree]) -> Callable[[Tree], Tree]:
-    """The same function, of the same program but for the order of the axes in its convolutions."""
+    """Makes the same function with the same program, but for the order of the axes in its convolutions."""
     if jax.default_backend() != "cpu":
         return function
 

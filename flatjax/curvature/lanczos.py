@@ -26,21 +26,24 @@ from flatjax.curvature.vectors import (
 
 
 class Tridiagonal(NamedTuple):
-    """C Q = Q T + r e_kᵀ, with orthonormal vectors Q and a tridiagonal matrix T."""
+    """The factors in C Q = Q T + r e_kᵀ, with orthonormal vectors Q and a tridiagonal matrix T."""
 
     diagonal: Float[Array, " k"]
     off_diagonal: Float[Array, " k"]
-    """Of which the last is ‖r‖, and not in T. 0 where the vectors so far span a space that C does not leave."""
+    """The entries beside the diagonal. The last is ‖r‖, and not in T.
+
+    They are 0 where the vectors so far span a space that C does not leave.
+    """
     basis: Tree
-    """Q, stacked along the first axis."""
+    """The vectors Q, stacked along the first axis."""
 
     def matrix(self) -> Float[Array, "k k"]:
-        """T."""
+        """The tridiagonal matrix T (k, k)."""
         off = self.off_diagonal[:-1]
         return jnp.diag(self.diagonal) + jnp.diag(off, 1) + jnp.diag(off, -1)
 
     def eigenpairs(self) -> tuple[Float[Array, " k"], Float[Array, "k k"]]:
-        """Of T: the eigenvalues, in ascending order, and as columns the eigenvectors; NaN if T is not finite."""
+        """The eigenvalues of T, in ascending order, and its eigenvectors as columns; NaN if T is not finite."""
         # Near underflow an eigensolver squares to 0 what it should not: bring the largest entry to 1.
         size = jnp.maximum(jnp.max(jnp.abs(self.diagonal)), jnp.max(jnp.abs(self.off_diagonal)))
         size = jnp.where(size == 0, 1, size)
@@ -55,21 +58,24 @@ class Eigenpairs(NamedTuple):
 
     eigenvalues: Float[Array, " p"]
     eigenvectors: Tree
-    """Stacked along the first axis."""
+    """The eigenvectors, stacked along the first axis."""
     residuals: Float[Array, " p"]
     """‖C x − λ x‖: so far from λ, at most, there is an eigenvalue."""
 
 
 def lanczos(curvature: Curvature, key: Key[Array, ""], *, num_steps: int) -> Tridiagonal:
-    """Lanczos' method from a random vector, each vector made orthogonal to all before it, twice.
+    """Runs Lanczos' method from a random vector, each vector made orthogonal to all before it, twice.
 
     Where the vectors span a space that C does not leave, it goes on from another random vector. No more steps are made
     than a vector has entries.
 
     Args:
         curvature: a `Hessian`, `GaussNewton`, `Streamed`, or any other.
-        key: of the random vectors.
+        key: the random key of the vectors.
         num_steps: the number of products, and of vectors in memory.
+
+    Returns:
+        The `Tridiagonal` matrix and its basis.
 
     Raises:
         ValueError: `num_steps` is below 1.
@@ -101,21 +107,21 @@ def extreme_eigenpairs(
     which: Literal["largest", "smallest", "magnitude"] = "largest",
     chunk_size: int = 1,
 ) -> Eigenpairs:
-    """Eigenvalues at an end of the spectrum, with eigenvectors, by Lanczos' method.
+    """Finds eigenvalues at an end of the spectrum, with eigenvectors, by Lanczos' method.
 
     An eigenvalue that is repeated is found once, unless the method has to start anew.
 
     Args:
         curvature: a `Hessian`, `GaussNewton`, `Streamed`, or any other.
-        key: of the random vectors.
-        num_pairs: how many.
+        key: the random key of the vectors.
+        num_pairs: how many pairs of eigenvalue and eigenvector.
         num_steps: the number of products, and of vectors in memory; several times `num_pairs`, and more where
             eigenvalues are close. Each pair costs a further product for its residual.
         which: "largest" and "smallest" by value, best first, or "magnitude", by absolute value, largest first.
         chunk_size: how many of the further products are in memory at a time.
 
     Returns:
-        eigenvalues, eigenvectors and residuals, which say how good the pairs are; NaN if a product is.
+        `Eigenpairs`, whose residuals say how good the pairs are; NaN if a product is.
 
     Raises:
         ValueError: `num_pairs` is below 1, or above the number of steps or of a vector's entries; or an unknown end.

@@ -1,4 +1,4 @@
-"""Probes, drawn until an estimate is close enough or there were enough of them."""
+"""Draw probes until an estimate is close enough or there were enough of them."""
 
 import functools
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def estimated(
     relative_error: float | None,
     max_probes: int,
 ) -> Estimate:
-    """Adds probes to a state: `num_probes`, and as many again as there are until the standard error is small enough.
+    """Adds `num_probes` probes to a state, then as many again as there are, until the standard error is small enough.
 
     The i-th probe is the same however many there are. An estimate that is not finite does not get better.
     """

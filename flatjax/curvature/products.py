@@ -1,4 +1,4 @@
-"""Products of a network's curvature with vectors: exact, on trees of parameters as they lie, of a batch or of many."""
+"""Products of a network's curvature with vectors: exact, on trees of parameters as they lie, for one batch or many."""
 
 import abc
 import dataclasses
@@ -17,7 +17,7 @@ from flatjax.core.trees import Tree, chosen_leaves, leaf_path, with_leaves
 from flatjax.curvature.jaxprs import with_convolutions_in_order
 
 LossFn = Callable[..., jax.Array]
-"""`(params, *batch) -> scalar`, the mean over the samples of a batch."""
+"""A function `(params, *batch) -> scalar`, the mean over the samples of a batch."""
 
 
 @runtime_checkable
@@ -29,11 +29,14 @@ class Curvature(Protocol):
 
     @property
     def like(self) -> Tree:
-        """What a vector is like: the parameters, or those leaves that were chosen, in float32 or wider."""
+        """A tree like a vector: the parameters, or those leaves that were chosen, in float32 or wider."""
         ...
 
     def products(self, vectors: Tree, *, chunk_size: int = 1) -> Tree:
-        """C v for each vector; `chunk_size` of them are in memory at a time, besides the vectors and the results."""
+        """The product C v for each vector.
+
+        `chunk_size` of them are in memory at a time, besides the vectors and the results.
+        """
         ...
 
     def forms(
@@ -44,7 +47,7 @@ class Curvature(Protocol):
         *,
         chunk_size: int = 1,
     ) -> Tree:
-        """`form(v, C v)`, linear in C v, with v = `draw(like, key)` for each key.
+        """Takes `form(v, C v)`, linear in C v, with v = `draw(like, key)` for each key.
 
         Only `chunk_size` vectors are in memory at a time. Both functions are best those of a module: they are compiled
         once for each.
@@ -52,12 +55,15 @@ class Curvature(Protocol):
         ...
 
     def loop(self, step: Callable[[Callable[[Tree], Tree], Any, Any], Any], state: Any, xs: Any) -> Any:
-        """`state = step(products, state, x)` for x in xs; `products` takes stacked vectors, and all of them at once."""
+        """Runs `state = step(products, state, x)` for x in xs.
+
+        `products` takes stacked vectors, and all of them at once.
+        """
         ...
 
 
 def product(curvature: Curvature, vector: Tree) -> Tree:
-    """Of one vector."""
+    """The product C v with one vector."""
     products = curvature.products(jax.tree.map(lambda leaf: leaf[None], vector))
     return jax.tree.map(lambda leaf: leaf[0], products)
 
@@ -68,11 +74,11 @@ class _Linearised(abc.ABC):
     @property
     @abc.abstractmethod
     def like(self) -> Tree:
-        """What a vector is like."""
+        """A tree like a vector."""
 
     @abc.abstractmethod
     def linearised(self) -> Callable[[Tree], Tree]:
-        """The product with one vector."""
+        """Makes the product with one vector."""
 
     def products(self, vectors: Tree, *, chunk_size: int = 1) -> Tree:
         return self.forms(given, itself, vectors, chunk_size=chunk_size)
@@ -98,21 +104,24 @@ class Hessian(_Linearised):
 
         H v = d/dt ∇L(θ + t v) at t = 0
 
-    forward over reverse: the gradient is linearised once, and each product then costs less than two gradients. Only
-    what comes after the earliest of the chosen leaves is differentiated. A tree itself, it is passed through `jax.jit`
-    with its arrays as arguments. Vectors and products are in float32, or float64 where a leaf is; those of a bfloat16
-    leaf are rounded to it on their way through the network.
+    A Hessian is a tree itself: it is passed through `jax.jit` with its arrays as arguments.
 
     Args:
         loss_fn: `(params, *batch) -> scalar`, twice differentiable, in forward mode too: a `jax.custom_vjp` has none.
         params: a tree of floating arrays: `nnx.state(model, nnx.Param)`, `variables["params"]`, or any other.
         batch: what the loss takes besides.
-        leaves: paths joined by slashes, as ("blocks/0/up/kernel",); vectors are then {path: array}. By default all, and
-            vectors are trees like `params`.
+        leaves: paths joined by slashes, for example ("blocks/0/up/kernel",); vectors are then {path: array}. By default
+            all leaves are taken, and vectors are trees like `params`.
 
     Raises:
         TypeError: a leaf to be differentiated is not floating, or the loss no scalar.
         ValueError: there is no leaf at a path.
+
+    Notes:
+        It is taken forward over reverse: the gradient is linearised once, and each product then costs less than two
+        gradients. Only what comes after the earliest of the chosen leaves is differentiated. Vectors and products are
+        in float32, or float64 where a leaf is. Those of a bfloat16 leaf are rounded to it on their way through the
+        network.
 
     Example:
         >>> import jax.numpy as jnp
@@ -150,8 +159,8 @@ class GaussNewton(_Linearised):
 
         G v = Jᵀ (∇²_z L) J v, with J the Jacobian of the outputs z = predict(params, *batch)
 
-    It is what is left of the Hessian where the network is linearised; positive semidefinite if the loss is convex in
-    the outputs. Arguments and errors are those of `Hessian`.
+    It is what is left of the Hessian where the network is linearised. It is positive semidefinite if the loss is convex
+    in the outputs. Arguments and errors are those of `Hessian`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -185,10 +194,10 @@ class GaussNewton(_Linearised):
 
 
 def checked_scalar(value: Any, of: str = "loss_fn") -> jax.Array:
-    """What a loss returned, to be differentiated.
+    """Checks what a loss returned, to be differentiated.
 
     Raises:
-        TypeError: it is no scalar of a floating dtype: there is an aux beside it, say.
+        TypeError: it is no scalar of a floating dtype, for example because there is an aux beside it.
     """
     is_array = isinstance(value, jax.Array | np.ndarray | np.generic | float)
     if is_array and jnp.shape(value) == () and jnp.issubdtype(jnp.result_type(value), jnp.floating):
@@ -241,13 +250,13 @@ def _like(params: Tree, paths: tuple[str, ...] | None) -> Tree:
 
 
 def _with_chosen(params: Tree, chosen: Tree, paths: tuple[str, ...] | None) -> Tree:
-    """The parameters, those chosen at their own precision again."""
+    """The parameters with the chosen leaves put back, at their own precision again."""
     given = jax.tree.map(lambda x, leaf: x.astype(jnp.result_type(leaf)), chosen, chosen_leaves(params, paths))
     return with_leaves(params, given, paths)
 
 
 def given(like: Tree, vector: Tree) -> Tree:
-    """A vector that is not drawn, at the precision of `like`."""
+    """Checks a vector that is not drawn, and casts it to the precision of `like`."""
     want, got = jax.tree.structure(like), jax.tree.structure(vector)
     if want != got:
         raise ValueError(f"vectors is a tree {got}, wanted one like the chosen leaves, {want}")
@@ -264,5 +273,5 @@ def _given_leaf(keys: Sequence[Any], like: jax.Array, leaf: jax.Array) -> jax.Ar
 
 
 def itself(_: Tree, product: Tree) -> Tree:
-    """The product, of which no form is taken."""
+    """Returns the product, where no form is taken of it."""
     return product

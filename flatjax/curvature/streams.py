@@ -19,13 +19,13 @@ class Streamed:
     """The curvature of a data set's loss, from that of its batches: Σ_b n_b C_b / Σ_b n_b, exactly.
 
     Args:
-        of_batch: `(*batch) -> Curvature`, as `lambda x, y: Hessian(loss_fn, params, (x, y))`. Let `loss_fn` be one
+        of_batch: `(*batch) -> Curvature`, such as `lambda x, y: Hessian(loss_fn, params, (x, y))`. Let `loss_fn` be one
             function for all batches, or each is compiled anew.
-        batches: tuples of arrays; they are gone through once for each call of `products`, so no iterator that is used
-            up by then: a list, a loader.
-        count: `(*batch) -> n_b`, of which the loss is the mean; by default what `flatjax.curvature.num_samples` reads
-            off a batch: labels that are not −100, by their weights if there are any, else the length of the first
-            array that is no key of random numbers.
+        batches: tuples of arrays, in a list or a loader. They are gone through once for each call of `products`: an
+            iterator would be used up by then.
+        count: `(*batch) -> n_b`, how many samples the loss is the mean of. By default it is what
+            `flatjax.curvature.num_samples` reads off a batch: labels that are not −100, by their weights if there are
+            any, else the length of the first array that is no key of random numbers.
 
     Raises:
         TypeError: `batches` is an iterator.
@@ -78,7 +78,7 @@ class Streamed:
 
 
 def check_batches(batches: Iterable[tuple[Any, ...]]) -> None:
-    """Raises a TypeError for an iterator, of which the second reading would find nothing."""
+    """Raises a TypeError for an iterator: a second reading of it would find nothing."""
     if isinstance(batches, Iterator):
         raise TypeError(
             f"batches is an iterator ({type(batches).__name__}), which is used up once it was gone through: "
@@ -88,7 +88,7 @@ def check_batches(batches: Iterable[tuple[Any, ...]]) -> None:
 
 @jax.jit
 def _scaled(factor: ArrayLike, tree: Tree) -> Tree:
-    """0 times what is no number is 0: the mean of no samples."""
+    """Scales a tree; 0 times what is no number is 0: the mean of no samples."""
     return jax.tree.map(lambda leaf: jnp.where(factor == 0, 0, jnp.asarray(factor, leaf.dtype) * leaf), tree)
 
 

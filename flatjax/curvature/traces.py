@@ -29,34 +29,38 @@ def trace(
     chunk_size: int = 1,
     method: Literal["hutchinson", "xtrace"] = "hutchinson",
 ) -> Estimate:
-    """The trace of a curvature C, unbiased.
+    """Estimates the trace of a curvature C, without bias.
 
     Methods:
-    * "hutchinson": the mean of ⟨v, C v⟩ over vectors v of independent entries ±1, one product each. The variance of one
-      is 2 Σ_{i≠j} C_ij². No more vectors are in memory than `chunk_size`.
-    * "xtrace": of k vectors uniform on a sphere, the trace on the range of C times all but one is exact, and the one
-      left out probes the rest; the mean over which is left out. Two products a vector, and three vectors in memory for
-      each. Better where the spectrum falls: the error falls as fast. As those left out share the others, the standard
-      error is a little too small: 0.75 to 1 of the error, in spectra from flat to i⁻².
+    * "hutchinson": the mean of ⟨v, C v⟩ over vectors v of independent entries ±1. The variance of one is
+      2 Σ_{i≠j} C_ij².
+    * "xtrace": each of k vectors uniform on a sphere is left out in turn. The trace on the range of C times all others
+      is exact, and the one left out probes the rest. The estimate is the mean over which is left out. It is better
+      where the spectrum falls: the error falls as fast.
 
     Args:
         curvature: a `Hessian`, `GaussNewton`, `Streamed`, or any other.
-        key: of the probes. The first of them are the same whatever their number.
+        key: the random key of the probes. The first of them are the same whatever their number.
         num_probes: how many vectors, at least 2; the first of them where `relative_error` is given. Under "xtrace" no
             more are used than a vector has entries.
         relative_error: asks for as many probes again until the standard error is at most this share of the value, in
             magnitude. Stopping when it looks small makes it a little too small: by how much falls with `num_probes`.
-        max_probes: at which it is given up, and the standard error above what was asked for.
+        max_probes: the number of probes at which it is given up, the standard error above what was asked for.
         chunk_size: how many products are in memory at a time.
-        method: as above.
+        method: one of the above.
 
     Returns:
-        value, standard_error and num_probes, the number of vectors; in the unit of the loss over that of the
-        parameters squared. NaN if a product is.
+        An `Estimate`: value and standard_error, in the unit of the loss over that of the parameters squared, and
+        num_probes, the number of vectors. It is NaN if a product is.
 
     Raises:
         ValueError: fewer than 2 probes, `max_probes` below `num_probes`, a `relative_error` that is not positive or is
             given inside `jit`, an unknown method, or a `chunk_size` below 1.
+
+    Notes:
+        "hutchinson" takes one product a vector, and no more vectors are in memory than `chunk_size`. "xtrace" takes two
+        products a vector, and three vectors in memory for each. As the vectors left out share the others, its standard
+        error is a little too small: 0.75 to 1 of the error, in spectra from flat to i⁻².
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -100,14 +104,18 @@ def diagonal(
     max_probes: int = 1024,
     chunk_size: int = 1,
 ) -> Estimate:
-    """The diagonal of a curvature C, unbiased: the mean of v ⊙ C v over vectors v of independent entries ±1.
+    """Estimates the diagonal of a curvature C, without bias.
 
-    Args and errors are those of `trace`; the relative error is of Euclidean norms, over all entries. A `Streamed`
-    curvature goes through its batches once for `chunk_size` probes.
+    The estimate is the mean of v ⊙ C v over vectors v of independent entries ±1.
+
+    Args and errors are those of `trace`. The relative error is of Euclidean norms, over all entries.
 
     Returns:
-        value and standard_error, trees like `curvature.like`, and num_probes. An entry's variance is that of
-        Σ_{j≠i} C_ij v_j, over num_probes.
+        An `Estimate`: value and standard_error, trees like `curvature.like`, and num_probes. An entry's variance is
+        that of Σ_{j≠i} C_ij v_j, over num_probes.
+
+    Notes:
+        A `Streamed` curvature goes through its batches once for `chunk_size` probes.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -140,12 +148,12 @@ def diagonal(
 
 
 class _Moments(NamedTuple):
-    """Of draws of a tree: how many, their mean, and how far they are from it."""
+    """Draws of a tree: how many there are, their mean, and how far they are from it."""
 
     count: Array
     mean: Tree
     distances: Tree
-    """√Σ (x − mean)², and never its square, which of small curvatures is 0 and of large ones infinite."""
+    """The root √Σ (x − mean)², and never its square: for small curvatures that is 0, and for large ones infinite."""
 
     def estimate(self) -> Estimate:
         def standard_error(distance: Array) -> Array:
@@ -168,7 +176,7 @@ def _draws(like: Tree, keys: Key[Array, " k"]) -> Tree:
 
 @jax.jit
 def _merged(moments: _Moments, vectors: Tree, products: Tree) -> _Moments:
-    """Chan's update."""
+    """Merges further draws by Chan's update."""
     count, more = moments.count, len(jax.tree.leaves(vectors)[0])
     draws = jax.tree.map(jnp.multiply, vectors, products)
     means = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), draws)

@@ -20,17 +20,17 @@ from flatjax.core.units import unit_near
 
 
 def num_entries(like: Tree) -> int:
-    """Of one vector."""
+    """The number of entries of one vector."""
     return sum(leaf.size for leaf in jax.tree.leaves(like))
 
 
 def rademacher_like(like: Tree, key: Key[Array, ""]) -> Tree:
-    """Independent entries ±1."""
+    """Draws independent entries ±1."""
     return _drawn(lambda key, leaf: placed_like(random_signs(key, leaf.shape, leaf.dtype), leaf), like, key)
 
 
 def normal_like(like: Tree, key: Key[Array, ""]) -> Tree:
-    """Independent entries of a standard normal distribution."""
+    """Draws independent entries of a standard normal distribution."""
 
     def draw(key: Key[Array, ""], leaf: Array) -> Array:
         sharding = jax.typeof(leaf).sharding if explicit_mesh(leaf) else None
@@ -40,7 +40,10 @@ def normal_like(like: Tree, key: Key[Array, ""]) -> Tree:
 
 
 def random_signs(key: Key[Array, ""], shape: tuple[int, ...], dtype: DTypeLike) -> Float[Array, "..."]:
-    """Independent entries ±1, 32 of a random word: a word each would take longer than the product they are for."""
+    """Draws independent entries ±1, 32 from one random word.
+
+    A word each would take longer than the product they are for.
+    """
     size = math.prod(shape)
     if size >= 2**32:  # whose places an unsigned integer cannot count
         return jax.random.rademacher(key, shape, dtype)
@@ -54,20 +57,20 @@ def random_signs(key: Key[Array, ""], shape: tuple[int, ...], dtype: DTypeLike) 
 
 
 def inner_product(x: Tree, y: Tree) -> Float[Array, ""]:
-    """⟨x, y⟩."""
+    """The inner product ⟨x, y⟩ of two vectors."""
     dtype = computing_dtype(x)
     terms = jax.tree.map(lambda a, b: jnp.sum(a.astype(dtype) * b.astype(dtype)), x, y)
     return sum(jax.tree.leaves(terms), start=jnp.zeros((), dtype))
 
 
 def norm(x: Tree) -> Float[Array, ""]:
-    """‖x‖, of which no square overflows or underflows."""
+    """The norm ‖x‖, where no square overflows or underflows."""
     size, scaled = _in_units_of_the_largest(x)
     return size * jnp.sqrt(inner_product(scaled, scaled))
 
 
 def unit(x: Tree) -> Tree:
-    """x/‖x‖ in the dtype of sums; 0 for 0, and NaN if an entry is not finite."""
+    """The direction x/‖x‖ in the dtype of sums; 0 for 0, and NaN if an entry is not finite."""
     _, scaled = _in_units_of_the_largest(x)
     length = jnp.sqrt(inner_product(scaled, scaled))
     by = jnp.where(length == 0, 1, jnp.where(jnp.isfinite(length), length, jnp.nan))
@@ -75,12 +78,12 @@ def unit(x: Tree) -> Tree:
 
 
 def scale(factor: Float[Array, ""], x: Tree) -> Tree:
-    """c x."""
+    """The product c x of a number and a vector."""
     return jax.tree.map(lambda leaf: factor.astype(leaf.dtype) * leaf, x)
 
 
 def inner_products(xs: Tree, ys: Tree) -> Float[Array, "k l"]:
-    """⟨x_i, y_j⟩ of two stacks."""
+    """The inner products ⟨x_i, y_j⟩ of two stacks."""
     dtype = computing_dtype(xs)
 
     def of_leaf(a: Array, b: Array) -> Float[Array, "k l"]:
@@ -94,14 +97,14 @@ def inner_products(xs: Tree, ys: Tree) -> Float[Array, "k l"]:
 
 
 def combinations(coefficients: Float[Array, "k l"], xs: Tree) -> Tree:
-    """Σ_i c_ij x_i, a stack of l."""
+    """The combinations Σ_i c_ij x_i, a stack of l vectors."""
     return jax.tree.map(
         lambda leaf: jnp.tensordot(coefficients.astype(leaf.dtype), leaf, axes=((0,), (0,)), precision="highest"), xs
     )
 
 
 def zeros_stack(like: Tree, num_vectors: int) -> Tree:
-    """Of several vectors."""
+    """A stack of several vectors of zeros."""
     return jax.tree.map(lambda leaf: jnp.broadcast_to(jnp.zeros_like(leaf)[None], (num_vectors, *leaf.shape)), like)
 
 
@@ -116,7 +119,7 @@ def with_vector(xs: Tree, index: Integer[Array, ""] | int, x: Tree) -> Tree:
 
 
 def orthonormalised(x: Tree, basis: Tree, key: Key[Array, ""]) -> tuple[Tree, Float[Array, " k"], Float[Array, ""]]:
-    """x = Σ_i c_i b_i + r u: gives u, c and r, for a stack of orthonormal vectors b_i, of which some may be 0.
+    """Splits x = Σ_i c_i b_i + r u into u, c and r, for a stack of orthonormal vectors b_i, some of which may be 0.
 
     Where nothing is left of x, r is 0 and u a random direction; there must be one.
     """
@@ -145,7 +148,7 @@ def _without(x: Tree, basis: Tree, times: int) -> tuple[Tree, Float[Array, " k"]
 
 
 def _in_units_of_the_largest(x: Tree) -> tuple[Float[Array, ""], Tree]:
-    """The unit, and x in it: numbers of which the squares can be summed."""
+    """The unit, and x in it: numbers whose squares can be summed."""
     dtype = computing_dtype(x)
     sizes = [jnp.max(jnp.abs(leaf), initial=0).astype(dtype) for leaf in jax.tree.leaves(x)]
     unit = unit_near(functools.reduce(jnp.maximum, sizes, jnp.zeros((), dtype)))
@@ -159,6 +162,6 @@ def _drawn(draw: Callable[[Key[Array, ""], Array], Array], like: Tree, key: Key[
 
 
 def _replicated(leaf: Array) -> NamedSharding | None:
-    """To be said of a sum over axes that are split explicitly."""
+    """The sharding that must be said of a sum over axes that are split explicitly."""
     mesh = jax.typeof(leaf).sharding.mesh
     return NamedSharding(mesh, PartitionSpec()) if mesh.explicit_axes else None

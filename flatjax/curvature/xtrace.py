@@ -25,25 +25,28 @@ from flatjax.curvature.vectors import (
 
 
 class Sketch(NamedTuple):
-    """Of a curvature C: k test vectors Ω, C Ω = Q R, and C Q."""
+    """A sketch of a curvature C: k test vectors Ω, C Ω = Q R, and C Q."""
 
     vectors: Tree
     basis: Tree
-    """Q, orthonormal."""
+    """The orthonormal vectors Q."""
     factor: Float[Array, "k k"]
-    """R, upper triangular."""
+    """The upper triangular factor R."""
     products: Tree
-    """C Q."""
+    """The products C Q."""
 
 
 def empty_sketch(like: Tree) -> Sketch:
-    """Of no test vectors."""
+    """A sketch of no test vectors yet."""
     empty = zeros_stack(like, 0)
     return Sketch(empty, empty, jnp.zeros((0, 0), computing_dtype(like)), empty)
 
 
 def extended(curvature: Curvature, sketch: Sketch, keys: Key[Array, " l"], *, chunk_size: int) -> Sketch:
-    """No more in all than a vector has entries: what they span, the others cannot add to."""
+    """Extends a sketch by further vectors, to no more than a vector has entries.
+
+    Others cannot add to what those span.
+    """
     keys = keys[: num_entries(curvature.like) - len(sketch.factor)]
     if not len(keys):
         return sketch
@@ -56,7 +59,7 @@ def extended(curvature: Curvature, sketch: Sketch, keys: Key[Array, " l"], *, ch
 
 @jax.jit
 def trace_of(sketch: Sketch) -> Estimate:
-    """The mean over which vector is left out; without an error where the others already span the whole space."""
+    """The mean over which vector is left out; it has no error where the others already span the whole space."""
     k, n = len(sketch.factor), sum(leaf[0].size for leaf in jax.tree.leaves(sketch.vectors))
     if k < n:
         return mean_of(leave_one_out_traces(sketch))
@@ -66,7 +69,7 @@ def trace_of(sketch: Sketch) -> Estimate:
 
 
 def leave_one_out_traces(sketch: Sketch) -> Float[Array, " k"]:
-    """tr(P_i C) + (n − k + 1) uᵢᵀ C u_i, with P_i the projection on the images of all ω_j but ω_i.
+    """The estimates tr(P_i C) + (n − k + 1) uᵢᵀ C u_i, with P_i the projection on the images of all ω_j but ω_i.
 
     u_i is the direction of (1 − P_i) ω_i, uniform among those that are left. P_i = Q (1 − s_i s_iᵀ) Qᵀ, where s_i is
     column i of R⁻ᵀ, normalised; (1 − P_i) ω_i = ω_i − Q x_i; C ω_i = Q r_i.
@@ -95,7 +98,7 @@ def leave_one_out_traces(sketch: Sketch) -> Float[Array, " k"]:
 # Of the leaves only the types are used: were they left out, so were their devices.
 @functools.partial(jax.jit, keep_unused=True)
 def _draws(like: Tree, keys: Key[Array, " l"]) -> Tree:
-    """Uniform on the sphere of squared radius n."""
+    """Draws vectors uniformly on the sphere of squared radius n."""
 
     def draw(key: Key[Array, ""]) -> Tree:
         vector = normal_like(like, key)

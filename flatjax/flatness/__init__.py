@@ -1,4 +1,4 @@
-"""Relative flatness of a linear head, and its variants: the definition is in `flatness/relative.py`."""
+"""Relative flatness of a linear head and its variants; see `flatjax.flatness.relative`."""
 
 from flatjax.flatness.cross_entropy import cross_entropy_and_flatness as cross_entropy_and_flatness
 from flatjax.flatness.inputs import Loss as Loss

@@ -1,7 +1,8 @@
 """Relative flatness under any loss of the logits, by forward-over-reverse products in logit space.
 
-T = Σ_i e_i ‖φ_i‖² ∇²ℓ_i(z_i) is the Hessian, at b = 0, of f(b) = Σ_i e_i ‖φ_i‖² ℓ_i(z_i + b): one jvp of ∇f a direction
-of logit space serves all samples and all features at once, where a direction of weight space would serve one weight.
+T = Σ_i e_i ‖φ_i‖² ∇²ℓ_i(z_i) is the Hessian, at b = 0, of f(b) = Σ_i e_i ‖φ_i‖² ℓ_i(z_i + b). One jvp of ∇f along a
+direction of logit space serves all samples and all features at once. A direction of weight space would serve one
+weight.
 """
 
 from collections.abc import Callable
@@ -15,11 +16,11 @@ from flatjax.core.units import unit_near
 from flatjax.heads import LinearHead
 
 _ELEMENTS_IN_FLIGHT = 2**24
-"""Directions are vmapped in chunks of so many logits, that memory does not grow with their number."""
+"""How many logits a chunk of vmapped directions may have: memory does not grow with the number of directions."""
 
 
 class AutodiffCurvature(NamedTuple):
-    """The logit-space Hessians G_i = ∇²ℓ(z_i, y_i) of any loss ℓ, sample i having the share e_i."""
+    """The logit-space Hessians G_i = ∇²ℓ(z_i, y_i) of any loss ℓ; sample i has the share e_i."""
 
     loss: Callable[[Float[Array, " d"], Array], Float[Array, ""]]
     head: LinearHead
@@ -47,7 +48,7 @@ class AutodiffCurvature(NamedTuple):
         return unit * self.head.squared_norm(self.feats.dtype) * jnp.trace(products)
 
     def diagonal(self) -> Float[Array, "n d"]:
-        """G_i[s, s], one product a row s for all samples."""
+        """The diagonals G_i[s, s], from one product a row s for all samples."""
         logits = self.head.logits(self.feats)
 
         def summed_loss(logits: Float[Array, "n d"]) -> Float[Array, ""]:

@@ -4,23 +4,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Integer, Shaped
+from jaxtyping import Array, Float
 
 from flatjax.core.metric import metric
 from flatjax.core.sharding import axis_names, sum_over_devices, varying_axes
 from flatjax.flatness.frame import unit_of
 from flatjax.flatness.tiled.readout import read_out
 from flatjax.heads import HeadParams, linear_head
-from flatjax.samples import check_one_class_a_sample, flatten_samples, mark_class_labels
+from flatjax.samples import Classes, Features, Weights, check_one_class_a_sample, flatten_samples, mark_class_labels
 
 
 @metric
 def cross_entropy_and_flatness(
     params: HeadParams,
-    feats: Float[ArrayLike, "*n m"],
-    labels: Integer[ArrayLike, "*n"],
-    weights: Shaped[ArrayLike, "*n"] | None = None,
+    feats: Features,
+    labels: Classes,
+    weights: Weights | None = None,
     *,
     tile_size: int | None = None,
     axis_name: str | tuple[str, ...] | None = None,
@@ -30,16 +29,8 @@ def cross_entropy_and_flatness(
         L = Σ_i ω_i (logsumexp z_i − z_{i,y_i}) / Σ_i ω_i,    κ = Σ_i ω_i ‖φ_i‖² v_i / Σ_i ω_i,    z_i = Wφ_i + b
 
     with v_i the variance of the rows of W under softmax(z_i). Both are differentiable in the parameters and the
-    features, to any order and in both modes, so that `loss + strength * kappa` trains; its gradient is the whole one,
-    third derivatives of the loss included, and reaches every layer before the head. In matrix products of size n·d·m:
-    2 for the values, 4 with the gradient of L, as many as without κ, and 7 with the gradient of both. Memory is
-    O(n·(m + t) + t·m) beside the arguments and the gradient, for tiles of t ≥ √d rows; so it is for a Hessian-vector
-    product by `jvp` of `grad`, where a reverse pass over a derivative takes more than all logits do. Beside these
-    products the head is read once more for eight of the samples, to find the rows that matter.
-
-    In float32 both keep the digits that the logits have however certain the head is, and so do their gradients: at
-    L = 1e-30 and κ = 1e-30 about five.
-    Where samples hesitate between rows near to each other κ loses some, as for `relative_flatness`, which κ equals.
+    features, to any order and in both modes, so that `loss + strength * kappa` trains. The gradient is the whole one,
+    third derivatives of the loss included, and reaches every layer before the head.
 
     Args:
         params: the head, as for `relative_flatness`, of any floating dtypes: products are summed in float32, or
@@ -52,21 +43,33 @@ def cross_entropy_and_flatness(
         tile_size: how many rows of W are read at a time, by all devices together, or in a `jax.shard_map` by each;
             static. Chosen by the shapes if None.
         axis_name: inside a `jax.shard_map`, the mesh axis or axes along which the rows of W are split, in the order of
-            in_specs, or the samples; static. Which of the two is known from the types. Then both results are those of
-            all rows and all samples. Elsewhere leave it out: sharded arrays are read where they are, and a head split
-            by rows is never gathered. Where every device holds the whole head, a `shard_map` is the better choice: its
+            in_specs, or the samples; static. The types say which of the two it is. Both results are then those of all
+            rows and all samples. Elsewhere leave it out: sharded arrays are read where they are, and a head split by
+            rows is never gathered. Where every device holds the whole head, a `shard_map` is the better choice: its
             gradient is then summed over the devices once, not tile by tile, and takes less memory.
 
     Returns:
-        (L, κ), scalars in nats, in float64 if any input is, else in float32. NaN if a feature or the head is not
-        finite, but for a bias of −∞, which leaves its output out, a label out of range, a weight negative, or all
-        samples are ignored; `flatjax.check_inputs` says where.
+        (L, κ), scalars in nats, in float64 if any input is, else in float32. Both are NaN if a feature or the head is
+        not finite, a label out of range, a weight negative, or all samples are ignored. A bias of −∞ is allowed, and
+        leaves its output out. `flatjax.check_inputs` says where a value is bad.
 
     Raises:
         TypeError: `params` is no mapping, the features are not floating, the weights not real, or the labels not one
             integer a sample.
         ValueError: a missing kernel, shapes that do not fit, a `tile_size` below 1, or an `axis_name` along which
             neither the rows nor the samples are split, or both.
+
+    Notes:
+        Cost, in matrix products of size n·d·m: 2 for the values, 4 with the gradient of L, as many as without κ, and 7
+        with the gradient of both. Beside these products the head is read once more for eight of the samples, to find
+        the rows that matter.
+
+        Memory is O(n·(m + t) + t·m) beside the arguments and the gradient, for tiles of t ≥ √d rows. It is the same for
+        a Hessian-vector product by `jvp` of `grad`. A reverse pass over a derivative takes more than all logits do.
+
+        Precision: in float32 both keep the digits that the logits have however certain the head is, and so do their
+        gradients: at L = 1e-30 and κ = 1e-30 about five. Where samples hesitate between rows near to each other, κ
+        loses some, as for `relative_flatness`, which κ equals.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -99,7 +102,7 @@ def cross_entropy_and_flatness(
 
 
 def _split_by(axis_names: tuple[str, ...], matrix: Any, feats: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Which of the axes split the rows of the head, and which the samples.
+    """Finds which of the axes split the rows of the head, and which the samples.
 
     Raises:
         ValueError: an axis splits neither, or both.

@@ -1,7 +1,7 @@
-"""What the rows of a head are read relative to, so that neither what they share nor their scale costs digits.
+"""Choose what the rows of a head are read relative to, so that neither what they share nor their scale costs digits.
 
-A softmax does not change when the same row is taken from all rows of W, or the same number from all biases, nor does
-anything of a head when W is divided by a number and the features are multiplied by it. All of these numbers are free,
+A softmax does not change when the same row is taken from all rows of W, or the same number from all biases. Nothing
+about a head changes when W is divided by a number and the features are multiplied by it. All of these numbers are free,
 then, and only rounding errors depend on them.
 """
 
@@ -18,7 +18,7 @@ from flatjax.heads import LinearHead
 
 
 class Frame(NamedTuple):
-    """Rows are read as (w − `row`) / `unit`, biases as b − `bias`, and features as φ · `unit`. All are constants."""
+    """Constants that rows are read relative to: (w − `row`) / `unit`, biases b − `bias`, and features φ · `unit`."""
 
     row: Float[Array, " m"]
     bias: Float[Array, ""]
@@ -26,7 +26,10 @@ class Frame(NamedTuple):
 
 
 def unit_of(head: LinearHead, axis_names: AxisNames = ()) -> Float[Array, ""]:
-    """A power of two in whose units the largest weight is `_LARGEST`, of the rows of all devices along `axis_names`."""
+    """A power of two in whose units the largest weight is `_LARGEST`.
+
+    The rows of all devices along `axis_names` count.
+    """
     largest = jnp.max(jnp.abs(jax.lax.stop_gradient(head.matrix)))
     largest = largest.astype(computing_dtype(largest))
     if axis_names:
@@ -36,15 +39,17 @@ def unit_of(head: LinearHead, axis_names: AxisNames = ()) -> Float[Array, ""]:
 
 
 def unit_for(feats: Float[Array, "n m"]) -> Float[Array, ""]:
-    """A power of two times which the largest feature is `_LARGEST`."""
+    """A power of two; the largest feature times it is `_LARGEST`."""
     return _LARGEST / unit_near(jnp.max(jnp.abs(feats)))
 
 
 def frame_of(head: SplitHead, feats: Float[Array, "n m"], unit: Float[Array, ""]) -> Frame:
-    """Around the rows between which a few of the samples hesitate: κ and its gradient are made of their differences.
+    """Puts the frame around the rows between which some samples hesitate.
+
+    κ and its gradient are made of their differences.
 
     A sample that is certain of a row far from all others makes nothing of its distance, and neither does the frame. If
-    none hesitates, it is in the middle of some rows, as all may be certain of the far one.
+    none hesitates, the frame is in the middle of some rows, as all samples may be certain of the far one.
     """
     head, feats = jax.lax.stop_gradient((head, feats))
     unit = unit.astype(feats.dtype)
@@ -73,7 +78,10 @@ def mean_by_importance(values: Float[Array, "n ..."], importance: Float[Array, "
 
 
 _LARGEST = 2.0**16
-"""Squares have as much room below as above: a row may be 1e9 times as far as those that matter."""
+"""The size of the largest number, chosen so that squares have as much room below as above.
+
+A row may then be 1e9 times as far as those that matter.
+"""
 _SAMPLES, _ROWS = 8, 11
 _NEGLIGIBLE = 1e-3
-"""Against the most important: in the middle of what matters rounding errors are least."""
+"""The importance, against the largest, from which rows count fully: rounding is least in the middle of what matters."""

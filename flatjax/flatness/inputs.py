@@ -1,4 +1,4 @@
-"""What a metric of flatness is given: a head, its samples and a loss, read and checked."""
+"""Reads and checks what a metric of flatness is given: a head, its samples and a loss."""
 
 import numbers
 from collections.abc import Callable
@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array
+from typing_extensions import TypeAliasType
 
 from flatjax.flatness.frame import unit_of
 from flatjax.heads import HeadParams, LinearHead, linear_head
 from flatjax.samples import IGNORED_LABEL, Samples, flatten_samples, mark_class_labels
 
 NamedLoss = Literal["softmax_cross_entropy", "squared_error", "sigmoid_cross_entropy"]
-Loss = NamedLoss | Callable[[Array, Array], Array]
-"""A named loss, or any `(logits (d,), label) -> scalar`."""
+Loss = TypeAliasType("Loss", NamedLoss | Callable[[Array, Array], Array])
+"""A named loss, or any callable `(logits (d,), label) -> scalar`."""
 
 
 def read_samples(
@@ -77,7 +78,7 @@ def check_tile_size(tile_size: int | None) -> None:
 
 
 def _mark_labels(samples: Samples, num_outputs: int) -> Samples:
-    """Class indices (n,), or targets (n, d), are what the named losses take."""
+    """Checks that labels are what the named losses take: class indices (n,), or targets (n, d)."""
     labels = samples.labels
     if labels.ndim == 1:
         if not jnp.issubdtype(labels.dtype, jnp.integer):

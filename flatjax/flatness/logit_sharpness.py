@@ -1,4 +1,4 @@
-"""How much softmax cross-entropy rises under the worst change of the logits within a box around them."""
+"""Measure how much softmax cross-entropy rises under the worst change of the logits within a box around them."""
 
 import functools
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Integer, Shaped
+from jaxtyping import Array, Float
 
 from flatjax.core import results
 from flatjax.core.metric import metric
@@ -18,18 +18,27 @@ from flatjax.flatness.tiled.other_outputs import OtherOutputs
 from flatjax.flatness.tiled.readout import FEWEST_ROWS, LOGITS_AT_ONCE
 from flatjax.flatness.tiled.tiles import rows_of, tile, tile_indices
 from flatjax.heads import HeadParams, LinearHead, linear_head
-from flatjax.samples import Samples, check_one_class_a_sample, flatten_samples, mark_class_labels
+from flatjax.samples import (
+    Classes,
+    Features,
+    Logits,
+    Samples,
+    Weights,
+    check_one_class_a_sample,
+    flatten_samples,
+    mark_class_labels,
+)
 
 
 class LogitSharpness(NamedTuple):
-    """What `logit_sharpness` returns: means over the samples, in nats but for the last."""
+    """The result of `logit_sharpness`: means over the samples, in nats but for the last."""
 
     rise: Float[Array, ""]
-    """E [max ℓ(z + δ) − ℓ(z)], 0 or more."""
+    """The mean rise E [max ℓ(z + δ) − ℓ(z)], 0 or more."""
     loss: Float[Array, ""]
-    """E ℓ(z)."""
+    """The mean loss E ℓ(z)."""
     relative: Float[Array, ""]
-    """100 · rise / (1 + loss), the form in which sharpness over a box is often published."""
+    """The ratio 100 · rise / (1 + loss), the form in which sharpness over a box is often published."""
 
     to_dict = results.to_dict
     __str__ = results.to_table
@@ -37,9 +46,9 @@ class LogitSharpness(NamedTuple):
 
 @metric
 def logit_sharpness(
-    logits: Float[ArrayLike, "*n d"],
-    labels: Integer[ArrayLike, "*n"],
-    weights: Shaped[ArrayLike, "*n"] | None = None,
+    logits: Logits,
+    labels: Classes,
+    weights: Weights | None = None,
     *,
     radius: float = 1e-3,
 ) -> LogitSharpness:
@@ -47,24 +56,28 @@ def logit_sharpness(
 
         max_δ ℓ(z + δ) is at z_j + ε(|z_j| + 1) for j ≠ y, and z_y − ε(|z_y| + 1)
 
-    It is a function of the logits and the labels, not of the weights of a network or their curvature: of the margins
-    and of how large the logits are. It changes when the same number is added to all logits of a sample, which the loss
-    does not. The rise is summed from what does not cancel, so that it keeps its digits however small ε or the loss is.
+    The rise depends only on the logits and the labels: on the margins and on how large the logits are. It does not
+    depend on the weights of a network or their curvature. Unlike the loss, it changes when the same number is added to
+    all logits of a sample.
 
     Args:
-        logits: z (..., d), d ≥ 2. The mean is over all of the leading shape. An output of −∞ is none.
+        logits: z (..., d), d ≥ 2. The mean is over all of the leading shape. An output of −∞ is left out.
         labels: integer classes (...,). A sample of the label −100 is padding, whatever it holds.
         weights: sample weights (...,), 1 by default; 0 is padding. The derivative in a weight that is 0 is right too,
             but 0 where the label is −100 or the sample holds a bad value.
         radius: ε ≥ 0. Static.
 
     Returns:
-        A `LogitSharpness`, in float64 if any input is, else in float32. NaN if a logit is NaN or +∞, a label out of
-        range, or a weight negative; of the label of an output that is none the loss is infinite and the rise NaN.
+        A `LogitSharpness`, in float64 if any input is, else in float32. It is NaN if a logit is NaN or +∞, a label out
+        of range, or a weight negative. If the label names an output that is left out, the loss is infinite and the rise
+        NaN.
 
     Raises:
         TypeError: the logits are not floating, the labels not one integer a sample, or the weights not real.
         ValueError: shapes that do not fit, no sample, or a negative radius.
+
+    Notes:
+        The rise is summed from what does not cancel, so that it keeps its digits however small ε or the loss is.
 
     Example:
         >>> import jax.numpy as jnp
@@ -104,17 +117,14 @@ def logit_sharpness(
 @metric
 def head_logit_sharpness(
     params: HeadParams,
-    feats: Float[ArrayLike, "*n m"],
-    labels: Integer[ArrayLike, "*n"],
-    weights: Shaped[ArrayLike, "*n"] | None = None,
+    feats: Features,
+    labels: Classes,
+    weights: Weights | None = None,
     *,
     radius: float = 1e-3,
     tile_size: int | None = None,
 ) -> LogitSharpness:
-    """`logit_sharpness` of the logits of a linear head, which are never all in memory.
-
-    One product of matrices, n·d·m, in tiles of rows; on a mesh each device reads the rows it holds. Differentiable; the
-    gradient makes the logits again.
+    """Measures the `logit_sharpness` of a linear head, whose logits are never all in memory.
 
     Args:
         params: the head, as for `relative_flatness`.
@@ -130,6 +140,10 @@ def head_logit_sharpness(
 
     Raises:
         TypeError, ValueError: as `cross_entropy_and_flatness`; and for a negative radius.
+
+    Notes:
+        The cost is one product of matrices, n·d·m, in tiles of rows. On a mesh each device reads the rows it holds. The
+        result is differentiable, and its gradient makes the logits again.
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,7 +1,7 @@
 """A head in parts of equally many rows, each to be read where it lies, and the sums over the parts.
 
 On a mesh where the compiler splits the work, a head has as many parts as there are devices, if its rows can be so
-split: each device then reads the parts it holds, and only sums are ever sent. Inside a `jax.shard_map` a device has
+split. Each device then reads the parts it holds, and only sums are ever sent. Inside a `jax.shard_map` a device has
 parts of its own, and the others lie along mesh axes.
 """
 
@@ -21,7 +21,7 @@ from flatjax.core.sharding import num_devices, sum_over_devices
 from flatjax.heads import LinearHead
 
 AxisNames = tuple[str, ...]
-"""Axes of the mesh of a `jax.shard_map`."""
+"""Names of axes of the mesh of a `jax.shard_map`."""
 
 
 @functools.partial(
@@ -32,18 +32,18 @@ class SplitHead:
     """A head in k parts of p rows, and in as many on every other device along `axis_names`."""
 
     matrix: Shaped[Array, "_ _ _"]
-    """(k, p, m) if `rows_axis` is 0, else (m, k, p)."""
+    """The parts, (k, p, m) if `rows_axis` is 0, else (m, k, p)."""
     bias: Shaped[Array, "k p"]
     rows_axis: int
     axis_names: AxisNames
 
     @property
     def num_rows(self) -> int:
-        """Of a part."""
+        """The number of rows of a part."""
         return self.bias.shape[1]
 
     def first_outputs(self, dtype: DTypeLike) -> Integer[Array, " k"]:
-        """Which of all outputs the first row of each part is of."""
+        """The output, counted over all devices, that the first row of each part belongs to."""
         num_parts = len(self.bias)
         device = jax.lax.axis_index(self.axis_names).astype(dtype) if self.axis_names else 0
         return (device * num_parts + jnp.arange(num_parts, dtype=dtype)) * self.num_rows
@@ -51,7 +51,8 @@ class SplitHead:
     def predicted(self, feats: Float[Array, "n m"], num_rows: int) -> "Predicted":
         """The mean of the rows under the probabilities of a few samples, as well as the head's dtype knows it.
 
-        NaN where logits overflow. With `num_rows` rows from all over the head, which is not read again for them.
+        It is NaN where logits overflow. It comes with `num_rows` rows from all over the head, for which the head is not
+        read again.
         """
         dtype = feats.dtype
         product = functools.partial(jnp.einsum, preferred_element_type=dtype)
@@ -81,7 +82,7 @@ class SplitHead:
         return Predicted(rows[:n] / mass[:, None], biases / mass, rest / mass, rows[n:])
 
     def _picking(self, num_rows: int) -> Bool[Array, "k r p"]:
-        """Where rows at equal distances, of those of all devices, are in the parts."""
+        """Marks where rows at equal distances, among those of all devices, are in the parts."""
         num_outputs = self.bias.size * (jax.lax.axis_size(self.axis_names) if self.axis_names else 1)
         chosen = np.linspace(0, num_outputs - 1, min(num_rows, num_outputs)).round().astype(np.int32)
         outputs = self.first_outputs(jnp.int32)[:, None] + jnp.arange(self.num_rows, dtype=jnp.int32)[None, :]
@@ -89,18 +90,18 @@ class SplitHead:
 
 
 class Predicted(NamedTuple):
-    """Of a few samples, means under their probabilities."""
+    """Means under the probabilities of a few samples."""
 
     rows: Float[Array, "n m"]
     biases: Float[Array, " n"]
     rest: Float[Array, " n"]
-    """What is left of the probability beside the largest."""
+    """The probability that is left beside the largest."""
     some_rows: Float[Array, "r m"]
-    """Of the head as they are."""
+    """Some rows of the head as they are."""
 
 
 def split(head: LinearHead, axis_names: AxisNames, like: Any) -> SplitHead:
-    """Into as many parts as there are devices on the mesh of the head, or of `like`."""
+    """Splits a head into as many parts as there are devices on its mesh, or on that of `like`."""
     num_parts = math.gcd(head.num_outputs, num_devices((head, like)))
     parts = num_parts, head.num_outputs // num_parts
     shape = list(head.matrix.shape)
@@ -109,7 +110,10 @@ def split(head: LinearHead, axis_names: AxisNames, like: Any) -> SplitHead:
 
 
 def map_parts(function: Callable[..., Any], heads: tuple[SplitHead, ...], *arrays: Shaped[Array, "k ..."]) -> Any:
-    """`function(*heads, *arrays)` of each part, a `LinearHead` for a head, the results along a first axis."""
+    """Applies `function(*heads, *arrays)` to each part, a `LinearHead` for a head.
+
+    The results lie along a first axis.
+    """
     rows_axis = heads[0].rows_axis
 
     def of_part(matrices: list[Array], biases: list[Array], arrays: list[Array]) -> Any:

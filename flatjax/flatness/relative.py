@@ -2,8 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
 from flatjax.core.metric import metric
 from flatjax.flatness.autodiff import AutodiffCurvature
@@ -12,7 +11,7 @@ from flatjax.flatness.inputs import Loss, read_samples
 from flatjax.flatness.separable import SeparableCurvature, sigmoid_cross_entropy, squared_error
 from flatjax.flatness.softmax import SoftmaxCurvature, TiledSoftmaxCurvature, reads_in_tiles
 from flatjax.heads import HeadParams, LinearHead
-from flatjax.samples import Samples
+from flatjax.samples import Features, Labels, Samples, Weights
 
 LogitCurvature = SoftmaxCurvature | SeparableCurvature | AutodiffCurvature
 """The Hessians G_i (d, d) of a loss in the logits, and their sums over samples of shares e_i."""
@@ -21,9 +20,9 @@ LogitCurvature = SoftmaxCurvature | SeparableCurvature | AutodiffCurvature
 @metric
 def relative_flatness(
     params: HeadParams,
-    feats: Float[ArrayLike, "*n m"],
-    labels: Shaped[ArrayLike, "*n"] | Shaped[ArrayLike, "*n k"],
-    weights: Shaped[ArrayLike, "*n"] | None = None,
+    feats: Features,
+    labels: Labels,
+    weights: Weights | None = None,
     *,
     loss: Loss = "softmax_cross_entropy",
     tile_size: int | None = None,
@@ -34,13 +33,9 @@ def relative_flatness(
 
     with H_{s,s'} = ∂²L/∂w_s ∂w_s' the (m, m) blocks of the Hessian of L = Σ_i ω_i ℓ_i / Σ_i ω_i in the rows of W, and
     G_i = ∂²ℓ_i/∂z_i² in the logits z_i = Wφ_i + b. Unlike Tr H it does not change when the features are scaled up and
-    the weights down. It has the unit of the loss. It is exact: nothing is sampled.
-
-    Under softmax cross-entropy κ is the mean of ‖φ‖² times the variance of the rows of W under the predicted
-    probabilities, in a form that keeps its digits at any confidence: in float32 its relative error is about 1e-7 where
-    κ is about 1, and 1e-5 at 1e-20, where logits of 90 are themselves rounded by as much. It grows to about 10 ε/ρ²
-    where the samples hesitate between rows that are close to each other, each sample between others, at a share ρ of
-    the spread of all these rows: 1e-4 to 1e-3 for ρ = 1 %. κ does not depend on which labels are right.
+    the weights down. It has the unit of the loss. It is exact: nothing is sampled. Under softmax cross-entropy κ is the
+    mean of ‖φ‖² times the variance of the rows of W under the predicted probabilities. It does not depend on which
+    labels are right.
 
     Args:
         params: the head: a mapping (or `nnx.State`) with `kernel` (m, d), as Flax keeps it, `weight` (d, m), as PyTorch
@@ -53,16 +48,14 @@ def relative_flatness(
             sample holds a bad value.
         loss: "softmax_cross_entropy", "squared_error" (½‖z − y‖²), "sigmoid_cross_entropy" (summed over the outputs),
             all in closed form; or any twice differentiable `(logits (d,), label) -> scalar`, in at most min(d, m)
-            forward-over-reverse products in logit space. Static, `jax.jit(relative_flatness, static_argnames="loss")`:
-            one function for all calls, as each is compiled once.
-        tile_size: of a softmax head, so many rows are read at a time, and the logits of all samples are never in memory
-            at once; 2 products of matrices, n·d·m each. The spread of the rows in play, of which ρ is a share, is then
-            that around the mean row which eight of the samples predict. Static. By default it is the shapes that
-            decide: n·d logits are in memory at once as long as they are at most 2²³, or d ≤ m. A `tile_size` of d or
-            more forces that.
+            forward-over-reverse products in logit space. Static: `jax.jit(relative_flatness, static_argnames="loss")`.
+            Pass one function in all calls, as each is compiled once.
+        tile_size: how many rows of a softmax head are read at a time; the logits of all samples are then never in
+            memory at once. Static. By default the shapes decide: n·d logits are in memory at once as long as they are
+            at most 2²³, or d ≤ m. A `tile_size` of d or more forces that.
 
     Returns:
-        κ, a scalar in the unit of the loss, in float64 if any input is, else in float32. NaN if a feature is not
+        κ, a scalar in the unit of the loss, in float64 if any input is, else in float32. It is NaN if a feature is not
         finite, a label of a named loss out of range, or a weight negative; `flatjax.check_inputs` says where. What a
         callable makes of a bad label is its own affair.
 
@@ -71,6 +64,15 @@ def relative_flatness(
             sample not integers, or the loss neither a name nor a callable.
         ValueError: a missing kernel, an unknown loss, shapes that do not fit, or a `tile_size` below 1 or for another
             loss than softmax cross-entropy.
+
+    Notes:
+        Precision: the form used for softmax cross-entropy keeps its digits at any confidence. In float32 the relative
+        error is about 1e-7 where κ is about 1. At κ = 1e-20 it is 1e-5, as logits of 90 are themselves rounded by as
+        much. It grows to about 10 ε/ρ² where the samples hesitate between rows that are close to each other, each
+        sample between others, at a share ρ of the spread of all these rows: 1e-4 to 1e-3 for ρ = 1 %. With tiles that
+        spread is measured around the mean row which eight of the samples predict.
+
+        Cost: in tiles it takes 2 products of matrices, n·d·m each.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -92,9 +94,9 @@ def relative_flatness(
 @metric
 def simplified_relative_flatness(
     params: HeadParams,
-    feats: Float[ArrayLike, "*n m"],
-    labels: Shaped[ArrayLike, "*n"] | Shaped[ArrayLike, "*n k"],
-    weights: Shaped[ArrayLike, "*n"] | None = None,
+    feats: Features,
+    labels: Labels,
+    weights: Weights | None = None,
     *,
     loss: Loss = "softmax_cross_entropy",
     tile_size: int | None = None,
@@ -106,7 +108,8 @@ def simplified_relative_flatness(
     It is what experiments often report as relative flatness. Unlike κ it changes when the same vector is added to
     every row of W, which a softmax does not notice.
 
-    Args and errors are those of `relative_flatness`, and so is the return value but for being κ̂, in the same unit.
+    Args and errors are those of `relative_flatness`. The return value is as there, κ̂ in the place of κ, in the same
+    unit.
 
     Example:
         >>> import jax.numpy as jnp
@@ -126,21 +129,25 @@ def simplified_relative_flatness(
 @metric
 def max_relative_flatness(
     params: HeadParams,
-    feats: Float[ArrayLike, "*n m"],
-    labels: Shaped[ArrayLike, "*n"] | Shaped[ArrayLike, "*n k"],
-    weights: Shaped[ArrayLike, "*n"] | None = None,
+    feats: Features,
+    labels: Labels,
+    weights: Weights | None = None,
     *,
     loss: Loss = "softmax_cross_entropy",
 ) -> Float[Array, ""]:
-    """Maximum-eigenvalue relative flatness κ_max of a linear head.
+    """Maximum-eigenvalue relative flatness κ_max of a linear head: larger is sharper.
 
         κ_max = Σ_s ‖w_s‖² λ_max(H_{s,s}),    H_{s,s} = E_i G_i[s, s] φ_i φ_iᵀ
 
-    with λ_max the algebraically largest eigenvalue. Exact: d weighted Gram matrices and their eigenvalues, one (m, m)
-    matrix at a time, at a cost of d·m²·(n + O(m)). Where the largest eigenvalue is repeated the gradient is one of
-    many, and where any is, the second derivative may be NaN.
+    with λ_max the algebraically largest eigenvalue. It is exact: nothing is sampled.
 
-    Args and errors are those of `relative_flatness`, and so is the return value but for being κ_max, in the same unit.
+    Args and errors are those of `relative_flatness`. The return value is as there, κ_max in the place of κ, in the same
+    unit.
+
+    Notes:
+        The cost is d·m²·(n + O(m)), for d weighted Gram matrices and their eigenvalues, one (m, m) matrix at a time.
+        Where the largest eigenvalue is repeated, the gradient is one of many. Where any eigenvalue is repeated, the
+        second derivative may be NaN.
 
     Example:
         >>> import jax.numpy as jnp
@@ -177,9 +184,9 @@ def max_relative_flatness(
 @metric
 def row_block_traces(
     params: HeadParams,
-    feats: Float[ArrayLike, "*n m"],
-    labels: Shaped[ArrayLike, "*n"] | Shaped[ArrayLike, "*n k"],
-    weights: Shaped[ArrayLike, "*n"] | None = None,
+    feats: Features,
+    labels: Labels,
+    weights: Weights | None = None,
     *,
     loss: Loss = "softmax_cross_entropy",
 ) -> Float[Array, "d d"]:
@@ -187,8 +194,10 @@ def row_block_traces(
 
         T = E_i ‖φ_i‖² G_i,    κ = ⟨W Wᵀ, T⟩,    Tr H = Tr T
 
-    Args and errors are those of `relative_flatness`. Returns T (d, d), symmetric, in the unit of the loss over that of
-    W squared; NaN where κ would be.
+    Args and errors are those of `relative_flatness`.
+
+    Returns:
+        T (d, d), symmetric, in the unit of the loss over that of W squared; NaN where κ would be.
 
     Example:
         >>> import jax.numpy as jnp

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, Shaped
 
 from flatjax.core.arrays import a_key, one_number
@@ -13,16 +12,17 @@ from flatjax.curvature.estimate import Estimate, mean_of
 from flatjax.flatness.frame import framed
 from flatjax.flatness.inputs import Loss, read_samples
 from flatjax.heads import HeadParams
+from flatjax.samples import Features, Labels, Scalar, Weights
 
 
 @metric
 def feature_robustness(
     params: HeadParams,
-    feats: Float[ArrayLike, "*n m"],
-    labels: Shaped[ArrayLike, "*n"] | Shaped[ArrayLike, "*n k"],
-    delta: float | Float[ArrayLike, ""],
+    feats: Features,
+    labels: Labels,
+    delta: Scalar,
     key: Key[Array, ""],
-    weights: Shaped[ArrayLike, "*n"] | None = None,
+    weights: Weights | None = None,
     *,
     distribution: str = "orthogonal",
     num_samples: int = 64,
@@ -32,32 +32,35 @@ def feature_robustness(
 
         E_F(δ) = E_A Σ_i ω_i [ℓ(W(φ_i + δ A φ_i) + b, y_i) − ℓ(W φ_i + b, y_i)] / Σ_i ω_i
 
-    with A (m, m) drawn anew for each of `num_samples`, the same for all features, and used with both signs, so that odd
-    powers of δ cancel. As W(φ + δ A φ) = (W + δ W A) φ, it is also the rise under such changes of the weights, hence
+    with A (m, m) drawn anew for each of `num_samples` and the same for all features. Each A is used with both signs, so
+    that odd powers of δ cancel. As W(φ + δ A φ) = (W + δ W A) φ, this is also the rise under such changes of the
+    weights. Relative flatness is what is left of it as δ goes to 0:
 
-        E_F(δ) = κ δ²/(2m) + O(δ⁴) for orthogonal A,    κ δ²/2 + O(δ⁴) for normal A:
-
-    relative flatness is what is left of it as δ goes to 0. The rise is summed from what does not cancel, so that for
-    the named losses it keeps its digits however small δ is, and the loss.
+        E_F(δ) = κ δ²/(2m) + O(δ⁴) for orthogonal A,    κ δ²/2 + O(δ⁴) for normal A
 
     Args:
         params: the head, as for `relative_flatness`.
         feats: features (..., m), what enters the head. Any leading shape; the mean is over all of it.
         labels: integer classes (...,), or targets (..., d).
         delta: δ, the size of the change relative to the features.
-        key: of the draws.
+        key: the random key of the draws.
         weights: sample weights ω (...,), all 1 by default. A sample of weight 0, or of the class −100, is padding. The
             derivative in a weight that is 0 is as for `relative_flatness`.
-        distribution: of A: "orthogonal", uniform over the orthogonal matrices, or "normal", of independent entries of
-            variance 1. Static.
+        distribution: how A is drawn: "orthogonal", uniformly from the orthogonal matrices, or "normal", with
+            independent entries of variance 1. Static.
         num_samples: how many draws, each used with both signs; at least 2. Static.
         loss: as for `relative_flatness`. Static.
 
     Returns:
-        value and standard_error in the unit of the loss, and how many draws there were. NaN as for `relative_flatness`.
+        An `Estimate`: value and standard_error in the unit of the loss, and num_probes, the number of draws. It is NaN
+        where `relative_flatness` is.
 
     Raises:
         ValueError: an unknown distribution, or fewer than 2 samples; and as `relative_flatness`.
+
+    Notes:
+        The rise is summed from what does not cancel. For the named losses it therefore keeps its digits however small
+        δ and the loss are.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -100,9 +103,9 @@ def feature_robustness(
 
 
 def _of_softmax(logits: Float[Array, "n d"], change: Float[Array, "n d"]) -> Float[Array, " n"]:
-    """½ log Σp e^Δ + ½ log Σp e^−Δ, with Δ less that of the largest logit, j.
+    """The rise ½ log Σp e^Δ + ½ log Σp e^−Δ, with Δ less that of the largest logit, j.
 
-    The sums are 1 + a and 1 + b, where what is large, p_j, adds nothing; a + b = 4 Σ p sinh²(Δ/2) has one sign.
+    The sums are 1 + a and 1 + b: what is large, p_j, adds nothing to a and b. a + b = 4 Σ p sinh²(Δ/2) has one sign.
     """
     p = jax.nn.softmax(logits, axis=1)
     j = jnp.argmax(logits, axis=1)[:, None]
@@ -116,7 +119,7 @@ def _of_softmax(logits: Float[Array, "n d"], change: Float[Array, "n d"]) -> Flo
 
 
 def _of_sigmoid(logits: Float[Array, "n d"], change: Float[Array, "n d"]) -> Float[Array, " n"]:
-    """½ Σ_s log(1 + 4 σ(z_s) σ(−z_s) sinh²(Δ_s/2))."""
+    """The rise ½ Σ_s log(1 + 4 σ(z_s) σ(−z_s) sinh²(Δ_s/2))."""
     small = jnp.clip(change, -_LARGEST, _LARGEST)
     of_small = jnp.log1p(4 * jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits) * jnp.sinh(small / 2) ** 2)
     large = jnp.maximum(jnp.abs(change), _LARGEST)  # where 4 sinh²(Δ/2) is e^|Δ| to all digits
@@ -125,22 +128,22 @@ def _of_sigmoid(logits: Float[Array, "n d"], change: Float[Array, "n d"]) -> Flo
 
 
 _LARGEST = 40.0
-"""A change up to which exponentials of it can be multiplied in float32."""
+"""The largest change whose exponentials can be multiplied in float32."""
 
 
 def _of_squares(logits: Float[Array, "n d"], change: Float[Array, "n d"]) -> Float[Array, " n"]:
-    """½ ‖Δ‖²."""
+    """The rise ½ ‖Δ‖² of squared error."""
     return jnp.sum(change**2, axis=1) / 2
 
 
 _RISES = {"softmax_cross_entropy": _of_softmax, "sigmoid_cross_entropy": _of_sigmoid, "squared_error": _of_squares}
-"""½ [ℓ(z + Δ) + ℓ(z − Δ)] − ℓ(z), whatever the label."""
+"""Functions for ½ [ℓ(z + Δ) + ℓ(z − Δ)] − ℓ(z), which is the same whatever the label."""
 
 
 def _rise_of(
     loss: Callable[[Array, Array], Array], labels: Shaped[Array, "n ..."]
 ) -> Callable[[Float[Array, "n d"], Float[Array, "n d"]], Float[Array, " n"]]:
-    """The same of any loss."""
+    """Makes the same function for any loss."""
 
     def rise(logits: Float[Array, "n d"], change: Float[Array, "n d"]) -> Float[Array, " n"]:
         each = jax.vmap(loss)

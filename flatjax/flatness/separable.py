@@ -10,7 +10,7 @@ from flatjax.heads import LinearHead
 
 
 class SeparableCurvature(NamedTuple):
-    """Diagonal logit-space Hessians G_i = diag(g_i), sample i having the share e_i."""
+    """Diagonal logit-space Hessians G_i = diag(g_i); sample i has the share e_i."""
 
     head: LinearHead
     feats: Float[Array, "n m"]
@@ -31,7 +31,7 @@ class SeparableCurvature(NamedTuple):
         return jnp.sum(squared_norm * self._measure() * jnp.sum(self.second_derivatives, axis=1))
 
     def diagonal(self) -> Float[Array, "n d"]:
-        """G_i[s, s] = g_is."""
+        """The diagonals G_i[s, s] = g_is."""
         return self.second_derivatives
 
     def _measure(self) -> Float[Array, " n"]:
@@ -39,7 +39,7 @@ class SeparableCurvature(NamedTuple):
 
 
 def squared_error(head: LinearHead, feats: Float[Array, "n m"], shares: Float[Array, " n"]) -> SeparableCurvature:
-    """½‖z − y‖²: g = 1, but of a head that holds a NaN or an infinity."""
+    """The curvature of ½‖z − y‖²: g = 1, but NaN for a head that holds a NaN or an infinity."""
     second_derivative = jnp.where(head.is_finite, 1, jnp.nan).astype(feats.dtype)
     return SeparableCurvature(head, feats, shares, jnp.full((len(feats), head.num_outputs), second_derivative))
 
@@ -47,9 +47,10 @@ def squared_error(head: LinearHead, feats: Float[Array, "n m"], shares: Float[Ar
 def sigmoid_cross_entropy(
     head: LinearHead, feats: Float[Array, "n m"], shares: Float[Array, " n"]
 ) -> SeparableCurvature:
-    """−Σ_s [y_s log σ(z_s) + (1 − y_s) log σ(−z_s)]: g = σ(z)σ(−z), which does not cancel as σ(1 − σ) does.
+    """The curvature of −Σ_s [y_s log σ(z_s) + (1 − y_s) log σ(−z_s)]: g = σ(z)σ(−z).
 
-    0 at −∞, an output that is left out, and NaN at +∞, where a network diverged.
+    It does not cancel as σ(1 − σ) does. g is 0 at −∞, an output that is left out, and NaN at +∞, where a network
+    diverged.
     """
     logits = head.logits(feats)
     second_derivatives = jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits)

@@ -1,11 +1,11 @@
 """Relative flatness under softmax cross-entropy, in closed form, without the cancellation of its usual one.
 
 With p_i = softmax(z_i) the logit-space Hessian is G_i = diag(p_i) − p_i p_iᵀ, and tr(Wᵀ G_i W) is the variance v_i of
-the rows of W under p_i. As training ends, p_i falls on one row and v_i to 1e-8 and far below, where the variance as it
+the rows of W under p_i. As training ends, p_i falls on one row and v_i to 1e-8 and far below. There the variance as it
 is usually written, Σp‖w‖² − ‖Σpw‖², is noise in float32. Two forms are not:
 
 * over pairs of rows, v = Σ_{s<t} p_s p_t ‖w_s − w_t‖²: a sum of non-negative terms, for heads with few outputs;
-* around the row j of the largest logit, for heads with many: with sums over s ≠ j alone, q = Σ p_s,
+* around the row j of the largest logit, for heads with many: with sums over s ≠ j only, q = Σ p_s,
   v = Σ p_s ‖w_s − w_j‖² − ‖Σ p_s (w_s − w_j)‖², where every term is of the order of q.
 
 Heads whose logits are too many to be in memory at once are read in tiles of rows, around the largest logit so far.
@@ -23,11 +23,11 @@ from flatjax.flatness.tiled.readout import Readout, read_out
 from flatjax.heads import LinearHead
 
 MOST_LOGITS = 2**23
-"""In memory at once, by choice."""
+"""How many logits may be in memory at once, by choice."""
 
 
 class SoftmaxCurvature(NamedTuple):
-    """The logit-space Hessians G_i = diag(p_i) − p_i p_iᵀ of a head, sample i having the share e_i."""
+    """The logit-space Hessians G_i = diag(p_i) − p_i p_iᵀ of a head; sample i has the share e_i."""
 
     head: LinearHead
     feats: Float[Array, "n m"]
@@ -84,14 +84,14 @@ class SoftmaxCurvature(NamedTuple):
         return jnp.sum(squared_norm * self._measure() * jnp.sum(self.diagonal(), axis=1))
 
     def diagonal(self) -> Float[Array, "n d"]:
-        """G_i[s, s] = p_s (1 − p_s)."""
+        """The diagonals G_i[s, s] = p_s (1 − p_s)."""
         p, rest = self._probabilities()
         return p * rest
 
     def _mean_row(self, head: LinearHead, p: Float[Array, "n d"], rest: Float[Array, " n"]) -> Float[Array, " m"]:
         """Where the rows that matter are: their variance does not know it, and their rounding errors do.
 
-        Those matter that samples hesitate between, each of which leaves its largest probability a `rest`.
+        Those rows matter that samples hesitate between. Each sample leaves its largest probability a `rest`.
         """
         importance = rest * jnp.sum(self.feats**2, axis=1)
         return jax.lax.stop_gradient(mean_by_importance(p, importance) @ head.weight)
@@ -100,7 +100,7 @@ class SoftmaxCurvature(NamedTuple):
         return self.shares * jnp.sum(self.feats**2, axis=1)
 
     def _probabilities(self) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
-        """p and 1 − p, the latter as the sum of the other rows where the difference would cancel."""
+        """The probabilities p and 1 − p, the latter as the sum of the other rows where the difference would cancel."""
         logits = framed(self.head, self.feats).logits(self.feats)
         relative = _relative_to_largest(logits)
         largest = _row_mask(jnp.argmax(logits, axis=1), relative)
@@ -134,17 +134,17 @@ class TiledSoftmaxCurvature(NamedTuple):
 
 
 def reads_in_tiles(head: LinearHead, num_samples: int, tile_size: int | None) -> bool:
-    """Whether the logits are not to be in memory at once: if many, and larger than the features."""
+    """Whether the logits are not to be in memory at once: so if they are many, and larger than the features."""
     if tile_size is not None:
         return tile_size < head.num_outputs
     return head.num_outputs > head.num_features and num_samples * head.num_outputs > MOST_LOGITS
 
 
 def _relative_to_largest(logits: Float[Array, "n d"]) -> Float[Array, "n d"]:
-    """p_s / p_j, for the row j of the largest logit."""
+    """The ratios p_s / p_j, for the row j of the largest logit."""
     return jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=1, keepdims=True)))
 
 
 def _row_mask(j: Integer[Array, " n"], like: Float[Array, "n d"]) -> Bool[Array, "n d"]:
-    """Where s is j_i: at one row, were several logits the largest."""
+    """Marks where s is j_i: one row a sample, even if several logits are the largest."""
     return jnp.arange(like.shape[1])[None, :] == j[:, None]

@@ -1,6 +1,6 @@
-"""How a loss curves in the directions W A that relative flatness is made of: probed, or summed over a basis of them.
+"""Measure how a loss curves in the directions W A of relative flatness: probed, or summed over a basis of them.
 
-A stack of layers has κ of each: the first axis of what is returned is then that of the stack, else of one entry.
+In a stack of layers each has its κ. The first axis of what is returned is that of the stack, or has one entry.
 """
 
 import math
@@ -23,8 +23,8 @@ from flatjax.layers.reading.outputs import LayerOutputs
 class LayerCurvature(NamedTuple):
     """The curvature of a loss in the kernel of one layer, or in those of each layer of a stack.
 
-    The directions are G S of a kernel's matrix, with S (r, d) such that Sᵀ S = W Wᵀ, r = min(d, m), and G (m, r) of
-    independent entries ±1: they have the mean and the covariance of Aᵀ Wᵀ at the least cost.
+    The directions are G S in place of a kernel's matrix, with S (r, d) such that Sᵀ S = W Wᵀ, r = min(d, m), and G (m,
+    r) of independent entries ±1. They have the mean and the covariance of Aᵀ Wᵀ at the least cost.
     """
 
     loss_fn: Callable[..., Any]
@@ -35,7 +35,7 @@ class LayerCurvature(NamedTuple):
 
     @property
     def kernel(self) -> Float[Array, "..."]:
-        """At the precision of the sums, whatever the network computes in."""
+        """The kernel at the precision of the sums, whatever the network computes in."""
         return self._hessian.like[self.layer.path]
 
     @property
@@ -44,7 +44,7 @@ class LayerCurvature(NamedTuple):
 
     @property
     def num_layers(self) -> int:
-        """How many a stack holds; 1 if it is none."""
+        """How many layers a stack holds; 1 if it is none."""
         return math.prod(self.layer.stack_shape(self.kernel.shape))
 
     @property
@@ -57,16 +57,16 @@ class LayerCurvature(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """r, of W at most."""
+        """The rank r that W has at most."""
         return min(self.num_features, self.num_outputs)
 
     @property
     def num_directions(self) -> int:
-        """How many a basis of all W A has."""
+        """How many directions a basis of all W A has."""
         return self.rank * self.num_features
 
     def probes(self, keys: Key[Array, " k"]) -> Float[Array, "k l"]:
-        """⟨W A, H[W A]⟩ for a draw of A a key, of each layer by itself; their mean over all draws is κ."""
+        """⟨W A, H[W A]⟩ with one draw of A for each key, of each layer by itself; the mean over all draws is κ."""
         form, bases = self._quadratic_form(), self._bases()
 
         def of_layer(index: Array | int) -> Float[Array, " k"]:
@@ -76,7 +76,7 @@ class LayerCurvature(NamedTuple):
         return self._of_each_layer(of_layer).T
 
     def draw(self) -> Callable[[Key[Array, ""]], Float[Array, "l m d"]]:
-        """Aᵀ Wᵀ of each layer for a key, or what has its mean and covariance."""
+        """Makes a function that draws Aᵀ Wᵀ of each layer from a key, or what has its mean and covariance."""
         bases = self._bases()
 
         def draw(key: Key[Array, ""]) -> Float[Array, "l m d"]:
@@ -87,7 +87,7 @@ class LayerCurvature(NamedTuple):
         return draw
 
     def by_weights(self) -> Float[Array, " l"]:
-        """κ = Σ_f Σ_j ⟨e_f s_jᵀ, H[e_f s_jᵀ]⟩."""
+        """Sums over a basis of weights: κ = Σ_f Σ_j ⟨e_f s_jᵀ, H[e_f s_jᵀ]⟩."""
         form, bases = self._quadratic_form(), self._bases()
 
         def of_layer(index: Array | int) -> Float[Array, ""]:
@@ -102,7 +102,7 @@ class LayerCurvature(NamedTuple):
         return self._of_each_layer(of_layer)
 
     def by_outputs(self, outputs: LayerOutputs) -> Float[Array, " l"]:
-        """κ by rows, else by samples; NaN if samples interact."""
+        """κ by rows, else by samples; it is NaN if samples interact."""
 
         def of_layer(index: Array | int) -> Float[Array, ""]:
             def by_samples() -> Float[Array, ""]:
@@ -156,7 +156,7 @@ class LayerCurvature(NamedTuple):
     def _are_apart(self, outputs: LayerOutputs, num_groups: int, index: Array | int) -> Bool[Array, ""]:
         """Whether groups of consecutive rows do not interact.
 
-        A Hessian is symmetric, and any two groups have numbers that differ in a bit: for each bit, the groups that have
+        A Hessian is symmetric, and any two groups have numbers that differ in a bit. For each bit, the groups that have
         it are shifted at random, and the gradient of the others must stay where it is, to the last digit.
         """
         product, feats = self._product_of_outputs(outputs, index)
@@ -175,12 +175,12 @@ class LayerCurvature(NamedTuple):
         return Hessian(self.loss_fn, self.params, self.batch, (self.layer.path,))
 
     def _bases(self) -> Float[Array, "l r d"]:
-        """S of each layer."""
+        """The basis S of each layer."""
         matrices = self.layer.matrices(self.kernel)
         return matrices if matrices.shape[1] <= matrices.shape[2] else jnp.linalg.qr(gathered(matrices), mode="r")
 
     def _of_each_layer(self, function: Callable[[Array | int], Any]) -> Any:
-        """One program for all layers of a stack."""
+        """Runs one program for all layers of a stack."""
         if self.num_layers == 1:
             return function(0)[None]
         return jax.lax.map(function, jnp.arange(self.num_layers))
@@ -190,7 +190,7 @@ class LayerCurvature(NamedTuple):
         return jnp.matmul(signs, basis, precision="highest")
 
     def _quadratic_form(self) -> Callable[[Float[Array, "m d"], Array | int], Float[Array, ""]]:
-        """⟨v, H v⟩ for a direction v of one layer."""
+        """Makes the function ⟨v, H v⟩ for a direction v of one layer."""
         path, kernel, product = self.layer.path, self.kernel, self._hessian.linearised()
         layers = jnp.arange(self.num_layers)
 

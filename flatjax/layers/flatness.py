@@ -33,63 +33,69 @@ def layer_relative_flatness(
         κ = Σ_{s,s'} ⟨w_s, w_s'⟩ Tr H_{s,s'} = E_A ⟨W A, H[W A]⟩
 
     with w_s the rows of the layer's kernel seen as a matrix W (d, m), one row an output, H_{s,s'} the (m, m) blocks of
-    the Hessian of the loss in them, and A (m, m) of independent entries ±1. Of a hidden layer κ may be negative.
+    the Hessian of the loss in them, and A (m, m) of independent entries ±1. Larger is sharper. In a hidden layer κ may
+    be negative.
 
     Several layers may lie in one array, a stack: (L, m, d), as `nn.scan`, `nnx.scan` and `jax.vmap` keep them. κ is
     then that of each layer of the stack.
 
     The methods:
 
-    * "probes": the mean of ⟨W A, H[W A]⟩ over draws of A; one Hessian-vector product each, restricted to the layer, so
-      that nothing before it is differentiated. It is always unbiased, weight sharing and batch statistics included.
+    * "probes": the mean of ⟨W A, H[W A]⟩ over draws of A. Each takes one Hessian-vector product, restricted to the
+      layer, so that nothing before it is differentiated. It is always unbiased, weight sharing and batch statistics
+      included.
     * "outputs": exact, from the Hessian G of the loss in the outputs of the layer, if it enters the loss by one product
-      of matrices: κ = Σ_{a,b} ⟨φ_a, φ_b⟩ tr(Wᵀ G_{a,b} W) over all feature vectors, in min(d, m) products after the
-      layer if none of them interacts with another, and in min(d, m) times as many as a sample has of them if only
-      those of a sample do (which may then come from two axes of the features, samples first). That is looked at, not
-      assumed: κ is NaN if samples interact.
-    * "weights": exact and for any layer, in m·min(d, m) products.
+      of matrices: κ = Σ_{a,b} ⟨φ_a, φ_b⟩ tr(Wᵀ G_{a,b} W) over all feature vectors. Whether these interact is looked
+      at, not assumed: κ is NaN if samples interact.
+    * "weights": exact, and for any layer.
     * "auto": exact where that takes no more products than `num_probes` (and a few, log₂ of the number of feature
       vectors, to look whether they interact), or none of a layer after this one, as for heads; else by probes.
 
-    A stack takes so many products for each of its layers, from one program.
-
-    κ has no more digits than the second derivatives of `loss_fn`. Those of logsumexp(z) − z_y lose all of theirs in
-    float32 once the loss is below 1e-7; those of `flatjax.cross_entropy` do not. Of a convolution in groups the
-    features are those of a group, and one A is shared by all of them.
-
-    The loss is differentiated as it is called. Let batch statistics and dropout be fixed in it, or κ is that of a loss
-    in which samples interact, or of one draw: in Linen `model.apply({"params": p, "batch_stats": s}, x, train=False)`
-    with dropout deterministic; in NNX `graphdef, params, rest = nnx.split(model, nnx.Param, ...)` after `model.eval()`,
-    and `nnx.merge(graphdef, params, rest, copy=True)(x)`, whose copy keeps the statistics of the model untouched.
+    The loss is differentiated as it is called. Fix batch statistics and dropout in it. Otherwise κ is that of a loss in
+    which samples interact, or of one draw. In Linen call `model.apply({"params": p, "batch_stats": s}, x, train=False)`
+    with dropout deterministic. In NNX call `graphdef, params, rest = nnx.split(model, nnx.Param, ...)` after
+    `model.eval()`, and `nnx.merge(graphdef, params, rest, copy=True)(x)`, whose copy keeps the statistics of the model
+    untouched.
 
     Args:
         loss_fn: `(params, *batch) -> scalar`, twice differentiable, in forward mode too. One function for all calls:
             each is compiled once.
         params: a tree of arrays: `nnx.state(model, nnx.Param)`, `variables["params"]`, or any other.
         batch: what the loss takes besides.
-        layer: the path of a kernel, joined by slashes, as "blocks/0/up/kernel". Which of its axes the features run
-            along, and which is that of a stack, is read off the program of the loss: from where the kernel is
+        layer: the path of a kernel, joined by slashes, for example "blocks/0/up/kernel". Which of its axes the features
+            run along, and which is that of a stack, is read off the program of the loss: from where the kernel is
             multiplied with what comes of the batch, through slices, loops, calls, look-ups and what is done to it entry
             by entry. A `Layer(path, feature_axes=(1,), stack_axes=(0,))` says it instead, and is confirmed. It is
             needed where the program may be read in several ways, as for networks side by side on one input, or cannot
             be followed. An embedding is looked up, with one-hot features along its first axis; one that is tied to the
             head is measured as the head by `Layer(path, feature_axes=(1,))`.
-        key: the key of the probes. Without one, only what is exact is measured: NaN where feature vectors interact
-            that were not expected to.
-        num_probes: how many, if κ is estimated; at least 2.
+        key: the random key of the probes. Without one, only what is exact is measured. κ is then NaN where feature
+            vectors interact that were not expected to.
+        num_probes: how many probes are drawn, if κ is estimated; at least 2.
         method: one of the above.
         chunk_size: how many products are in memory at a time.
 
     Returns:
-        value, standard_error and num_probes; the latter two are 0 where κ is exact. Value and error are scalars, or
-        arrays of the shape of a stack's `stack_axes`. They are those of one batch: κ of a data set is the mean over
-        its batches, weighted by their sizes, see `flatjax.flatness_profile`.
+        An `Estimate`: value and standard_error, in the unit of the loss, and num_probes; the latter two are 0 where κ
+        is exact. Value and error are scalars, or arrays of the shape of a stack's `stack_axes`. They are those of one
+        batch: κ of a data set is the mean over its batches, weighted by their sizes, see `flatjax.flatness_profile`.
 
     Raises:
         TypeError: the kernel is not of a floating dtype, a leaf of params no array, or the loss no scalar.
-        ValueError: there is no such layer; the program multiplies it along other axes than was said, or a path alone
-            does not say how it is to be read; no key for probes, too few of them, an unknown method, or, for "outputs",
-            a layer that does not enter the loss by one product of matrices.
+        ValueError: there is no such layer; the program multiplies it along other axes than was said, or only a path
+            is given and does not say how it is to be read; no key for probes, too few of them, an unknown method, or,
+            for "outputs", a layer that does not enter the loss by one product of matrices.
+
+    Notes:
+        Cost: "outputs" takes min(d, m) products after the layer if no feature vector interacts with another. It takes
+        min(d, m) times as many as a sample has of them if only those of a sample interact. These may then come from two
+        axes of the features, samples first. "weights" takes m·min(d, m) products. A stack takes so many products for
+        each of its layers, from one program.
+
+        Precision: κ has no more digits than the second derivatives of `loss_fn`. Those of logsumexp(z) − z_y lose all
+        of theirs in float32 once the loss is below 1e-7; those of `flatjax.cross_entropy` do not.
+
+        In a convolution in groups the features are those of a group, and one A is shared by all of them.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -152,7 +158,7 @@ def _flatness(
     curvature = LayerCurvature(loss_fn, params, batch, found, chunk_size)
 
     def shaped(of_layers: Float[Array, "*k l"]) -> Float[Array, "..."]:
-        """() but for a stack."""
+        """Shapes values as a stack is, and to () for a single layer."""
         stack = found.stack_shape(curvature.kernel.shape)
         return of_layers.reshape(*of_layers.shape[:-1], *stack)
 

@@ -1,4 +1,4 @@
-"""What a layer is: a kernel of any shape, seen as the matrix, or matrices, that features are multiplied with."""
+"""Layers: kernels of any shape, each seen as the matrix, or matrices, that features are multiplied with."""
 
 import itertools
 import math
@@ -32,25 +32,25 @@ class Layer(NamedTuple):
         return math.prod(shape[axis] for axis in self.feature_axes)
 
     def stack_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of κ: () but for a stack."""
+        """The shape of κ: that of a stack, and () for a single layer."""
         return tuple(shape[axis] for axis in self.stack_axes)
 
     def names(self, shape: tuple[int, ...]) -> list[str]:
-        """One for each layer, "blocks/kernel[3]" in a stack."""
+        """The names of the layers, "blocks/kernel[3]" in a stack."""
         places = itertools.product(*map(range, self.stack_shape(shape)))
         return [f"{self.path}[{','.join(map(str, place))}]" if place else self.path for place in places]
 
     def matrices(self, kernel: Float[Array, "..."]) -> Float[Array, "l m d"]:
-        """Wᵀ of each layer: one row a feature, one column an output."""
+        """The matrix Wᵀ of each layer: one row a feature, one column an output."""
         shape = math.prod(self.stack_shape(kernel.shape)), self.num_features(kernel.shape), -1
         return jnp.transpose(kernel, self._order(kernel.ndim)).reshape(shape)
 
     def matrix(self, kernel: Float[Array, "..."], index: Integer[Array, ""] | int = 0) -> Float[Array, "m d"]:
-        """Wᵀ of one layer."""
+        """The matrix Wᵀ of one layer."""
         return self.matrices(kernel)[index]
 
     def kernel(self, matrices: Float[Array, "l m d"], shape: tuple[int, ...]) -> Float[Array, "..."]:
-        """The kernel whose matrices they are."""
+        """The kernel whose matrices Wᵀ are the given ones."""
         order = self._order(len(shape))
         permuted = matrices.reshape([shape[axis] for axis in order])
         return jnp.transpose(permuted, [order.index(axis) for axis in range(len(shape))])
@@ -60,7 +60,7 @@ class Layer(NamedTuple):
 
 
 def find_kernel(params: Tree, layer: str | Layer) -> jax.Array:
-    """The leaf that a layer names.
+    """Finds the leaf that a layer names.
 
     Raises:
         TypeError: it is not of a floating dtype, or axes are no tuples of integers.
@@ -88,15 +88,16 @@ def find_kernel(params: Tree, layer: str | Layer) -> jax.Array:
 
 
 def find_layers(params: Tree) -> dict[str, Layer]:
-    """All leaves that are a layer by Flax's conventions, in their order in the tree."""
+    """Finds all leaves that are a layer by Flax's conventions, in their order in the tree."""
     found = (by_convention(path, jnp.ndim(leaf)) for path, leaf in arrays_by_path(params).items())
     return {layer.path: layer for layer in found if layer is not None}
 
 
 def by_convention(path: str, ndim: int) -> Layer | None:
-    """A kernel's last axis is its outputs', but that the projections of attention have two such axes.
+    """Reads a leaf as a layer by Flax's conventions, or returns None if it is none.
 
-    An embedding is looked up: its features are one-hot, and run along its first axis.
+    A kernel's last axis is its outputs', but the projections of attention have two such axes. An embedding is looked
+    up: its features are one-hot, and run along its first axis.
     """
     *parents, name = path.split("/")
     if name == "embedding" and ndim == 2:

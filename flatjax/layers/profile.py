@@ -37,43 +37,36 @@ def flatness_profile(
 ) -> FlatnessProfile:
     r"""Relative flatness κ of every layer of a network, on a whole data set, to see where it is flat.
 
-    κ of a data set is the mean over its batches, weighted by their sizes; each batch is probed with draws of its own.
-    A layer is measured exactly if nothing after it is a product of matrices, as with heads, or where that takes fewer
-    products than probes are needed; the others by one of two routes, both unbiased:
+    κ of a data set is the mean over its batches, weighted by their sizes. Larger is sharper. Each batch is probed with
+    draws of its own. A layer is measured exactly if nothing after it is a product of matrices, as with heads, or where
+    that takes fewer products than probes are needed. The others are measured by one of two routes, both unbiased:
 
-    * "layerwise": one Hessian-vector product a layer and probe, restricted to the layer: for a late one nothing before
+    * "layerwise": one Hessian-vector product a layer and probe, restricted to the layer. For a late one nothing before
       it is differentiated. Each layer gets as many probes as it needs.
     * "joint": one product for all layers at once, v = (W_l A_l)_l and ⟨v_l, (H v)_l⟩, noisier by how the layers
       interact. All get the probes that the noisiest needs.
 
     The layers of a stack, several kernels in one array, are measured as if each were a leaf of its own, from one
-    program for all of them; each gets as many probes as the one that needs most. One joint product serves all layers of
+    program for all of them. Each gets as many probes as the one that needs most. One joint product serves all layers of
     all stacks. A kernel that the program does not show how to read is left out, and does not keep the others from being
     measured.
-
-    "auto" draws some probes of the first batch jointly, then of layer after layer until that is expected to take
-    longer, and takes the route that needs less time for the same relative error of all layers, or for `max_probes`;
-    what the other drew is thrown away. Compilation, of one program for each layer probed by itself, is not in that
-    comparison: of a deep network and little data "joint" may be done earlier. With a `relative_error` the first draws
-    decide how many follow them, so that the mean over all has a bias: of the order of `relative_error`² κ, more where
-    draws are skewed, beside a standard error of `relative_error` κ. That the loss keeps its digits is up to `loss_fn`,
-    as for `layer_relative_flatness`.
 
     Args:
         loss_fn: `(params, *batch) -> scalar`, the mean over a batch; twice differentiable, in forward mode too. One
             function for all calls.
         params: a tree of arrays: `nnx.state(model, nnx.Param)`, `variables["params"]`, or any other.
         batches: tuples of arrays, gone through once. Batches of the same shapes are compiled once.
-        key: of the probes.
+        key: the random key of the probes.
         layers: paths, or `Layer`s; by default all kernels and embeddings. Their axes are read off the program of the
             loss, as by `layer_relative_flatness`.
-        num_probes: of a layer and batch, at least 4 and even, as they come in two blocks.
+        num_probes: how many probes a layer and batch get, at least 4 and even, as they come in two blocks.
         relative_error: if given, so many probes are drawn that the standard error of the mean over all batches comes to
-            about this share of κ: of the first batch until it has its part, of each other as many as the batches before
-            it and its own first probes call for. What is reached is in the result. Of `batches` without a length, each
-            is probed as if it were the only one.
-        max_probes: of a layer and batch, in whole blocks of half of `num_probes`.
-        route: as above. Which one "auto" takes depends on timings: name one for the same numbers on every run.
+            about this share of κ. The first batch is probed until it has its part, each other as much as the batches
+            before it and its own first probes call for. What is reached is in the result. If `batches` has no length,
+            each is probed as if it were the only one.
+        max_probes: how many probes a layer and batch get at most, in whole blocks of half of `num_probes`.
+        route: one of the above, or "auto". Which one "auto" takes depends on timings: name one for the same numbers on
+            every run.
         count: `(*batch) -> n_b`, how many samples its loss is the mean of; by default as many as its labels say, other
             than −100, times weights of their shape if there are any, see `flatjax.curvature.num_samples`.
         report: called after each batch with what is known by then, to show progress.
@@ -81,7 +74,7 @@ def flatness_profile(
     Returns:
         A `FlatnessProfile`, a dictionary in the order of the network's leaves: value, standard_error and num_probes
         (over all batches; 0 for an exact κ) of each layer, under the path of its kernel, or "blocks/kernel[3]" for one
-        of a stack. The standard error is that of the probes; that the samples are a sample is not in it. NaN for a
+        of a stack. The standard error is that of the probes; that the samples are a sample is not in it. κ is NaN for a
         layer in which samples do not interact in the first batch, but do in another, and for a kernel that cannot be
         read, with the reason in `unread`.
 
@@ -89,6 +82,17 @@ def flatness_profile(
         TypeError: a batch is no tuple.
         ValueError: no layers, no batches, an unknown route, numbers of probes that do not fit, or no kernel that can be
             read, for the reasons that `layer_relative_flatness` gives.
+
+    Notes:
+        "auto" draws some probes of the first batch jointly, then of layer after layer until that is expected to take
+        longer. It takes the route that needs less time for the same relative error of all layers, or for `max_probes`;
+        what the other drew is thrown away. Compilation, of one program for each layer probed by itself, is not in that
+        comparison: for a deep network and little data "joint" may be done earlier.
+
+        With a `relative_error` the first draws decide how many follow them, so that the mean over all has a bias. It is
+        of the order of `relative_error`² κ, more where draws are skewed, beside a standard error of `relative_error` κ.
+
+        κ keeps its digits only if the loss does, which is up to `loss_fn`, as for `layer_relative_flatness`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -177,7 +181,7 @@ def _profile(
     tallies: Mapping[Layer, "_Tally"],
     unread: Mapping[str, str],
 ) -> FlatnessProfile:
-    """In the order of the paths; of a stack one layer after another."""
+    """Makes the profile in the order of the paths, one layer of a stack after another."""
     leaves = leaves_by_path(params)
     estimates: dict[str, Estimate] = {}
     for path in paths:
@@ -198,7 +202,7 @@ def _no_names(program: Program) -> str:
 
 
 _USUAL_ERROR = 0.1
-"""That routes are compared at if none is asked for."""
+"""The relative error at which routes are compared if none is asked for."""
 
 
 class _Tally:
@@ -209,13 +213,13 @@ class _Tally:
         self.batches: list[tuple[float, Draws]] = []
 
     def add(self, size: float, samples: Draws) -> None:
-        """A batch."""
+        """Adds a batch of so many samples."""
         self.batches.append((size, samples))
 
     def needed(self, size: float, samples: Draws, error: float) -> float:
         """How many draws of a further batch bring it to a relative error, going by these first ones; 0 if it is NaN.
 
-        The mean is that of the batches before, which these draws cannot have moved. Of a stack it is the number for the
+        The mean is that of the batches before, which these draws cannot have moved. In a stack it is the number for the
         layer that needs most.
         """
         batches = [*self.batches, (size, samples)]

@@ -1,4 +1,4 @@
-"""What is known of the flatness of every layer, to look up, to print and to keep."""
+"""Keep what is known of the flatness of every layer, to look up, to print and to store."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -38,14 +38,14 @@ class FlatnessProfile(dict[str, Estimate]):
         return "\n".join([table, *(f"not measured: {reason}" for reason in self.unread.values())])
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Plain numbers by layer, ready for JSON; of a kernel that could not be read the reason stands beside them."""
+        """Plain numbers by layer, ready for JSON; a kernel that could not be read has the reason beside them."""
         return {
             name: estimate.to_dict() | ({"unread": self.unread[name]} if name in self.unread else {})
             for name, estimate in self.items()
         }
 
     def to_rows(self) -> list[dict[str, Any]]:
-        """One mapping a layer, as `pandas.DataFrame` takes them."""
+        """The layers as a list of mappings, as `pandas.DataFrame` takes them."""
         return [{"layer": name, "unread": None, **numbers} for name, numbers in self.to_dict().items()]
 
     def __missing__(self, path: str) -> Estimate:

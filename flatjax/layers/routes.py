@@ -1,4 +1,4 @@
-"""How the layers of a network are measured: exactly where that is cheap, else by the cheaper of two routes."""
+"""Choose how the layers of a network are measured: exactly where that is cheap, else by the cheaper of two routes."""
 
 import collections
 import functools
@@ -23,11 +23,11 @@ from flatjax.layers.reading.program import Program
 Group: TypeAlias = tuple[Layer, ...]
 """Layers that are probed together."""
 Draws: TypeAlias = Float[np.ndarray, "_ _"]
-"""Draws of κ of the layers of a stack, or of one layer."""
+"""Draws of κ (draws, layers): of the layers of a stack, or of one layer."""
 
 
 class Plan(NamedTuple):
-    """How each layer is measured."""
+    """The way in which each layer is measured."""
 
     exact: dict[Layer, str]
     groups: list[Group]
@@ -46,7 +46,12 @@ def plan_routes(
     *,
     to_the_end: bool,
 ) -> tuple[Plan, dict[Layer, Draws]]:
-    """And what was drawn of the batch to make it: as many as are needed, going by those drawn, if to the end."""
+    """Plans how each layer is measured, and returns what was drawn of the batch to decide it.
+
+    `needed` says how many draws are wanted, going by those there are. If `to_the_end`, draws are added until there are
+    as many.
+    """
+    # What the caller asked for as num_probes: a block is half of it.
     least = 2 * prober.block
     exact = prober.exact_routes(dict.fromkeys(prober.layers, least))
     probed = [layer for layer in prober.layers if layer not in exact]
@@ -63,6 +68,8 @@ def plan_routes(
     numbers, are_enough = dict.fromkeys(probed, least), not to_the_end
     while not are_enough:
         samples = prober.probes(batch, grouped(probed), numbers, samples)
+        # More draws know their own spread better, so each round asks anew. A noisy layer may come to need more probes
+        # than its exact route takes products: it then leaves the probed ones, and a joint product need not carry it.
         numbers = {layer: in_blocks(samples[layer]) for layer in probed}
         exact |= prober.exact_routes(numbers)
         probed = [layer for layer in probed if layer not in exact]
@@ -73,7 +80,7 @@ def plan_routes(
 def _cheaper_route(
     prober: "Prober", batch: tuple[Any, ...], layers: list[Layer], in_blocks: Callable[[Draws], int]
 ) -> tuple[bool, dict[Layer, Draws]]:
-    """Whether it is the joint one, and what it drew to show that."""
+    """Decides whether the joint route is the cheaper one, and returns the draws that showed it."""
     joint, seconds = prober.timed(batch, tuple(layers))
     limit = seconds * max(in_blocks(joint[layer]) for layer in layers)
     layerwise, cost = dict[Layer, Draws](), 0.0
@@ -83,6 +90,7 @@ def _cheaper_route(
         drawn, seconds = prober.timed(batch, (layer,))
         layerwise |= drawn
         cost += seconds * in_blocks(drawn[layer])
+        # Given up as soon as layer by layer takes longer, or three layers say that all would take twice as long.
         if cost > limit or (number >= 3 and cost / number * len(layers) > 2 * limit):
             return True, joint
     return False, layerwise
@@ -92,7 +100,7 @@ class Prober:
     """Draws of κ, in blocks of the same size, so that each group of layers is compiled once."""
 
     layers: list[Layer]
-    """Those that the loss uses as they are read, stacks among them."""
+    """The layers that the loss uses as they are read, stacks among them."""
     unread: dict[str, str]
     """Why each of the others is not measured, by path."""
 
@@ -121,19 +129,23 @@ class Prober:
         }
 
     def exact_routes(self, num_probes: dict[Layer, int]) -> dict[Layer, str]:
-        """Of those layers that have one which takes no more products than probes are needed, or are heads."""
+        """The exact routes of the layers that have one.
+
+        They are heads, or layers for which it takes no more products than probes are needed.
+        """
         routes = {layer: self._exact_route(layer, number) for layer, number in num_probes.items()}
         return {layer: by for layer, by in routes.items() if by is not None}
 
     def _exact_route(self, layer: Layer, num_probes: int) -> str | None:
         if self.costs[layer].rows <= num_probes:
+            # Looking costs a program of its own, so it is done only where the route would be cheap, and only once.
             if _rows_are_apart(self.loss_fn, self.params, self.first_batch, layer):
                 return "rows"
             self.costs[layer] = self.costs[layer]._replace(rows=math.inf)
         return "weights" if self.costs[layer].weights <= num_probes else None
 
     def exactly(self, batch: tuple[Any, ...], layer: Layer, by: str) -> Draws:
-        """κ of one batch."""
+        """Measures the exact κ of one batch."""
         return np.asarray(_EXACTLY[by](self.loss_fn, self.params, batch, layer), float)[None]
 
     def probes(
@@ -143,7 +155,7 @@ class Prober:
         wanted: Mapping[Layer, int | float],
         drawn: dict[Layer, Draws],
     ) -> dict[Layer, Draws]:
-        """What was drawn of a batch, and further draws up to as many as the layer of a group that wants most."""
+        """Adds to what was drawn of a batch as many draws as the layer of a group wants that wants most."""
         samples = {layer: drawn[layer] for layer in wanted if layer in drawn}
         for group in groups:
             number = max(wanted[layer] for layer in group)
@@ -153,7 +165,7 @@ class Prober:
         return samples
 
     def timed(self, batch: tuple[Any, ...], group: Group) -> tuple[dict[Layer, Draws], float]:
-        """A block of draws, and the seconds that a probe takes: of a second block if the first was compiled for."""
+        """A block of draws, and the seconds that a probe takes: in a second block if the first had to be compiled."""
         num_programs = _num_programs()
         samples, seconds = self._timed_block(batch, group)
         if _num_programs() > num_programs:
@@ -172,13 +184,13 @@ class Prober:
         return {layer: np.asarray(draws, float) for layer, draws in zip(group, drawn, strict=True)}
 
     def _keys(self, group: Group) -> Key[Array, " k"]:
-        """Of its next block: the same whatever else is drawn."""
+        """The keys of a group's next block, which are the same whatever else is drawn."""
         of_group = jax.random.fold_in(self.key, zlib.crc32("\n".join(layer.path for layer in group).encode()))
         return jax.random.split(jax.random.fold_in(of_group, self.num_blocks[group]), self.block)
 
 
 class _ExactCosts(NamedTuple):
-    """In products; 0 for what is to be taken in any case."""
+    """The cost of each exact route in products; 0 for a route that is to be taken in any case."""
 
     rows: float
     weights: float
@@ -201,7 +213,7 @@ def _probes(loss_fn, params, batch, group, keys) -> list[Float[Array, "k _"]]:
 
 
 def _num_programs() -> int:
-    """That blocks of probes have been compiled to."""
+    """How many programs blocks of probes have been compiled to."""
     probes: Any = _probes
     return probes._cache_size()
 

@@ -33,29 +33,33 @@ def load_decoder(
     mesh: Mesh | None = None,
     revision: str | None = None,
 ) -> Decoder:
-    """A GPT-2, GPT-NeoX (Pythia), Llama, Qwen-2 or Qwen-3 in the format that they are published in.
+    """Loads a GPT-2, GPT-NeoX (Pythia), Llama, Qwen-2 or Qwen-3 in the format that they are published in.
 
-    The weights stay on the disk: each tensor by itself is read, cast, and put where it belongs. Positions are rotated,
-    or looked up, from 0. Whatever the checkpoint has that the decoder does not do is an error, as are tensors that are
-    missing, too many, of another shape, or not finite in `dtype`; only the masks and frequencies that older checkpoints
-    hold are passed over. The one matrix of a tied model may have the embedding's name, the head's, or both.
-
-    What is wrong with a config.json, an index or the headers of the tensors is found before anything is built or read.
-    A null in config.json stands for the default; a size is a whole number, as 2 and not 2.0. Of a single file and the
-    parts that an index names the one that is there whole is read. If both are, and differ, the newer one is.
+    Positions are rotated, or looked up, from 0. Whatever the checkpoint has that the decoder does not do is an error.
+    Tensors that are missing, too many, of another shape, or not finite in `dtype` are errors too. Only the masks and
+    frequencies that older checkpoints hold are passed over. The one matrix of a tied model may have the embedding's
+    name, the head's, or both.
 
     Args:
         path_or_hub_name: a folder with config.json and model.safetensors, or its parts and
-            model.safetensors.index.json; or, where there is a network, a name as "EleutherAI/pythia-70m".
-        dtype: of the parameters, and that the decoder computes in.
-        mesh: of devices, with an axis "model" that the parameters are split along: see
-            `flatjax.models.decoder_shardings`.
-        revision: of a checkpoint on a hub, as "step1000".
+            model.safetensors.index.json; or, where there is a network, a name, for example "EleutherAI/pythia-70m".
+        dtype: the dtype of the parameters, which the decoder also computes in.
+        mesh: devices with an axis "model" that the parameters are split along: see `flatjax.models.decoder_shardings`.
+        revision: the revision of a checkpoint on a hub, for example "step1000".
+
+    Returns:
+        The `Decoder` with the weights of the checkpoint.
 
     Raises:
         FileNotFoundError: there is no such folder, or a file is missing in it.
         ImportError: the extra `llm` is not installed.
         ValueError: a checkpoint of another kind, or one that is not whole, with all that is wrong.
+
+    Notes:
+        The weights stay on the disk: each tensor by itself is read, cast, and put where it belongs. What is wrong with
+        a config.json, an index or the headers of the tensors is found before anything is built or read. A null in
+        config.json stands for the default; a size is a whole number, 2 and not 2.0. If a folder has a single file and
+        parts that an index names, the one that is there whole is read. If both are, and differ, the newer one is.
 
     Example:
         >>> import jax.numpy as jnp
@@ -68,7 +72,7 @@ def load_decoder(
 
 
 def open_checkpoint(path_or_hub_name: str | Path, *, revision: str | None = None) -> "Checkpoint":
-    """What a checkpoint says of itself, which fits together; its weights are not read yet.
+    """Opens a checkpoint, and checks that what it says of itself fits together; its weights are not read yet.
 
     Args:
         path_or_hub_name: as for `load_decoder`.
@@ -107,20 +111,20 @@ class Checkpoint:
     config: DecoderConfig
     tensors: Tensors
     names: Mapping[str, str]
-    """Of the tensors, by what they are called in every checkpoint of the family."""
+    """The names of the tensors, by what they are called in every checkpoint of the family."""
     wanted: Mapping[str, Published]
 
     def digest(self) -> str:
-        """What its network is known by, wherever it lies, and in whichever files.
+        """The digest that its network is known by, wherever it lies, and in whichever files.
 
-        The digest is of the configuration, and of the names, dtypes, shapes and a sample of the bytes of all tensors.
-        A tensor of up to a megabyte is sampled whole.
+        It is made of the configuration, and of the names, dtypes, shapes and a sample of the bytes of all tensors. A
+        tensor of up to a megabyte is sampled whole.
         """
         of_tensors = self.tensors.digest(self.names)
         return hashlib.sha256(f"{self.config} {of_tensors}".encode()).hexdigest()
 
     def load(self, *, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None) -> Decoder:
-        """The decoder itself; see `load_decoder`.
+        """Loads the decoder itself; see `load_decoder`.
 
         Raises:
             TypeError: no dtype has the name that is given.
@@ -149,7 +153,7 @@ class Checkpoint:
 
 
 def load_tokenizer(path_or_hub_name: str | Path, *, revision: str | None = None) -> Any:
-    """The `tokenizers.Tokenizer` of a checkpoint, which neither cuts texts off nor pads them.
+    """Loads the `tokenizers.Tokenizer` of a checkpoint, which neither cuts texts off nor pads them.
 
     Raises:
         FileNotFoundError: there is no such folder, or no tokenizer.json in it.
@@ -174,7 +178,7 @@ def load_tokenizer(path_or_hub_name: str | Path, *, revision: str | None = None)
 
 
 def _fitted(tensors: Tensors, family: str, config: DecoderConfig) -> tuple[Checkpoint, list[str]]:
-    """The checkpoint of a config.json and tensors, and all that is wrong with it."""
+    """Fits a config.json and tensors together: the checkpoint, and all that is wrong with it."""
     names: dict[str, str] = {}
     problems = []
     for name in sorted(tensors):
@@ -224,7 +228,7 @@ def _misshapen(tensors: Tensors, name: str, wanted: Published) -> list[str]:
 
 
 def _newest(checkpoints: list[Checkpoint]) -> Checkpoint:
-    """The only one; or of two, which differ, the one that was written later.
+    """Picks the only checkpoint; or, if two differ, the one that was written later.
 
     Raises:
         ValueError: it cannot be told.
@@ -248,7 +252,10 @@ def _parameters(
     dtype: np.dtype,
     shardings: Mapping[str, jax.sharding.Sharding],
 ) -> tuple[dict[str, jax.Array], list[str]]:
-    """Those of one tensor, by path, cast and on their devices; and what is wrong with its numbers."""
+    """Reads the parameters in one tensor, by path, cast and on their devices.
+
+    And says what is wrong with its numbers.
+    """
     whole = tensors[name]
     with np.errstate(over="ignore", invalid="ignore"):
         parts = [part.astype(dtype, copy=False) for part in published.parts(whole)]
@@ -258,14 +265,14 @@ def _parameters(
 
 
 def _unsound(name: str, whole: np.ndarray, dtype: np.dtype) -> str:
-    """What is wrong with the numbers of a tensor."""
+    """Says what is wrong with the numbers of a tensor."""
     if number := np.count_nonzero(~np.isfinite(whole)):
         return f"{name} holds {number} of {whole.size} that are NaN or infinite"
     return f"{name} goes up to {float(np.abs(whole).max()):.4g}, which {dtype} cannot hold"
 
 
 def _placed(part: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """On the devices, before the next is read."""
+    """Puts a parameter on the devices, before the next is read."""
     placed = (
         jnp.asarray(part)
         if sharding is None

@@ -1,4 +1,4 @@
-"""What a published config.json says of a decoder; what the decoder does not do is refused by name."""
+"""Read what a published config.json says of a decoder; what the decoder does not do is refused by name."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -11,15 +11,15 @@ Json = Mapping[str, Any]
 
 
 def read_config(config: Json, file: str = "config.json") -> DecoderConfig:
-    """The decoder that a config.json describes; a null stands for the default.
+    """Reads the decoder that a config.json describes; a null stands for the default.
 
     Args:
-        config: as `json.load` reads it.
-        file: that errors name.
+        config: the object, as `json.load` reads it.
+        file: the file that errors name.
 
     Raises:
-        ValueError: of another family, without a size, with a value of another kind than its key has, or with something
-            that the decoder does not do.
+        ValueError: it is of another family, without a size, with a value of another kind than its key has, or with
+            something that the decoder does not do.
     """
     kind = family_of(config, file)
     family, values = _FAMILIES[kind], Values(config)
@@ -44,7 +44,7 @@ def read_config(config: Json, file: str = "config.json") -> DecoderConfig:
 
 
 def family_of(config: Json, file: str = "config.json") -> str:
-    """The family that a config.json is of.
+    """Reads which family a config.json is of.
 
     Raises:
         ValueError: there is none, or no decoder of it.
@@ -56,7 +56,7 @@ def family_of(config: Json, file: str = "config.json") -> str:
 
 
 def depth_key(kind: str) -> str:
-    """What a family's config.json calls the number of blocks."""
+    """The key that a family's config.json has for the number of blocks."""
     return _FAMILIES[kind].sizes["depth"]
 
 
@@ -75,13 +75,13 @@ class _Family(NamedTuple):
     sizes: Mapping[str, str]
     """Keys that have to be there, by what a `DecoderConfig` calls them."""
     activation: tuple[str, str]
-    """Key and default."""
+    """The key of the activation, and its default."""
     fixed: Json
     """Keys that change what is computed, and the one value that the decoder computes."""
     rotary: _Rotary | None
-    """None are learned positions."""
+    """The keys of rotary positions; None for learned positions."""
     read: Callable[[Values], dict[str, Any]]
-    """Everything else."""
+    """Reads everything else from a config.json."""
 
 
 def _gpt2(values: Values) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def _qwen3(values: Values) -> dict[str, Any]:
 
 
 def _refused(given: Json, family: _Family) -> list[str]:
-    """What changes what is computed to something that the decoder does not compute."""
+    """Lists what changes the computation to something that the decoder does not compute."""
     refused = [f"{key} is {shown(given[key])}" for key in _NEVER if given.get(key)]
     for key, wanted in {"architectures": [family.architecture], **family.fixed}.items():
         if given.get(key, wanted) != wanted:
@@ -148,7 +148,7 @@ def _refused(given: Json, family: _Family) -> list[str]:
 
 
 def _rotary(values: Values, keys: _Rotary, context: int) -> tuple[dict[str, Any], list[str]]:
-    """The options of rotary positions, and what of them is refused."""
+    """Reads the options of rotary positions, and lists what of them is refused."""
     name = "rope_scaling" if values.given.get("rope_scaling") else "rope_parameters"
     inner = values.inner(name)
     base = inner.number("rope_theta", values.number(keys.base, 10_000.0))
@@ -175,7 +175,7 @@ def _rotary(values: Values, keys: _Rotary, context: int) -> tuple[dict[str, Any]
 
 
 def _unfitting(options: Json, family: _Family) -> list[str]:
-    """Sizes that do not go together."""
+    """Lists sizes that do not go together."""
     sizes, width, heads = family.sizes, options["width"], options["num_heads"]
     problems = []
     head_width, groups = options.get("head_width"), options.get("num_key_value_heads") or heads
@@ -201,7 +201,7 @@ def _unfitting(options: Json, family: _Family) -> list[str]:
 
 
 _NEVER = ("quantization_config", "auto_map", "is_encoder_decoder", "add_cross_attention")
-"""Weights that are no numbers, and code of the checkpoint's own."""
+"""Keys of weights that are no numbers, and of code of the checkpoint's own."""
 
 _ACTIVATIONS = {
     "gelu": "gelu",

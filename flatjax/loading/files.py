@@ -10,7 +10,7 @@ Json = dict[str, Any]
 
 
 def existing(file: Path) -> Path:
-    """The file itself.
+    """Returns the file itself, if it is there.
 
     Raises:
         FileNotFoundError: it is not there, or it is a folder.
@@ -23,7 +23,7 @@ def existing(file: Path) -> Path:
 
 
 def read_object(file: Path) -> Json:
-    """The JSON object of a file.
+    """Reads the JSON object of a file.
 
     Raises:
         FileNotFoundError: the file is not there.
@@ -33,7 +33,7 @@ def read_object(file: Path) -> Json:
 
 
 def parse_object(content: bytes, source: str) -> Json:
-    """The JSON object that `source` holds."""
+    """Parses the JSON object that `source` holds."""
 
     def with_unique_keys(pairs: list[tuple[str, Any]]) -> Json:
         found = dict(pairs)
@@ -54,13 +54,13 @@ def parse_object(content: bytes, source: str) -> Json:
 
 
 def shown(value: Any) -> str:
-    """A value in an error: long ones are cut."""
+    """Shows a value in an error: long ones are cut."""
     text = repr(value)
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
 def listed(problems: Sequence[str]) -> str:
-    """What is wrong, one after another; of many the first."""
+    """Lists what is wrong, one after another; if there is much, only the first."""
     more = len(problems) - _MOST_LISTED
     return "; ".join([*problems[:_MOST_LISTED], *([f"and {more} more"] if more > 0 else [])])
 

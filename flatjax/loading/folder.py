@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: in a folder, or on a hub by its name."""
+"""Find where a checkpoint lies: in a folder, or on a hub by its name."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from flatjax.loading.optional import optional
 
 
 def find_folder(path_or_hub_name: str | Path, revision: str | None) -> Path:
-    """The folder given, or what the hub has of that name.
+    """Finds the folder given, or what the hub has of that name.
 
     Raises:
         FileNotFoundError: there is neither.

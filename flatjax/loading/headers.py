@@ -1,4 +1,4 @@
-"""What a safetensors file says of its tensors before any of them is read, checked against the size of the file.
+"""Read what a safetensors file says of its tensors before any of them is read, and check it against the file's size.
 
 The safetensors library checks as much when it opens a file, but its errors name neither the file nor the tensor.
 """
@@ -12,18 +12,18 @@ from flatjax.loading.files import existing, listed, parse_object, shown
 
 
 class Entry(NamedTuple):
-    """Where a tensor lies, and what it is."""
+    """The place of a tensor in a file, and what it is."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     start: int
-    """Its first byte in the file."""
+    """The number of its first byte in the file."""
     stop: int
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """The tensors of a file by name.
+    """Reads the header of a file: its tensors by name.
 
     Raises:
         FileNotFoundError: the file is not there.
@@ -49,7 +49,7 @@ def read_header(file: Path) -> dict[str, Entry]:
 
 
 def sample(entry: Entry) -> bytes:
-    """A tensor's bytes; of a large one some, evenly spaced from first to last."""
+    """Reads a tensor's bytes; if it is large, only some, evenly spaced from first to last."""
     size = entry.stop - entry.start
     with entry.file.open("rb") as opened:
         if size <= _PIECES * _PIECE:
@@ -63,7 +63,7 @@ def sample(entry: Entry) -> bytes:
 
 
 def _problem(name: str, given: Any) -> str | None:
-    """What is wrong with the entry of one tensor by itself."""
+    """Says what is wrong with the entry of one tensor by itself."""
     if not isinstance(given, Mapping):
         return f"{name} is {shown(given)}, wanted an object"
     dtype, shape, offsets = given.get("dtype"), given.get("shape"), given.get("data_offsets")
@@ -80,7 +80,7 @@ def _problem(name: str, given: Any) -> str | None:
 
 
 def _misplaced(header: Mapping[str, Any], size: int) -> list[str]:
-    """Tensors that do not lie one after another until the end."""
+    """Lists tensors that do not lie one after another until the end."""
     problems, end, before = [], 0, "the header"
     for name, given in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, stop = given["data_offsets"]
@@ -102,9 +102,9 @@ _BYTES = {
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
     **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
 }
-"""Of a number of each dtype."""
+"""How many bytes a number of each dtype has."""
 
 _PREFIX = 8
-"""Bytes that say how long the header is."""
+"""The number of bytes that say how long the header is."""
 
 _PIECES, _PIECE = 32, 32_768

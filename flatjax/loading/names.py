@@ -1,4 +1,4 @@
-"""Where a decoder's parameters lie in a published checkpoint."""
+"""Find where a decoder's parameters lie in a published checkpoint."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,11 +15,11 @@ class Published(NamedTuple):
     shape: Shape
     paths: tuple[str, ...]
     parts: Callable[[np.ndarray], Sequence[np.ndarray]]
-    """The parameters, in the order of `paths`."""
+    """Cuts out the parameters, in the order of `paths`."""
 
 
 def published(family: str, shapes: Mapping[str, Shape], num_heads: int) -> dict[str, Published]:
-    """By their names, all tensors that a decoder with parameters of these shapes, by path, needs."""
+    """Lists by their names all tensors that a decoder with parameters of these shapes, by path, needs."""
     tensors = {}
     for module, layers in _modules(family, shapes):
         for ours, theirs in (("kernel", "weight"), ("scale", "weight"), ("embedding", "weight"), ("bias", "bias")):
@@ -31,22 +31,25 @@ def published(family: str, shapes: Mapping[str, Shape], num_heads: int) -> dict[
 
 
 def short_name(family: str, name: str) -> str:
-    """A tensor's name without what some checkpoints put before it; one of the head is the same in all."""
+    """A tensor's name without what some checkpoints put before it; the head's name is the same in all."""
     return name.removeprefix(_PREFIXES[family]).replace("embed_out.", "lm_head.")
 
 
 def number_of_layers(short_names: Iterable[str]) -> int:
-    """How many blocks there are tensors of."""
+    """Counts the blocks that there are tensors of."""
     return len({found[1] for name in short_names if (found := _OF_LAYER.match(name))})
 
 
 def is_no_parameter(name: str) -> bool:
-    """Masks and frequencies that older checkpoints hold, by their short names; the decoder works them out."""
+    """Whether a short name is one of the masks and frequencies that older checkpoints hold.
+
+    The decoder works them out.
+    """
     return _BUFFERS.fullmatch(name) is not None
 
 
 class _Layout(NamedTuple):
-    """Of parameters in one tensor: its shape by theirs, and how they are cut out."""
+    """How parameters lie in one tensor: its shape by theirs, and how they are cut out."""
 
     shape: Callable[[Sequence[Shape]], Shape]
     parts: Callable[[np.ndarray], Sequence[np.ndarray]]
@@ -63,13 +66,13 @@ def _layout(family: str, module: str, leaf: str, num_heads: int) -> _Layout:
 
 
 def _by_head(whole: np.ndarray, num_heads: int) -> list[np.ndarray]:
-    """Each head has its own rows of queries, of keys and of values."""
+    """Cuts out queries, keys and values: each head has its own rows of all three."""
     heads = whole.reshape(num_heads, 3, -1, *whole.shape[1:])
     return [heads[:, i].reshape(-1, *whole.shape[1:]).T for i in range(3)]
 
 
 def _modules(family: str, shapes: Mapping[str, Shape]) -> list[tuple[str, tuple[str, ...]]]:
-    """Their modules and our layers, of all blocks."""
+    """Pairs the modules of a family with our layers, in all blocks."""
     depth = len({path.split("/")[1] for path in shapes if path.startswith("blocks/")})
     found = []
     for module, layers in _MODULES[family].items():

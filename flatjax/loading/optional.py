@@ -1,16 +1,16 @@
-"""Packages that not every user needs, and the extras that bring them."""
+"""Import packages that not every user needs, and name the extras that bring them."""
 
 import importlib
 from typing import Any
 
 
 def optional(name: str, *, use: str = "checkpoints are read with", extras: str = "llm") -> Any:
-    """Import the module, or say how to get it.
+    """Imports a module, or raises an error that says how to get it.
 
     Args:
-        name: of the module.
+        name: what the module is called.
         use: what it is needed for, as the beginning of the sentence that ends with its name.
-        extras: of flatjax, that bring it.
+        extras: the extras of flatjax that bring it.
 
     Raises:
         ImportError: it is not installed.

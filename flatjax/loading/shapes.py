@@ -11,7 +11,7 @@ Shape = tuple[int, ...]
 
 
 def decoder_shapes(config: DecoderConfig) -> dict[str, Shape]:
-    """By path, those of all parameters of `Decoder(config)`."""
+    """The shapes of all parameters of `Decoder(config)`, by path."""
     shapes: dict[str, Shape] = {"token_embedding/embedding": (config.vocab_size, config.width)}
     if config.positions == "learned":
         shapes["position_embedding/embedding"] = config.context, config.width

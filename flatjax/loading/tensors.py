@@ -41,7 +41,7 @@ class Tensors(Mapping[str, np.ndarray]):
         return len(self.entries)
 
     def __str__(self) -> str:
-        """As an error names them."""
+        """The name that an error gives them."""
         first, last = self.files[0], self.files[-1]
         return str(first) if first == last else f"{first} to {last.name}"
 
@@ -50,15 +50,15 @@ class Tensors(Mapping[str, np.ndarray]):
         self._opened.clear()
 
     def are_equal(self, first: str, second: str) -> bool:
-        """Whether two matrices of the same shape are, compared some rows at a time."""
+        """Whether two matrices of the same shape are equal, compared some rows at a time."""
         a, b, size = self._slices(first), self._slices(second), self.entries[first].shape[0]
         parts = (slice(start, min(start + 1024, size)) for start in range(0, size, 1024))
         return all(np.array_equal(a[part], b[part], equal_nan=True) for part in parts)
 
     def digest(self, names: Mapping[str, str]) -> str:
-        """What tensors are known by, under the keys of their names, whichever files they are in.
+        """The digest that tensors are known by, under the keys of their names, whichever files they are in.
 
-        It is of their dtypes, their shapes and a sample of their bytes.
+        It is made of their dtypes, their shapes and a sample of their bytes.
         """
         found = hashlib.sha256()
         for key in sorted(names):
@@ -87,7 +87,7 @@ _SECONDS_OF_A_COPY = 2.0
 
 
 def stored(folder: Path) -> list[Tensors]:
-    """What of a folder is there whole: the one file, the parts that the index names, or both.
+    """Finds what of a folder is there whole: the one file, the parts that the index names, or both.
 
     Raises:
         FileNotFoundError: neither is there.
@@ -112,7 +112,7 @@ def stored(folder: Path) -> list[Tensors]:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """The file of each tensor."""
+    """Reads from the index which file each tensor is in."""
     files = read_object(index).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise ValueError(f"weight_map in {index} is {shown(files)}, wanted the file of each tensor by its name")

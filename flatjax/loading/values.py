@@ -1,4 +1,4 @@
-"""The values of a config.json by key, each of the kind that is wanted there."""
+"""Read the values of a config.json by key, each of the kind that is wanted there."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,8 +9,8 @@ from flatjax.loading.files import Json, shown
 class Values:
     """Reads the values of a JSON object; a null is as if its key were not there, and the default holds.
 
-    What is of another kind is gathered in `problems`, and read as if it were not there, so that all of it is listed at
-    once.
+    A value of another kind is read as if it were not there. It is noted in `problems`, so that all of them are listed
+    at once.
     """
 
     def __init__(self, given: Mapping[str, Any], prefix: str = "", problems: list[str] | None = None):
@@ -19,7 +19,7 @@ class Values:
         self.problems: list[str] = [] if problems is None else problems
 
     def size(self, key: str, default: int | None = None) -> Any:
-        """A whole number; 2.0 is none, and neither is true."""
+        """Reads a whole number; 2.0 is none, and true is none either."""
         return self._read(key, default, _is_size, "a whole number above 0")
 
     def number(self, key: str, default: float = 1.0) -> float:
@@ -29,7 +29,7 @@ class Values:
         return self._read(key, default, _is_flag, "true or false")
 
     def inner(self, key: str) -> "Values":
-        """Those of an object within, whose problems are gathered with these."""
+        """Reads an object within, whose problems are gathered with these."""
         found = self._read(key, {}, _is_object, "an object")
         return Values(found, f"{self.prefix}{key}.", self.problems)
 
@@ -46,7 +46,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Within what float32 can hold."""
+    """Whether it is a number that float32 can hold, above 0."""
     return type(value) in (int, float) and 1e-37 < value < 1e38
 
 

@@ -1,4 +1,4 @@
-"""A multilayer perceptron."""
+"""A multilayer perceptron with a linear head."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -21,7 +21,8 @@ class MLP(nnx.Module):
     piece of the function on which the parameters lie.
 
     Args:
-        widths: of the input, of each hidden layer, and of the output; at least two. Of two, the features are the input.
+        widths: those of the input, of each hidden layer, and of the output; at least two. If there are two, the
+            features are the input.
         activation: "relu", "tanh", or "gelu" in its tanh form.
 
     Raises:
@@ -62,7 +63,7 @@ class MLP(nnx.Module):
         return self.head(self.features(x))
 
     def features(self, x: Float[Array, "*n k"]) -> Float[Array, "*n m"]:
-        """What enters the head."""
+        """The features that enter the head."""
         for layer in self.layers:
             x = self.activation(layer(x))
         return x

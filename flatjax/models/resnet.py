@@ -31,9 +31,9 @@ class ResNet18(nnx.Module):
     outputs.
 
     Args:
-        num_outputs: of the head.
-        channels_in: of the images.
-        width: channels of the first stage.
+        num_outputs: the number of outputs of the head.
+        channels_in: the number of channels of the images.
+        width: the number of channels of the first stage.
         stem: "3x3" leaves the image's size, for 32 × 32 images; "7x7" with a maximum pool quarters it, for 224 × 224.
 
     Raises:
@@ -87,7 +87,7 @@ class ResNet18(nnx.Module):
         return self.head(self.features(images))
 
     def features(self, images: Float[Array, "n h w c"]) -> Float[Array, "n m"]:
-        """What enters the head."""
+        """The features that enter the head."""
         x = jax.nn.relu(self.stem_norm(self.stem(images)))
         if self.pool:
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))

@@ -15,8 +15,8 @@ from flatjax.models.tokens import look_up
 class Transformer(nnx.Module):
     """Token and learned position embeddings, `depth` blocks, and a linear head without bias.
 
-    Without normalisation layers, as is usual in grokking, or with pre-layer normalisation (`normalise`). Tokens outside
-    of the vocabulary, negative ones among them, and positions beyond the context give NaN.
+    It has no normalisation layers, as is usual in grokking, or pre-layer normalisation (`normalise`). Tokens outside of
+    the vocabulary, negative ones among them, and positions beyond the context give NaN.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -49,14 +49,14 @@ class Transformer(nnx.Module):
         return self.head(self.features(tokens))
 
     def features(self, tokens: Int[Array, "n t"]) -> Float[Array, "n t m"]:
-        """What enters the head, at every position."""
+        """The features that enter the head, at every position."""
         x = self._embed(tokens)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
     def last_features(self, tokens: Int[Array, "n t"]) -> Float[Array, "n m"]:
-        """What enters the head at the last position; the last block works out no other."""
+        """The features that enter the head at the last position; the last block works out no other."""
         *blocks, last_block = self.blocks
         x = self._embed(tokens)
         for block in blocks:

@@ -1,4 +1,4 @@
-"""The vision transformer."""
+"""The vision transformer, with a linear head."""
 
 from typing import Literal
 
@@ -18,13 +18,13 @@ class ViT(nnx.Module):
     parameters. By default it is ViT-Ti/16, with 5,717,416 parameters for 1000 outputs.
 
     Args:
-        num_outputs: of the head.
-        image_size: height and width of the images.
-        patch_size: height and width of a patch; divides `image_size`.
-        channels_in: of the images.
-        width: of the residual stream.
-        depth: number of blocks.
-        num_heads: of the attention; divides `width`.
+        num_outputs: the number of outputs of the head.
+        image_size: the height and width of the images.
+        patch_size: the height and width of a patch; divides `image_size`.
+        channels_in: the number of channels of the images.
+        width: the width of the residual stream.
+        depth: the number of blocks.
+        num_heads: the number of heads of the attention; divides `width`.
         pool: "class token" or "mean".
 
     Raises:
@@ -80,7 +80,7 @@ class ViT(nnx.Module):
         return self.head(self.features(images))
 
     def features(self, images: Float[Array, "n h w c"]) -> Float[Array, "n m"]:
-        """What enters the head."""
+        """The features that enter the head."""
         x = self._embed(images)
         for block in self.blocks:
             x = block(x)

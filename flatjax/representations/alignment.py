@@ -12,14 +12,17 @@ from flatjax.representations.projections import Projections
 
 
 class ResidualAlignment(NamedTuple):
-    """Of blocks i and j at [i, j], mean |off-diagonal| / mean |diagonal|: 0 is aligned, about 1 is not at all."""
+    """The ratio mean |off-diagonal| / mean |diagonal| at [i, j], for blocks i and j.
+
+    0 is aligned, about 1 is not at all.
+    """
 
     forward: Float[Array, "l l"]
-    """Of |U_jᵀ J_i V_j|; 0 where i = j."""
+    """The ratio for |U_jᵀ J_i V_j|; 0 where i = j."""
     backward: Float[Array, "l l"]
-    """Of |V_jᵀ J_i U_j|."""
+    """The ratio for |V_jᵀ J_i U_j|; 0 where i = j."""
     score: Float[Array, ""]
-    """The mean of `forward` over i ≠ j; NaN of one block."""
+    """The mean of `forward` over i ≠ j; NaN for one block."""
 
     to_dict = results.to_dict
     __str__ = results.to_table
@@ -27,16 +30,16 @@ class ResidualAlignment(NamedTuple):
 
 @metric
 def residual_alignment(projections: Projections) -> ResidualAlignment:
-    """Residual alignment (RA2) between all pairs of blocks.
+    """Measures residual alignment (RA2) between all pairs of blocks.
 
     Args:
-        projections: of the top K ≥ 2 singular vectors, from `projections` or `residual_projections`.
+        projections: those on the top K ≥ 2 singular vectors, from `projections` or `residual_projections`.
 
     Returns:
         A `ResidualAlignment`, without a unit.
 
     Raises:
-        ValueError: K is 1, of which there is nothing off the diagonal.
+        ValueError: K is 1, which leaves nothing off the diagonal.
 
     Example:
         >>> import jax.numpy as jnp
@@ -63,9 +66,9 @@ def residual_alignment(projections: Projections) -> ResidualAlignment:
 
 @metric
 def numerical_ranks(singular_values: Float[ArrayLike, "*l k"], *, tolerance: float) -> Int[Array, "*l"]:
-    """How many singular values are above `tolerance` times the largest: RA3 is that they are at most the classes.
+    """Counts the singular values above `tolerance` times the largest: RA3 is that they are at most the classes.
 
-    Of the top k triplets it is at most k. A Jacobian of 0 has the rank 0, one that is not finite −1.
+    For the top k triplets it is at most k. A Jacobian of 0 has the rank 0, one that is not finite −1.
 
     Example:
         >>> import jax.numpy as jnp
@@ -79,16 +82,16 @@ def numerical_ranks(singular_values: Float[ArrayLike, "*l k"], *, tolerance: flo
 
 
 class LineFit(NamedTuple):
-    """A line through points of a layer each."""
+    """A line that is fitted through points, one a layer."""
 
     slope: Float[Array, ""]
-    """A layer."""
+    """The slope, for a step of one layer."""
     slope_standard_error: Float[Array, ""]
-    """If the points scatter independently of each other; NaN of two points."""
+    """The slope's standard error if the points scatter independently of each other; NaN for two points."""
     intercept: Float[Array, ""]
-    """At the first layer."""
+    """The value at the first layer."""
     r_squared: Float[Array, ""]
-    """1 is a line; NaN of two points."""
+    """The coefficient of determination, 1 for a line; NaN for two points."""
 
     to_dict = results.to_dict
     __str__ = results.to_table
@@ -96,10 +99,10 @@ class LineFit(NamedTuple):
 
 @metric
 def inverse_norm_growth(singular_values: Float[ArrayLike, "l k"]) -> LineFit:
-    """The line through 1/σ_1(J_l) over the depth (RA4), by least squares.
+    """Fits a line through 1/σ_1(J_l) over the depth (RA4), by least squares.
 
     Args:
-        singular_values: of each block (l, k), l at least 2, as `residual_jacobians(...).S`.
+        singular_values: those of each block (l, k), l at least 2, as `residual_jacobians(...).S`.
 
     Raises:
         ValueError: fewer than 2 blocks.

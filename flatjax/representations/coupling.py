@@ -17,8 +17,8 @@ def block_coupling(first: Float[ArrayLike, "m m"], second: Float[ArrayLike, "m m
 
         m_K(J_1, J_2) = ‖ |U_2ᵀ J_1 V_2| − S_1 ‖_F / ‖s_1‖
 
-    with U_2 and V_2 the top K singular vectors of J_2, and s_1 the top K singular values of J_1. It is not symmetric.
-    Where singular values of J_2 are the same, their vectors are any of many, and so is m_K.
+    with U_2 and V_2 the top K singular vectors of J_2, and s_1 the top K singular values of J_1, the diagonal of S_1.
+    It is not symmetric. Where singular values of J_2 are the same, their vectors are any of many, and so is m_K.
 
     Args:
         first: J_1 (m, m).
@@ -26,7 +26,8 @@ def block_coupling(first: Float[ArrayLike, "m m"], second: Float[ArrayLike, "m m
         top: K, from 1 to m. Static.
 
     Returns:
-        m_K, without a unit, in float64 if either is, else in float32; NaN where an entry is not finite, or J_1 is 0.
+        m_K, without a unit, in float64 if either is, else in float32. It is NaN where an entry is not finite, or J_1
+        is 0.
 
     Raises:
         ValueError: the matrices are not square and of one size, or K is not in 1 to m.
@@ -59,11 +60,11 @@ def block_coupling(first: Float[ArrayLike, "m m"], second: Float[ArrayLike, "m m
 
 @metric
 def block_couplings(triplets: SingularTriplets, projections: Projections) -> Float[Array, "l l"]:
-    """m_K(J_i, J_j) of all pairs of blocks, at [i, j]; 0 where i = j.
+    """Block coupling m_K(J_i, J_j) of all pairs of blocks, at [i, j]; 0 where i = j.
 
     Args:
         triplets: the top K of each block.
-        projections: of the blocks between these, from `projections` or `residual_projections`.
+        projections: the blocks' Jacobians between these, from `projections` or `residual_projections`.
 
     Raises:
         ValueError: the two are of other blocks, or of another K.
@@ -89,7 +90,7 @@ def block_couplings(triplets: SingularTriplets, projections: Projections) -> Flo
 
 
 def _distance(projection: Float[Array, "*l k k"], sizes: Float[Array, "*#l k"]) -> Float[Array, "*l"]:
-    """‖ |P| − diag(s) ‖_F / ‖s‖."""
+    """The distance ‖ |P| − diag(s) ‖_F / ‖s‖."""
     is_diagonal = jnp.eye(sizes.shape[-1], dtype=bool)
     excess = jnp.abs(projection) - jnp.where(is_diagonal, sizes[..., None], 0)
     return jnp.sqrt(jnp.sum(excess**2, axis=(-2, -1)) / jnp.sum(sizes**2, axis=-1))

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Integer, Shaped
+from jaxtyping import Array, Bool, Float, Integer
 
 from flatjax.core.double_word import Double
 from flatjax.core.dtypes import computing_dtype
@@ -11,40 +11,44 @@ from flatjax.core.metric import metric
 from flatjax.core.units import safe_sqrt
 from flatjax.heads import LinearHead
 from flatjax.representations.spectrum import FIT_RANGE, RepresentationGeometry, geometry_of_spectrum
-from flatjax.samples import Samples, flatten_samples
+from flatjax.samples import Features, Samples, Weights, flatten_samples
 
 
 @metric
 def representation_geometry(
-    feats: Float[ArrayLike, "*n m"],
-    weights: Shaped[ArrayLike, "*n"] | None = None,
+    feats: Features,
+    weights: Weights | None = None,
     *,
     fit_range: tuple[int, int] = FIT_RANGE,
 ) -> RepresentationGeometry:
-    r"""RankMe, participation ratio and α-ReQ of features, from the singular values of what is left of them centred.
+    r"""RankMe, participation ratio and α-ReQ of features, from the singular values of the centred features.
 
         RankMe = exp(−Σ p_i log p_i), p = σ/Σσ or λ/Σλ,    (Σλ)²/Σλ²,    α = −d log λ_i / d log i,    λ_i = σ_i²
 
-    The features are centred, and never multiplied with themselves: a σ_i is known to about ε σ_1, where through a
-    covariance it would be to √ε σ_1. In float32 that is 1e-7 against 3e-4, and in language models, where a few
-    directions are a thousand times as large as most, it decides. A feature that differs between samples by no more
-    than the rounding of its own size is constant.
+    Larger RankMe and participation ratio mean that more directions are filled, and a larger α that the variance along
+    them falls faster.
 
     Args:
-        feats: features (..., m). The leading shape is that of N samples; tokens, say.
+        feats: features (..., m). The leading shape is that of N samples, for example tokens.
         weights: sample weights (...,), 1 by default. A sample of weight 0 is padding, whatever it holds, and the
             derivative in that weight is 0.
         fit_range: the first and the last of the eigenvalues to fit α to, both included and counted from 1. Static.
 
     Returns:
         A `RepresentationGeometry`, in float64 if any input is, else in float32. All is NaN where a feature is not
-        finite or its square is not, a weight negative, or the samples are all the same; α alone where the fit range
-        goes beyond the eigenvalues above rounding, of which there are at most min(N − 1, m): give another range then,
-        and say so, as α depends on it.
+        finite or its square is not, a weight negative, or the samples are all the same. Only α is NaN where the fit
+        range goes beyond the eigenvalues above rounding, at most min(N − 1, m) in number: give another range then, and
+        say so, as α depends on it.
 
     Raises:
         TypeError: the features are not floating, or the weights not real.
         ValueError: shapes that do not fit, no sample, or a fit range of fewer than 3 eigenvalues.
+
+    Notes:
+        The features are centred, and never multiplied with themselves: a σ_i is known to about ε σ_1. Through a
+        covariance it would be known to √ε σ_1. In float32 that is 1e-7 against 3e-4. In language models, where a few
+        directions are a thousand times as large as most, it decides. A feature that differs between samples by no more
+        than the rounding of its own size is constant.
 
     Example:
         >>> import jax.numpy as jnp
@@ -79,24 +83,25 @@ def geometry_of_covariance(
     *,
     fit_range: tuple[int, int] = FIT_RANGE,
 ) -> RepresentationGeometry:
-    """The geometry of features of which only the covariance was kept, that of `ClassMoments` of one class, say.
-
-    Of what rounding leaves of a covariance, √m ε λ_1 and less is not told from 0 and counts as that: σ below 2e-3 of
-    the largest in float32 at m = 768. If `num_resolved` is far below m, so is RankMe below its value: keep a
-    `FeatureSpectrum` instead, which knows σ to about ε σ_1.
+    """Measures the geometry of features if only their covariance was kept, for example by `ClassMoments` of one class.
 
     Args:
         covariance: (m, m), symmetric.
-        num_samples: N, of how many samples it is.
+        num_samples: N, the number of samples that the covariance is of.
         fit_range: as for `representation_geometry`.
 
     Returns:
-        A `RepresentationGeometry`; NaN where an entry is not finite, all are 0, or an eigenvalue is negative beyond
-        rounding.
+        A `RepresentationGeometry`. It is NaN where an entry is not finite, all are 0, or an eigenvalue is negative
+        beyond rounding.
 
     Raises:
         TypeError: the covariance is not floating.
         ValueError: it is not square, or the fit range one of fewer than 3 eigenvalues.
+
+    Notes:
+        Eigenvalues of √m ε λ_1 and less cannot be told from the rounding of a covariance, and count as 0: these are σ
+        below 2e-3 of the largest in float32 at m = 768. If `num_resolved` is far below m, so is RankMe below its value:
+        keep a `FeatureSpectrum` instead, which knows σ to about ε σ_1.
 
     Example:
         >>> import jax.numpy as jnp
@@ -127,7 +132,7 @@ def geometry_of_covariance(
 
 
 def read_features(feats: ArrayLike, weights: ArrayLike | None) -> Samples:
-    """Flattened and checked, with labels that mean nothing.
+    """Flattens and checks features, with labels that mean nothing.
 
     Raises:
         TypeError: the features are not floating, or the weights not real.
@@ -143,7 +148,7 @@ def read_features(feats: ArrayLike, weights: ArrayLike | None) -> Samples:
 
 
 def _sound_shares(samples: Samples) -> tuple[Float[Array, " n"], Array]:
-    """Numbers in any case, as no decomposition is to be given NaN; and whether all were."""
+    """Shares that are numbers in any case, as no decomposition is to be given NaN; and whether all were."""
     sound = jnp.isfinite(jnp.sum(samples.shares))
     return jnp.where(sound, samples.shares, 1 / len(samples.feats)), sound
 
@@ -153,8 +158,8 @@ def centred(
 ) -> tuple[Double, Float[Array, "n m"]]:
     """The weighted mean, and the features less it, to rounding of the differences between samples.
 
-    From one of the samples first: a mean is rounded to ε times its size, and of features that are all the same that
-    would be left as a spread.
+    They are taken from one of the samples first. A mean is rounded to ε times its size, and if all features were the
+    same that would be left as a spread.
     """
     is_first = counts & (jnp.arange(len(feats)) == jnp.argmax(counts))
     # Summed, not sliced: of samples split among devices a slice is cut once all are gathered.
@@ -167,6 +172,9 @@ def centred(
 
 
 def without_rounding(rows: Float[Array, "k m"], spread: Float[Array, " m"], centre: Double) -> Float[Array, "k m"]:
-    """The rows, 0 in features that differ by no more than numbers of their size are rounded by: those are constant."""
+    """The rows, with 0 for features that differ by no more than numbers of their size are rounded by.
+
+    Those are constant.
+    """
     is_rounding = spread <= float(jnp.finfo(rows.dtype).eps) * jnp.abs(centre.high)
     return jnp.where(is_rounding[None, :], 0, rows)

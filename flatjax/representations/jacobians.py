@@ -24,7 +24,7 @@ OVERSAMPLING = 8
 
 
 class SingularTriplets(NamedTuple):
-    """J_l = Σ_k s_k u_k v_kᵀ of each block l, the largest s_k first."""
+    """The triplets of J_l = Σ_k s_k u_k v_kᵀ for each block l, the largest s_k first."""
 
     U: Float[Array, "l m k"]
     S: Float[Array, "l k"]
@@ -36,7 +36,7 @@ class SingularTriplets(NamedTuple):
     __str__ = results.to_table
 
     def top(self, num_triplets: int) -> "SingularTriplets":
-        """The largest.
+        """Keeps the largest triplets of each block.
 
         Raises:
             ValueError: there are not so many.
@@ -48,7 +48,7 @@ class SingularTriplets(NamedTuple):
         return SingularTriplets(*(x[..., :num_triplets] for x in self))
 
     def matrices(self) -> Float[Array, "l m m"]:
-        """U S Vᵀ: J_l, if these are all its triplets."""
+        """The matrices U S Vᵀ (l, m, m), which are J_l if these are all its triplets."""
         return jnp.einsum("...ik,...k,...jk->...ij", self.U, self.S, self.V, precision="highest")
 
 
@@ -63,40 +63,43 @@ def residual_jacobians(
     sequence: int = 0,
     chunk_size: int = 32,
 ) -> SingularTriplets:
-    r"""Singular triplets of the residual Jacobians of all blocks at one token.
+    r"""Finds singular triplets of the residual Jacobians of all blocks at one token.
 
         J_l = ∂x_{l+1}/∂x_l − I,    x_{l+1} = x_l + f_l(x_l)
 
     with x_l (m,) the residual stream at one position of one sequence, the other positions held where they are.
 
-    Without a key they are exact: m products a block give J, of which an SVD is made. With a key no matrix is formed:
-    the `top` largest are found by iteration on a block of top + 8 random vectors, in 2 (num_iterations + 1) products
-    of J or Jᵀ with each of these, and `top` more for the residuals. That is worth it where 10·top is far below m.
-    Singular values so found are never too large, but for rounding.
-
-    A product costs what the forward pass of the block over the t positions does, twice for Jᵀ: where positions do not
-    see later ones, cut these off, `stream[:, :, : position + 1]`. Call it outside of `jit`: it is then compiled once
-    for all blocks of one structure, if they are pytrees, as `nnx.Module`s are. `jax.tree_util.Partial(apply, params)`
-    is one of any function with parameters.
+    Call it outside of `jit`: it is then compiled once for all blocks of one structure, if they are pytrees, as
+    `nnx.Module`s are. `jax.tree_util.Partial(apply, params)` makes a pytree of any function with parameters.
 
     Args:
         blocks: f with x_{l+1} = f(x_l), (n, t, m) -> (n, t, m), the residual connection included: `model.blocks`.
         stream: x_l, (l, n, t, m), what enters each block; what leaves the last may follow: `model.stream(tokens)`.
-        position: which of the t, from the end if negative.
+        position: which of the t positions, from the end if negative.
         top: how many triplets of each block; m by default. Static.
-        key: of the random vectors; None for the exact method.
-        num_iterations: rounds of JᵀJ after the first product. More where residuals are too large. Static.
-        sequence: which of the n. Static.
+        key: the random key of the vectors; None for the exact method.
+        num_iterations: rounds of JᵀJ after the first product. Take more where residuals are too large. Static.
+        sequence: which of the n sequences. Static.
         chunk_size: how many products are in memory at a time. Static.
 
     Returns:
-        `SingularTriplets`, stacked over the blocks, in float32 or wider. Blocks compute in the dtype they have: in
-        bfloat16 J is known to 4e-3 of I + J at best. NaN for a block that returns what is not finite.
+        `SingularTriplets`, stacked over the blocks, in float32 or wider. They are NaN for a block that returns what is
+        not finite.
 
     Raises:
         TypeError: the stream is not floating, the position no integer, or a block no callable.
         ValueError: the stream does not fit the blocks; there is no such position or sequence, nor so many triplets; a
             key without `top`; a negative number of iterations, or a `chunk_size` below 1.
+
+    Notes:
+        Without a key the triplets are exact: m products a block give J, and an SVD is made of it. With a key no matrix
+        is formed: the `top` largest are found by iteration on a block of top + 8 random vectors, in
+        2 (num_iterations + 1) products of J or Jᵀ with each of these, and `top` more for the residuals. That is worth
+        it where 10·top is far below m. Singular values so found are never too large, but for rounding.
+
+        A product costs what the forward pass of the block over the t positions does, twice for Jᵀ. Where positions do
+        not see later ones, cut these off, `stream[:, :, : position + 1]`. Blocks compute in the dtype they have: in
+        bfloat16 J is known to 4e-3 of I + J at best.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -162,7 +165,7 @@ def _orthonormal(vectors: Float[Array, "m k"]) -> Float[Array, "m k"]:
 
 
 def _svd(matrix: Float[Array, "p q"]) -> tuple[Array, Array, Array, Array]:
-    """U, S and V, and whether the matrix was finite; what is not, no decomposition is to be given."""
+    """U, S and V, and whether the matrix was finite: a decomposition is given nothing that is not."""
     sound = jnp.all(jnp.isfinite(matrix))
     U, S, V_transposed = jnp.linalg.svd(jnp.where(sound, matrix, 0), full_matrices=False)
     return U, S, V_transposed.T, sound

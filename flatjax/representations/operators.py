@@ -13,14 +13,17 @@ from flatjax.core.integers import known_integer, whole_number
 from flatjax.core.metric import metric
 
 Block = Callable[[Array], Array]
-"""(n, t, m) -> (n, t, m). If it is a pytree, as an `nnx.Module` is, its arrays are arguments of what is compiled."""
+"""A function (n, t, m) -> (n, t, m).
+
+If it is a pytree, as an `nnx.Module` is, its arrays are arguments of what is compiled.
+"""
 
 
 class Point(NamedTuple):
-    """Where to differentiate a block."""
+    """The place at which a block is differentiated."""
 
     block: Any
-    """A pytree that can be called."""
+    """The block, a pytree that can be called."""
     inputs: Float[Array, "t m"]
     """The stream of one sequence before it."""
     position: Int[Array, ""]
@@ -45,20 +48,20 @@ class ResidualJacobian:
         self._vjp = jax.linear_transpose(self._jvp, x)
 
     def times(self, vectors: Float[Array, "m k"], chunk_size: int) -> Float[Array, "m k"]:
-        """J V."""
+        """The product J V with several vectors."""
         return _map_columns(self._jvp, vectors, chunk_size) - vectors
 
     def transposed_times(self, vectors: Float[Array, "m k"], chunk_size: int) -> Float[Array, "m k"]:
-        """Jᵀ V."""
+        """The product Jᵀ V with several vectors."""
         return _map_columns(lambda vector: self._vjp(vector)[0], vectors, chunk_size) - vectors
 
     def matrix(self, chunk_size: int) -> Float[Array, "m m"]:
-        """J, by as many products as it has columns."""
+        """The matrix J, by as many products as it has columns."""
         return self.times(jnp.eye(self.num_features, dtype=self.dtype), chunk_size)
 
 
 def points(blocks: Sequence[Block], stream: ArrayLike, position: int | ArrayLike, sequence: int) -> list[Point]:
-    """One for each block.
+    """Makes a point for each block, and checks what it is made of.
 
     Raises:
         TypeError: the stream is not floating, the position no integer, or a block no callable.
@@ -100,12 +103,12 @@ def _entering(
 
 @jax.jit
 def stacked(results: Sequence[Any]) -> Any:
-    """One for each block, along a first axis."""
+    """Stacks the results of all blocks along a first axis."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
 
 
 def _as_tree(block: Block) -> Any:
-    """A function is no tree: one that holds it is, and it is then known by which function it is."""
+    """Wraps a function into a tree that holds it, which is then known by which function it is."""
     if not callable(block):
         raise TypeError(f"a block is a {type(block).__name__}, wanted a callable (n, t, m) -> (n, t, m)")
     is_leaf = jax.tree.structure(block) == jax.tree.structure(0)
@@ -115,7 +118,7 @@ def _as_tree(block: Block) -> Any:
 def _map_columns(
     function: Callable[[Array], Array], vectors: Float[Array, "m k"], chunk_size: int
 ) -> Float[Array, "m k"]:
-    """Of so many columns at a time; all chunks are of one size, so that one program serves them."""
+    """Applies a function to so many columns at a time; all chunks are of one size, so that one program serves them."""
     m, k = vectors.shape
     chunk_size = min(chunk_size, k)
     num_chunks = -(-k // chunk_size)

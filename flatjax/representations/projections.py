@@ -1,4 +1,7 @@
-"""Every block's residual Jacobian in every block's singular vectors: what alignment and coupling are made of."""
+"""Project every block's residual Jacobian on every block's singular vectors.
+
+Alignment and coupling are made of these.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,12 +24,12 @@ from flatjax.representations.operators import (
 
 
 class Projections(NamedTuple):
-    """At [i, j], the Jacobian of block i between the top singular vectors of block j."""
+    """The Jacobian of block i between the top singular vectors of block j, at [i, j]."""
 
     forward: Float[Array, "l l k k"]
-    """U_jᵀ J_i V_j, diagonal where i = j."""
+    """The matrices U_jᵀ J_i V_j, diagonal where i = j."""
     backward: Float[Array, "l l k k"]
-    """V_jᵀ J_i U_j."""
+    """The matrices V_jᵀ J_i U_j for the same pairs."""
 
     to_dict = results.to_dict
     __str__ = results.to_table
@@ -34,7 +37,14 @@ class Projections(NamedTuple):
 
 @metric
 def projections(jacobians: Float[ArrayLike, "l m m"], triplets: SingularTriplets) -> Projections:
-    """Of Jacobians as matrices: `residual_jacobians(...).matrices()` of the exact method.
+    """Projects Jacobians that are given as matrices on the singular vectors of all blocks.
+
+    Args:
+        jacobians: J (l, m, m): `residual_jacobians(...).matrices()` of the exact method.
+        triplets: the top k of each block, `residual_jacobians(...).top(k)`.
+
+    Returns:
+        `Projections`, two arrays (l, l, k, k).
 
     Raises:
         ValueError: the matrices are not of as many blocks and features as the triplets.
@@ -68,14 +78,14 @@ def residual_projections(
     sequence: int = 0,
     chunk_size: int = 32,
 ) -> Projections:
-    """The same without a matrix, in 2·l·k products a block: fewer than the m of the exact method if l·k is below m/2.
+    """Projects the Jacobians of blocks on the singular vectors of all blocks, without forming a matrix.
 
     Args:
         blocks: as for `residual_jacobians`, and so are the others.
-        stream: (l, n, t, m).
-        position: which of the t.
+        stream: x_l, (l, n, t, m).
+        position: which of the t positions.
         triplets: the top k of each block, from `residual_jacobians(..., top=k, key=key)` with the same arguments.
-        sequence: which of the n.
+        sequence: which of the n sequences.
         chunk_size: how many products are in memory at a time.
 
     Returns:
@@ -83,6 +93,9 @@ def residual_projections(
 
     Raises:
         TypeError, ValueError: as `residual_jacobians`; and where the triplets are of other blocks.
+
+    Notes:
+        It takes 2·l·k products a block: fewer than the m of the exact method if l·k is below m/2.
     """
     chunk_size = whole_number(chunk_size, "chunk_size", least=1)
     at = points(blocks, stream, position, sequence)
@@ -101,7 +114,7 @@ def _of_block(point: Point, triplets: SingularTriplets, *, chunk_size: int) -> P
 
 
 def _columns(vectors: Float[Array, "l m k"]) -> Float[Array, "m lk"]:
-    """Of all blocks, next to each other."""
+    """The vectors of all blocks as columns, next to each other."""
     return jnp.moveaxis(vectors, 1, 0).reshape(vectors.shape[1], -1)
 
 

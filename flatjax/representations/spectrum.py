@@ -1,4 +1,4 @@
-"""How many directions a spectrum fills, in the conventions in use."""
+"""Measure how many directions a spectrum fills, in the conventions in use."""
 
 from typing import NamedTuple
 
@@ -11,37 +11,40 @@ from flatjax.core import results
 from flatjax.core.integers import whole_number
 
 FIT_RANGE = (11, 98)
-"""Of the eigenvalues, counted from 1, to which α-ReQ is fitted by default: that of the published code."""
+"""The eigenvalues, counted from 1, to which α-ReQ is fitted by default: the range of the published code."""
 
 SAMPLES_A_FEATURE = 10
-"""With fewer the sample's covariance has another spectrum than that of what it was drawn from."""
+"""How many samples a feature needs: with fewer the sample's covariance has another spectrum than the distribution's."""
 
 
 class RepresentationGeometry(NamedTuple):
-    """What `representation_geometry` returns: scalars without a unit, but for the variances.
+    """The result of `representation_geometry`: scalars without a unit, but for the variances.
 
-    With λ_1 ≥ λ_2 ≥ ... the eigenvalues of the covariance of the features, and σ_i = √λ_i:
+    λ_1 ≥ λ_2 ≥ ... are the eigenvalues of the covariance of the features, and σ_i = √λ_i.
     """
 
     rankme: Float[Array, ""]
-    """exp of the entropy of σ/Σσ, between 1 and m: RankMe as it was published."""
+    """RankMe as it was published: exp of the entropy of σ/Σσ, between 1 and m."""
     rankme_of_variances: Float[Array, ""]
     """exp of the entropy of λ/Σλ, never larger: what one published code has under the same name."""
     participation_ratio: Float[Array, ""]
-    """(Σλ)²/Σλ², never larger than either."""
+    """The participation ratio (Σλ)²/Σλ², never larger than either."""
     alpha_req: Float[Array, ""]
-    """α of λ_i ∝ i^−α, from log λ_i and log i by least squares with weights 1/i over the fit range."""
+    """The exponent α of λ_i ∝ i^−α, from log λ_i and log i by least squares with weights 1/i over the fit range."""
     alpha_req_r_squared: Float[Array, ""]
-    """Share of the variance of log λ_i that the line explains, with the same weights."""
+    """The share of the variance of log λ_i that the line explains, with the same weights."""
     variances: Float[Array, " m"]
-    """λ, in descending order; 0 what cannot be told from rounding."""
+    """The eigenvalues λ in descending order; those that cannot be told from rounding are 0."""
     num_resolved: Int[Array, ""]
-    """Eigenvalues above rounding. Fewer than m and N − 1 say that the features lie in fewer dimensions, or that the
-    precision was not enough to see all; the measures are those of the resolved ones."""
+    """The number of eigenvalues above rounding.
+
+    If it is below m and N − 1, the features lie in fewer dimensions, or the precision was not enough to see all; the
+    measures are those of the resolved ones.
+    """
     num_samples: Int[Array, ""]
-    """N, of weight above 0."""
+    """The number N of samples of weight above 0."""
     is_rank_limited: Bool[Array, ""]
-    """N < 10 m: then the spectrum is one of the sample, and the measures are too low for the distribution."""
+    """Whether N < 10 m: the spectrum is then one of the sample, and the measures are too low for the distribution."""
 
     to_dict = results.to_dict
     __str__ = results.to_table
@@ -53,7 +56,7 @@ def geometry_of_spectrum(
     num_samples: ArrayLike,
     fit_range: tuple[int, int],
 ) -> RepresentationGeometry:
-    """From σ in descending order, of which those below `resolution` times the largest are rounding."""
+    """Measures a spectrum σ in descending order; what is below `resolution` times the largest is rounding."""
     first, last = checked_fit_range(fit_range)
     m, dtype = len(sizes), sizes.dtype
     largest = jax.lax.stop_gradient(jnp.max(sizes))

@@ -1,8 +1,8 @@
 """The spectrum of features that come in batches, without the loss of digits of a covariance.
 
-The scatter matrix of N centred features is Rᵀ R, with R (m, m) the triangular factor of their QR decomposition. That of
-two sets, of masses a and b and with means δ apart, is the factor of R_a, R_b and the row √(ab/(a + b)) δᵀ below each
-other: a sum of squares that is never squared.
+The scatter matrix of N centred features is Rᵀ R, with R (m, m) the triangular factor of their QR decomposition. For two
+sets, of masses a and b and with means δ apart, R is the factor of R_a, R_b and the row √(ab/(a + b)) δᵀ below each
+other. No square is taken for this sum of squares.
 """
 
 import functools
@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float, Int, Shaped
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
 from flatjax.core.double_word import Double
 from flatjax.core.integers import whole_number
@@ -21,15 +21,19 @@ from flatjax.core.sharding import num_devices
 from flatjax.core.units import root_of_squares
 from flatjax.representations.geometry import centred, read_features, without_rounding
 from flatjax.representations.spectrum import FIT_RANGE, RepresentationGeometry, geometry_of_spectrum
+from flatjax.samples import Features, Weights
 
 
 class FeatureSpectrum(NamedTuple):
     """All that the geometry of a stream of features needs: `init`, then `update` with each batch, or `merge`.
 
-    A pytree of m² + 2m + 3 numbers, to be donated: `jax.jit(FeatureSpectrum.update, donate_argnums=0)`; of several
-    layers at once by `jax.vmap`. An update with N samples costs about 2 m² (N + m) operations, those of a QR
-    decomposition, and takes ten times as long on a CPU as the product of matrices of a covariance: take batches of
-    N ≥ m. Samples split among devices are decomposed where they lie. It has no derivative.
+    It is a pytree of m² + 2m + 3 numbers, to be donated: `jax.jit(FeatureSpectrum.update, donate_argnums=0)`. Several
+    layers at once are kept by `jax.vmap`. It has no derivative.
+
+    Notes:
+        An update with N samples costs about 2 m² (N + m) operations, those of a QR decomposition. It takes ten times as
+        long on a CPU as the product of matrices of a covariance: take batches of N ≥ m. Samples split among devices are
+        decomposed where they lie.
 
     Example:
         >>> import jax.numpy as jnp
@@ -42,19 +46,19 @@ class FeatureSpectrum(NamedTuple):
     """
 
     count: Int[Array, ""]
-    """Samples of weight above 0."""
+    """The number of samples of weight above 0."""
     mass: Float[Array, ""]
-    """Σω."""
+    """The sum Σω of the weights."""
     mean: Double
-    """μ (m,)."""
+    """The mean μ (m,) of the features."""
     triangle: Float[Array, "m m"]
-    """R, with Rᵀ R = Σ ω (h − μ)(h − μ)ᵀ."""
+    """The triangular factor R, with Rᵀ R = Σ ω (h − μ)(h − μ)ᵀ."""
     num_bad: Int[Array, ""]
-    """Batches with a feature that is not finite or a negative weight: then the geometry is NaN."""
+    """The number of batches with a feature that is not finite or a negative weight: one makes the geometry NaN."""
 
     @classmethod
     def init(cls, num_features: int, *, dtype: DTypeLike = jnp.float32) -> "FeatureSpectrum":
-        """Of no samples.
+        """A spectrum of no samples yet, to `update` with batches.
 
         Raises:
             TypeError: another dtype than float32 or float64, or one that JAX has not enabled.
@@ -66,10 +70,8 @@ class FeatureSpectrum(NamedTuple):
         return _empty(num_features, jnp.dtype(dtype))
 
     @metric(placed="as the first")
-    def update(
-        self, feats: Float[ArrayLike, "*n m"], weights: Shaped[ArrayLike, "*n"] | None = None
-    ) -> "FeatureSpectrum":
-        """With one more batch of features (..., m), and weights (...,), 1 by default; 0 is padding.
+    def update(self, feats: Features, weights: Weights | None = None) -> "FeatureSpectrum":
+        """Adds one more batch of features (..., m), with weights (...,), 1 by default; 0 is padding.
 
         Raises:
             TypeError: `feats` are not floating, or wider than the spectrum.
@@ -85,7 +87,7 @@ class FeatureSpectrum(NamedTuple):
 
     @metric(placed="as the first")
     def merge(self, other: "FeatureSpectrum") -> "FeatureSpectrum":
-        """Of the samples of both; the order changes nothing beyond rounding.
+        """Merges the spectra of two sets of samples; their order changes nothing beyond rounding.
 
         Raises:
             ValueError: they are of other features.
@@ -96,7 +98,7 @@ class FeatureSpectrum(NamedTuple):
 
     @metric
     def geometry(self, *, fit_range: tuple[int, int] = FIT_RANGE) -> RepresentationGeometry:
-        """As `representation_geometry` of all samples; NaN of fewer than 2."""
+        """The `representation_geometry` of all samples; NaN for fewer than 2."""
         triangle = self.triangle / jnp.sqrt(jnp.where(self.mass > 0, self.mass, 1))
         triangle = without_rounding(triangle, root_of_squares(triangle), self.mean)
         sound = (self.num_bad == 0) & jnp.all(jnp.isfinite(triangle))

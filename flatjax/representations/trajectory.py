@@ -1,4 +1,4 @@
-"""The way of a token through the blocks: how straight it is, how evenly its steps are long, how its size grows."""
+"""Follow a token through the blocks: how straight its way is, how even its steps, how its size grows."""
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -10,7 +10,7 @@ from flatjax.core.metric import metric
 
 @metric
 def line_shape_score(stream: Float[ArrayLike, "l *n m"]) -> Float[Array, "*n"]:
-    """How far the steps of each token point in different directions: 1 if all point in one, √L if at right angles.
+    """Measures how far the steps of each token point in different directions: 1 if in one, √L if at right angles.
 
         L / ‖Σ_l (x_{l+1} − x_l)/‖x_{l+1} − x_l‖‖
 
@@ -20,8 +20,8 @@ def line_shape_score(stream: Float[ArrayLike, "l *n m"]) -> Float[Array, "*n"]:
         stream: the residual stream before the first of L blocks and after each (L + 1, ..., m): `model.stream(tokens)`.
 
     Returns:
-        The score of each token (...,), in float32 or wider; infinite if the steps lead nowhere, NaN where one has the
-        length 0, or a number is not finite.
+        The score of each token (...,), in float32 or wider. It is infinite if the steps lead nowhere, and NaN where one
+        has the length 0, or a number is not finite.
 
     Raises:
         TypeError: the stream is not floating.

@@ -1,4 +1,4 @@
-"""Neural collapse as a regulariser in any optimizer chain."""
+"""Regularise by neural collapse in any optimizer chain."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,12 +13,12 @@ from flatjax.training.wrappers import with_static_arguments
 
 
 class CollapseRegState(NamedTuple):
-    """Of `collapse_reg`, in the state of a chain to be found as `optax.tree.get(opt_state, "collapse")`."""
+    """The state of `collapse_reg`; in that of a chain, `optax.tree.get(opt_state, "collapse")` finds its value."""
 
     count: Int[Array, ""]
-    """Updates so far, of which the strength may be a schedule."""
+    """The number of updates so far, which the strength may be a schedule of."""
     collapse: Float[Array, ""]
-    """The penalty at the last update, in float32, without λ. NaN before the first."""
+    """The penalty at the last update, in float32, without λ. It is NaN before the first."""
 
 
 @with_static_arguments
@@ -37,12 +37,14 @@ def collapse_reg(
         NCC = Σ_{c≠c'} (V_c + V_c') / (2‖μ_c − μ_c'‖²),    CDNV = NCC / (C(C − 1))
 
     over the C classes that have two samples or more in the batch, with μ_c the mean and V_c the mean squared distance
-    to it: `tx.update(grads, state, params, batch=batch)`. The gradient reaches what makes the features; a head has no
-    part in it. Where two means meet NCC is NaN, as its sum is infinite, and its gradient is not finite, which λ < 0
-    drives to: bound the features then, and put `optax.apply_if_finite` around what follows in the chain.
+    to it. Call `tx.update(grads, state, params, batch=batch)`. The gradient reaches what makes the features; a head has
+    no part in it. Where it stands in a chain, and what it works in, is as for `flat_reg`.
 
-    Where it stands in a chain, and what it works in, is as for `flat_reg`. As a term of the loss, which shares the
-    backward pass, it is `loss + strength * neural_collapse(head, feats, labels, num_classes=C).ncc`.
+    The same as a term of the loss shares the backward pass: `loss + strength * neural_collapse(head, feats, labels,
+    num_classes=C).ncc`.
+
+    Where two means meet, NCC is NaN, as its sum is infinite, and its gradient is not finite. λ < 0 drives there: bound
+    the features then, and put `optax.apply_if_finite` around what follows in the chain.
 
     Args:
         strength: λ, a finite number or a schedule, 0 as for `flat_reg`. NCC is C(C − 1) times CDNV: a λ does not carry
@@ -55,7 +57,7 @@ def collapse_reg(
         count: as for `flat_reg`, a function of the batch.
 
     Returns:
-        A transformation whose state is a `CollapseRegState`; of several in a chain as for `flat_reg`.
+        A transformation whose state is a `CollapseRegState`. Several in a chain are told apart as for `flat_reg`.
 
     Raises:
         TypeError: as `flat_reg`.

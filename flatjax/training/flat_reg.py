@@ -1,4 +1,4 @@
-"""Relative flatness as a regulariser in any optimizer chain."""
+"""Regularise by relative flatness in any optimizer chain."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,12 +23,12 @@ from flatjax.training.wrappers import with_static_arguments
 
 
 class FlatRegState(NamedTuple):
-    """Of `flat_reg`, in the state of a chain to be found as `optax.tree.get(opt_state, "kappa")`."""
+    """The state of `flat_reg`; in that of a chain, `optax.tree.get(opt_state, "kappa")` finds κ."""
 
     count: Int[Array, ""]
-    """Updates so far, of which the strength may be a schedule."""
+    """The number of updates so far, which the strength may be a schedule of."""
     kappa: Float[Array, ""]
-    """The penalty at the last update, in float32: κ, without λ. NaN before the first."""
+    """The penalty at the last update, in float32: κ, without λ. It is NaN before the first."""
 
 
 @with_static_arguments
@@ -43,71 +43,78 @@ def flat_reg(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds λ∇κ, the exact gradient of relative flatness, to the updates: λ > 0 pushes flat, λ < 0 sharp.
 
+    Call it with a penalty, `tx.update(grads, state, params, batch=batch)`, and the gradient is the whole one, third
+    derivatives of the loss included, and reaches every parameter. Other samples than those of the loss, or some of
+    them, are as valid.
+
+    Call it without one, `tx.update(grads, state, params, feats=feats, labels=labels)`, and κ is that of a linear head.
+    Only the head's own parameters then get a gradient, at fixed features. This leaves out what the layers before it
+    could do, all that they change in ‖φ‖ and in how certain the head is, and they may undo what the head does. Any part
+    of the batch will do, `feats[:, ::4]` for example.
+
     In `optax.chain(flat_reg(λ), optax.adamw(η))` the term is coupled: it is part of the gradient, as an L2 penalty
     would be, and Adam rescales it with the rest. Between `optax.scale_by_adam()` and `optax.scale_by_learning_rate(η)`
     it is decoupled, as AdamW's weight decay: the step is −η (Adam's direction + λ∇κ), and nothing rescales λ∇κ.
 
-    With `penalty` the gradient is the whole one, third derivatives of the loss included, and reaches every parameter:
-    `tx.update(grads, state, params, batch=batch)`. What the penalty shares with the loss is computed once where both
-    are in one jitted function, but the backward pass runs twice: a joint loss is cheaper, of a head
-    `cross_entropy_and_flatness`. Other samples than those of the loss, or some of them, are as valid.
-
-    Without it κ is that of a linear head, `tx.update(grads, state, params, feats=feats, labels=labels)`, and only the
-    head's own parameters get a gradient, at fixed features. This leaves out what the layers before it could do, all
-    that they change in ‖φ‖ and in how certain the head is, and they may undo what the head does. It costs no
-    backward pass, but products of the features with the head; any part of the batch will do, `feats[:, ::4]` say.
-
-    Both work inside `optax.chain`, `named_chain`, `apply_if_finite`, in `nnx.Optimizer` (`optimizer.update(model,
-    grads, batch=batch)`), under `jit`, `lax.scan` and donation, and in `optax.inject_hyperparams(flat_reg,
-    static_args="penalty")`, where the functions that are given are all named, ("penalty", "count") say.
-    `optax.MultiSteps` uses only the last batch of those it accumulates if this is inside: put it before,
-    `optax.chain(flat_reg(...), optax.MultiSteps(...).gradient_transformation())`. A Linen
-    `TrainState.apply_gradients` passes no arguments on; these two lines do:
-    `updates, opt_state = state.tx.update(grads, state.opt_state, state.params, batch=batch)` and `state =
-    state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)`.
-    `optax.masked` and `partition` hide parameters, and `flatten` and `lookahead` do not fit: put this before them.
-
-    What is held fixed while κ is measured, the penalty says. The statistics of a batch make its samples interact, so
-    that κ depends on which of them are together: normalise by the running ones. Dropout draws a new mask at every call:
-    switch it off, or give it the same key. In Linen these are
-
-        model.apply({"params": params, "batch_stats": batch_stats}, x, train=False)
-        model.apply({"params": params}, x, deterministic=False, rngs={"dropout": key})
-
-    with `train` or `deterministic` as the model calls it, and in NNX, after `model.eval()` and `graphdef, params, rest
-    = nnx.split(model, nnx.Param, ...)`,
-
-        nnx.merge(graphdef, params, rest, copy=True)(x)
-
-    After `model.train()` instead, it is by the statistics of the batch, and with the same mask at every call, as what
-    is drawn from are the keys in `rest`; `copy=True` has statistics and keys written to a copy, as flax refuses to have
-    those outside of a derivative written to in it. Running statistics go with the batch: `batch=(rest, x, labels)`.
-
     Args:
         strength: λ, a finite number or a schedule, a function of the number of updates; κ has the unit of the loss.
-            While it is 0, as at the start of a warm-up, a gradient that is not finite adds nothing; κ is measured
+            While it is 0, as at the start of a warm-up, a gradient that is not finite adds nothing. κ is measured
             nonetheless, and not hidden where it is NaN.
-        penalty: `(params, batch) -> scalar`, differentiable; of any layer, by `relative_flatness` of the features that
-            enter it.
+        penalty: `(params, batch) -> scalar`, differentiable. It may be κ of any layer, by `relative_flatness` of the
+            features that enter it.
         head: where the head is among the parameters, "decoder/head"; by default they are a head. Without `penalty`.
         metric: `(head, feats, labels) -> scalar`, by default `relative_flatness`; `simplified_relative_flatness` for κ̂.
             Without `penalty`.
         axis_name: inside a `jax.shard_map`, the axis or axes along which the samples are split: the gradient is the
             mean over its devices, by how many samples of each count. Not for a penalty that is averaged over them
             already. Under `jit` of sharded arrays leave it out.
-        count: how many that are, a function of the batch, or of features and labels without `penalty`. By default what
-            `flatjax.curvature.num_samples` reads off them: labels that are not −100, by their weights if there are any.
+        count: how many samples count, a function of the batch, or of features and labels without `penalty`. By default
+            it is what `flatjax.curvature.num_samples` reads off them: labels that are not −100, by their weights if
+            there are any.
 
     Returns:
-        A transformation whose state is a `FlatRegState`. Of several in a chain `optax.tree.get(state, "kappa")` finds
-        more than one κ, which is an error: in an `optax.named_chain(("flat", flat_reg(...)), ...)` it is
-        `optax.tree.get(state, "flat").kappa`.
+        A transformation whose state is a `FlatRegState`. If there are several in a chain, `optax.tree.get(state,
+        "kappa")` finds more than one κ, which is an error: in an `optax.named_chain(("flat", flat_reg(...)), ...)` it
+        is `optax.tree.get(state, "flat").kappa`.
 
     Raises:
         TypeError: an argument of `update` is missing, or was lost in a wrapper, which is named; the penalty is no
             scalar, or stands where the strength belongs; or `optax.inject_hyperparams` is not told what is static.
         ValueError: parameters that are hidden, no head where `head` says, a `head` or a `metric` besides
             a `penalty`, a strength that is no finite number, or samples that are split along an axis that is not named.
+
+    Notes:
+        Cost: what the penalty shares with the loss is computed once where both are in one jitted function, but the
+        backward pass runs twice. A joint loss is cheaper, for a head `cross_entropy_and_flatness`. Without a penalty it
+        costs no backward pass, but products of the features with the head.
+
+        It works inside `optax.chain`, `named_chain`, `apply_if_finite`, in `nnx.Optimizer` (`optimizer.update(model,
+        grads, batch=batch)`), under `jit`, `lax.scan` and donation. In `optax.inject_hyperparams(flat_reg,
+        static_args="penalty")` name all functions that are given, for example ("penalty", "count"). `optax.MultiSteps`
+        uses only the last batch of those it accumulates if this is inside: put it before,
+        `optax.chain(flat_reg(...), optax.MultiSteps(...).gradient_transformation())`. `optax.masked` and `partition`
+        hide parameters, and `flatten` and `lookahead` do not fit: put this before them. A Linen
+        `TrainState.apply_gradients` passes no arguments on. These two lines do:
+
+            updates, opt_state = state.tx.update(grads, state.opt_state, state.params, batch=batch)
+            state = state.replace(
+                step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+
+        The penalty decides what is held fixed while κ is measured. The statistics of a batch make its samples interact,
+        so that κ depends on which of them are together: normalise by the running ones. Dropout draws a new mask at
+        every call: switch it off, or give it the same key. In Linen these are
+
+            model.apply({"params": params, "batch_stats": batch_stats}, x, train=False)
+            model.apply({"params": params}, x, deterministic=False, rngs={"dropout": key})
+
+        with `train` or `deterministic` as the model calls it. In NNX, after `model.eval()` and `graphdef, params, rest
+        = nnx.split(model, nnx.Param, ...)`, it is
+
+            nnx.merge(graphdef, params, rest, copy=True)(x)
+
+        After `model.train()` instead, κ is by the statistics of the batch, and with the same mask at every call, as it
+        is drawn from the keys in `rest`. `copy=True` has statistics and keys written to a copy: flax refuses to write
+        to those outside of a derivative in it. Running statistics go with the batch: `batch=(rest, x, labels)`.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -171,7 +178,7 @@ def _of_head(
 
 
 def _paths_of_head(params: Tree, head: str | None) -> dict[str, str]:
-    """The leaves of the head, by their names in it.
+    """Finds the leaves of the head, by their names in it.
 
     Raises:
         ValueError: there are none.

@@ -1,4 +1,4 @@
-"""The gradient of a penalty added to the updates in an optimizer chain: what `flat_reg` and `collapse_reg` share."""
+"""Add the gradient of a penalty to the updates in an optimizer chain: what `flat_reg` and `collapse_reg` share."""
 
 import inspect
 import numbers
@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
+from typing_extensions import TypeAliasType
 
 from flatjax.core.arrays import as_arrays
 from flatjax.core.dtypes import computing_dtype
@@ -20,11 +21,11 @@ from flatjax.curvature.counts import counted
 from flatjax.curvature.products import checked_scalar
 from flatjax.training.wrappers import check_fits, check_given
 
-Strength: TypeAlias = ArrayLike | optax.Schedule
-"""λ, or λ of the number of updates so far."""
+Strength = TypeAliasType("Strength", ArrayLike | optax.Schedule)
+"""The strength λ, or λ as a function of the number of updates so far."""
 
 Gradient: TypeAlias = Callable[..., tuple[Float[Array, ""], Tree]]
-"""`(params, **needed) -> (value, gradient)`; the gradient is None at leaves that it leaves alone."""
+"""A function `(params, **needed) -> (value, gradient)`; the gradient is None at leaves that it leaves alone."""
 
 
 def injection(
@@ -34,9 +35,9 @@ def injection(
     needed: tuple[str, ...],
     new_state: Callable[[Int[Array, ""], Float[Array, ""]], Any],
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds λ times a gradient to the updates; `needed` are the arguments of `update` that the gradient is of.
+    """Adds λ times a gradient to the updates; `needed` are the arguments of `update` that the gradient takes.
 
-    The state is made of the number of updates and of the last value, in float32: NaN before the first.
+    The state is made of the number of updates and of the last value, in float32, which is NaN before the first.
     """
     gradient = _compiled(gradient)
 
@@ -98,7 +99,7 @@ def of_penalty(
     axis_name: str | tuple[str, ...] | None,
     count: Callable[[Any], Any] | None = None,
 ) -> Gradient:
-    """That of `penalty(params, batch)` in all parameters, averaged over the devices along an axis."""
+    """Makes the gradient of `penalty(params, batch)` in all parameters, averaged over the devices along an axis."""
     if not callable(penalty):
         raise TypeError(f"penalty is {penalty!r}, wanted a function, (params, batch) -> scalar")
 
@@ -165,7 +166,10 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _compiled(gradient: Gradient) -> Gradient:
-    """One program for each shape, where it is of arrays alone: what else a batch holds may decide what is computed."""
+    """Makes one program for each shape, where a batch holds only arrays.
+
+    What else it holds may decide what is computed.
+    """
     program = jax.jit(gradient)
 
     def call(params: Tree, **needed: Any) -> tuple[Float[Array, ""], Tree]:

@@ -1,26 +1,29 @@
 """Losses that hold confidence down by themselves: what a regulariser by flatness has to be compared with."""
 
 import jax.numpy as jnp
-from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float
 
 from flatjax.core.dtypes import computing_dtype
 from flatjax.losses import cross_entropy, relative_to_largest
+from flatjax.samples import Classes, Logits, Scalar, Targets
 
 
-def confidence_penalty(logits: Float[ArrayLike, "*n d"]) -> Float[Array, "*n"]:
+def confidence_penalty(logits: Logits) -> Float[Array, "*n"]:
     """The negative entropy of each prediction, to be added to the loss with a positive strength.
 
         −H(p) = Σ_s p_s log p_s,    p = softmax(z)
 
-    From −log d, where all classes are as likely, to 0; a sum over all but the likeliest class, so that it keeps its
-    digits, and its gradient p_s (log p_s + H) too, as confidence grows.
+    It goes from −log d, where all classes are as likely, to 0.
 
     Args:
         logits: z (..., d). A class with the logit −∞ is left out.
 
     Returns:
         −H (...,) in nats, in float64 if the logits are, else in float32. NaN where a logit is NaN or +∞.
+
+    Notes:
+        It is summed over all but the likeliest class. So it keeps its digits as confidence grows, and so does its
+        gradient p_s (log p_s + H).
 
     Example:
         >>> import jax.numpy as jnp
@@ -39,11 +42,11 @@ def confidence_penalty(logits: Float[ArrayLike, "*n d"]) -> Float[Array, "*n"]:
 
 
 def label_smoothing(
-    logits: Float[ArrayLike, "*n d"],
-    labels: Integer[ArrayLike, "*n"] | Float[ArrayLike, "*n d"],
-    smoothing: Float[ArrayLike, ""],
+    logits: Logits,
+    labels: Classes | Targets,
+    smoothing: Scalar,
 ) -> Float[Array, "*n"]:
-    """Softmax cross-entropy with labels of which a part is spread over all d classes alike, the right one included.
+    """Softmax cross-entropy with smoothed labels: a part is spread over all d classes alike, the right one included.
 
         ℓ = −Σ_s ((1 − α) [s = y] + α/d) log p_s,    p = softmax(z)
 
@@ -55,8 +58,8 @@ def label_smoothing(
         smoothing: α, from 0, where it is cross-entropy, to 1.
 
     Returns:
-        ℓ (...,) in nats, in float64 if the logits are, else in float32. 0 of an ignored sample; NaN for any other label
-        or α out of range, and where a logit is NaN or +∞.
+        ℓ (...,) in nats, in float64 if the logits are, else in float32. It is 0 for an ignored sample. It is NaN for
+        any other label or α out of range, and where a logit is NaN or +∞.
 
     Example:
         >>> import jax.numpy as jnp
@@ -72,6 +75,6 @@ def label_smoothing(
 
 
 def _log_probabilities(logits: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-    """log softmax(z), that of the likeliest class by the sum of the others: so it keeps its digits near 0."""
+    """log softmax(z); the likeliest class gets it from the sum of the others, so that it keeps its digits near 0."""
     relative, others = relative_to_largest(logits.astype(computing_dtype(logits)))
     return relative - jnp.log1p(others)

@@ -28,28 +28,24 @@ def sharpness_aware(
 
         ε = ρ g / ‖g‖, or adaptive ε = ρ w² g / ‖|w| g‖;    the optimizer is given ∇L(w + ε) in the place of g = ∇L(w)
 
-    `optax.contrib.sam` with an ascent that is 0 where the gradient is, and finite wherever the gradient is: no square
-    in a norm over- or underflows. A gradient that is not finite makes ε NaN. ε is added in the dtype of the parameters:
-    of weights in bfloat16, what is less than 0.2 % of a weight is rounded away.
-
-    A step costs two gradients: the one it is given, and the one it takes by `grad_fn`:
+    A step takes a second gradient by `grad_fn`:
 
         tx.update(grads, state, params, grad_fn=lambda params, _: jax.grad(loss)(params, batch))
 
-    What stands before it in a chain changes the ascent alone, as the second gradient takes the place of all that came
-    in: clipping, decay and regularisers belong into `optimizer`, which is passed all further extra arguments. It has to
+    What stands before it in a chain changes only the ascent, as the second gradient takes the place of all that came
+    in. Clipping, decay and regularisers belong into `optimizer`, which is passed all further extra arguments. It has to
     see all parameters as `grad_fn` takes them, so it stands around `optax.masked`, `partition` or `flatten`, not in
-    them. In `optax.MultiSteps` the second gradient is of the last small batch alone.
+    them. In `optax.MultiSteps` the second gradient is that of the last small batch only.
 
     Args:
-        optimizer: what descends.
+        optimizer: the optimizer that descends.
         radius: ρ, a number or a schedule of the steps. Under `optax.inject_hyperparams` a number can be changed.
         adaptive: scale the ascent by the size of each weight, so that it does not change with a rescaling of layers.
-            To |w| no constant is added, of biases as little: what is 0 stays.
-        axis_name: of a `jax.shard_map` or `jax.vmap`, along which each device has its own samples and `grad_fn` gives
-            the gradient of their mean: that is averaged. The gradient that comes in is taken as it is: averaged, all
-            devices climb as one; not averaged, each climbs by itself, as SAM's authors did (m-sharpness). Not for a
-            `grad_fn` of a loss that is averaged over the devices already.
+            No constant is added to |w|, for biases as little: what is 0 stays.
+        axis_name: the axis of a `jax.shard_map` or `jax.vmap` along which each device has its own samples. `grad_fn`
+            gives the gradient of their mean, and that is averaged. The gradient that comes in is taken as it is: if it
+            is averaged, all devices climb as one; if not, each climbs by itself, as SAM's authors did (m-sharpness).
+            Leave it out for a `grad_fn` of a loss that is averaged over the devices already.
 
     Returns:
         A transformation whose update takes `grad_fn`, `(params, i) -> gradients`, by keyword; i is 0.
@@ -57,6 +53,12 @@ def sharpness_aware(
     Raises:
         TypeError: at an update, without `grad_fn` or `params`, or where a wrapper lost them, which is named; or
             `grad_fn` returns no tree like the parameters.
+
+    Notes:
+        A step costs two gradients: the one it is given, and the one it takes by `grad_fn`. It is `optax.contrib.sam`
+        with an ascent that is 0 where the gradient is, and finite wherever the gradient is: no square in a norm over-
+        or underflows. A gradient that is not finite makes ε NaN. ε is added in the dtype of the parameters: in bfloat16
+        what is less than 0.2 % of a weight is rounded away.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax

@@ -11,18 +11,16 @@ from jaxtyping import Array, Float, Int, Integer
 
 from flatjax.core.dtypes import computing_dtype
 from flatjax.core.sharding import explicit_mesh
+from flatjax.samples import Logits
 
 
-def trajectory_loss(
-    logits: Float[ArrayLike, "*n d"], past_logits: Float[ArrayLike, "*n d"], *, temperature: ArrayLike = 5.0
-) -> Float[Array, "*n"]:
-    """How far each sample's prediction has moved from an earlier one, which sharp minima let it do fast.
+def trajectory_loss(logits: Logits, past_logits: Logits, *, temperature: ArrayLike = 5.0) -> Float[Array, "*n"]:
+    """Measures how far each sample's prediction has moved from an earlier one, which sharp minima let it do fast.
 
         τ² KL(softmax(z_past/τ) ‖ softmax(z/τ))
 
-    To be added to the loss with a positive strength. Of SAF z_past are the logits of the same sample some epochs ago,
-    which `LogitMemory` keeps; of MESA they are those of an average of the weights. In the dtype it is computed in, it
-    keeps its digits, and so does its gradient τ (softmax(z/τ) − softmax(z_past/τ)), however close the logits are.
+    Add it to the loss with a positive strength. In SAF z_past are the logits of the same sample some epochs ago, which
+    `LogitMemory` keeps. In MESA they are those of an average of the weights.
 
     Args:
         logits: z (..., d).
@@ -35,6 +33,10 @@ def trajectory_loss(
 
     Raises:
         ValueError: the shapes differ, or a number τ is not positive.
+
+    Notes:
+        In the dtype it is computed in, the loss keeps its digits, and so does its gradient τ (softmax(z/τ) −
+        softmax(z_past/τ)), however close the logits are.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -85,10 +87,10 @@ def trajectory_loss(
 class LogitMemory(NamedTuple):
     """The logits of every training sample in the last epochs, to compare with those of now (SAF).
 
-    A pytree of num_epochs · num_samples · num_outputs numbers, to be carried through training beside the parameters:
-    donated, it is written in place. In the first `num_epochs` epochs there is nothing to compare with, and
-    `trajectory_loss` is 0; so it is for a sample that was not seen `num_epochs` epochs ago. SAF adds it from its sixth
-    epoch on with strength 0.3.
+    It is a pytree of num_epochs · num_samples · num_outputs numbers, to be carried through training beside the
+    parameters. Donated, it is written in place. In the first `num_epochs` epochs there is nothing to compare with, and
+    `trajectory_loss` is 0. It is also 0 for a sample that was not seen `num_epochs` epochs ago. SAF adds it from its
+    sixth epoch on with strength 0.3.
 
     Example:
         >>> import jax.numpy as jnp
@@ -107,13 +109,15 @@ class LogitMemory(NamedTuple):
 
     logits: Float[Array, "e n d"]
     due: Int[Array, "e n"]
-    """The epoch in which they are to be compared with."""
+    """The epoch in which the logits are to be compared with."""
 
     @classmethod
     def init(
         cls, num_samples: int, num_outputs: int, num_epochs: int = 3, *, dtype: DTypeLike = jnp.float32
     ) -> "LogitMemory":
-        """Of nothing yet. The comparison is over `num_epochs` epochs; in bfloat16 it takes half the memory.
+        """A memory of no logits yet, to `exchange` with every batch.
+
+        The comparison is over `num_epochs` epochs; in bfloat16 it takes half the memory.
 
         Raises:
             ValueError: one of the sizes is below 1.
@@ -126,18 +130,18 @@ class LogitMemory(NamedTuple):
     def exchange(
         self, indices: Integer[ArrayLike, "*b"], logits: Float[ArrayLike, "*b d"], epoch: Integer[ArrayLike, ""] | int
     ) -> tuple[Float[Array, "*b d"], "LogitMemory"]:
-        """What a batch's logits were `num_epochs` epochs ago, and the memory with those of now.
+        """Exchanges a batch's logits: gives those of `num_epochs` epochs ago, and the memory with those of now.
 
         Args:
-            indices: of the samples in the data set, each the same in every epoch however they are shuffled. A ragged
-                last batch can be filled up with samples that it has.
-            logits: of now (..., d).
-            epoch: counted from 0, or from anywhere, in whole numbers.
+            indices: the places of the samples in the data set, each the same in every epoch however they are shuffled.
+                A ragged last batch can be filled up with samples that it has.
+            logits: the logits of now (..., d).
+            epoch: the epoch, counted from 0, or from anywhere, in whole numbers.
 
         Returns:
-            past logits (..., d), in the dtype of `logits` and without a gradient: `logits` itself where there are none,
-            and NaN for an index that is negative or not below num_samples, of which nothing is kept either; and the
-            next memory.
+            The past logits (..., d), in the dtype of `logits` and without a gradient, and the next memory. Where there
+            are no past logits they are `logits` itself. They are NaN for an index that is negative or not below
+            num_samples, and nothing is kept of it either.
 
         Raises:
             TypeError: `indices` are no integers, or `epoch` is not one.
@@ -189,7 +193,7 @@ _NEVER = jnp.iinfo(jnp.int32).min
 
 
 def _exponential_from_second_order(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """e^x − 1 − x for |x| ≤ 1, by its series: as a difference it would cancel."""
+    """The remainder e^x − 1 − x for |x| ≤ 1, by its series: as a difference it would cancel."""
     terms = jnp.ones_like(x)
     for k in range(19, 2, -1):
         terms = 1 + x / k * terms

@@ -1,4 +1,4 @@
-"""The arguments that an update cannot do without, and the wrappers in a chain that lose them."""
+"""Check the arguments that an update cannot do without, and name the wrappers in a chain that lose them."""
 
 import inspect
 import numbers
@@ -50,7 +50,7 @@ _UNFIT = {
     "optax._src.lookahead": "optax.lookahead, which passes no arguments on: put it before, with tx.update(grads, "
     "state, params) of the fast parameters, params.fast",
 }
-"""By the module that an initialisation comes from."""
+"""Wrappers that do not fit, by the module that an initialisation comes from."""
 
 _FORGETFUL = {
     "optax._src.lookahead": _UNFIT["optax._src.lookahead"],
@@ -59,7 +59,7 @@ _FORGETFUL = {
     "flax.training.train_state": "TrainState.apply_gradients, which passes no arguments on: call state.tx.update(grads,"
     " state.opt_state, state.params, ...) and state.replace(step=..., params=..., opt_state=...)",
 }
-"""By the module that an update comes from."""
+"""Wrappers that lose arguments, by the module that an update comes from."""
 
 
 def _around(wrappers: Mapping[str, str]) -> str | None:
@@ -76,10 +76,11 @@ def _callers() -> Iterator[tuple[str, FrameType]]:
 
 
 def with_static_arguments(factory: F) -> F:
-    """Has `optax.inject_hyperparams` of a factory of transforms refused where it is not told what is static.
+    """Makes `optax.inject_hyperparams` of a factory of transforms fail where it is not told what is static.
 
-    It takes each further function for a schedule, and each number for a hyperparameter: what it then raises comes from
-    inside the caller's own function. Of a factory it calls nothing before that but `bind` of its signature.
+    It takes each further function for a schedule, and each number for a hyperparameter. What it then raises comes from
+    inside the caller's own function. Before that it calls nothing of a factory but `bind` of its signature, so that is
+    where the check is.
     """
     signature = inspect.signature(factory)
     checked: Any = factory

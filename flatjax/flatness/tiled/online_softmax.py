@@ -14,25 +14,25 @@ class OnlineSoftmax(NamedTuple):
     """What the rows read so far leave behind: the row j of the largest logit, and sums over all others, s ≠ j.
 
     The sums are in units of exp(z_j), e_s = exp(z_s − z_j). As a sample becomes certain they all fall to 0, and nothing
-    is left that could cancel: with q = Σ e_s the loss is log(1 + q), if j is the label, and p_j is 1/(1 + q).
+    is left that could cancel. With q = Σ e_s the loss is log(1 + q), if j is the label, and p_j is 1/(1 + q).
     """
 
     largest: Float[Array, "*k n"]
-    """z_j."""
+    """The largest logit so far, z_j."""
     output: Integer[Array, "*k n"]
-    """j."""
+    """The output j that it is of; −1 before any row is read."""
     row: Float[Array, "*k n m"]
-    """w_j."""
+    """The row w_j of the largest logit."""
     mass: Float[Array, "*k n"]
-    """q."""
+    """The sum q = Σ e_s over all others."""
     squares: Float[Array, "*k n"]
-    """Σ e_s²."""
+    """The sum Σ e_s² over all others."""
     norms: Float[Array, "*k n"]
-    """Σ e_s ‖w_s‖²."""
+    """The sum Σ e_s ‖w_s‖² over all others."""
     rows: Float[Array, "*k n m"]
-    """Σ e_s w_s."""
+    """The sum Σ e_s w_s over all others."""
     label_logit: Float[Array, "*k n"]
-    """z_y, or 0 until the label's row is read."""
+    """The label's logit z_y, or 0 until the label's row is read."""
 
     @classmethod
     def of_no_rows(cls, feats: Float[Array, "n m"], labels: Integer[Array, " n"]) -> "OnlineSoftmax":
@@ -62,11 +62,11 @@ class OnlineSoftmax(NamedTuple):
         )
 
     def losses(self) -> Float[Array, " n"]:
-        """log(1 + q) + z_j − z_y."""
+        """The losses log(1 + q) + z_j − z_y."""
         return jnp.log1p(self.mass) + (self.largest - self.label_logit)
 
     def traces(self) -> Float[Array, " n"]:
-        """1 − ‖p‖²."""
+        """The traces tr G = 1 − ‖p‖²."""
         return (2 * self.mass + self.mass**2 - self.squares) / (1 + self.mass) ** 2
 
     def variances(self) -> Float[Array, " n"]:
@@ -98,9 +98,9 @@ class OnlineSoftmax(NamedTuple):
 
 
 def merged(parts: OnlineSoftmax, axis_names: AxisNames) -> tuple[OnlineSoftmax, Float[Array, " n"]]:
-    """The sums over all parts, and v.
+    """The sums over all parts, and the variances v.
 
-    v is worked out where w_j was read: if it alone is asked for, and no derivative of it, w_j is not sent.
+    Each v is worked out where w_j was read: if it is all that is asked for, and no derivative of it, w_j is not sent.
     """
     largest = total_max(jax.lax.stop_gradient(parts.largest), axis_names)
     # Of several largest logits the first is j.
@@ -124,9 +124,9 @@ def merged(parts: OnlineSoftmax, axis_names: AxisNames) -> tuple[OnlineSoftmax, 
 
 
 def _first_largest(logits: Float[Array, "n t"], dtype: jnp.dtype) -> Integer[Array, " n"]:
-    """What argmax gives, from reductions of floats, which XLA vectorises on a CPU where it does not vectorise that.
+    """The place that argmax gives, from reductions of floats: XLA vectorises these on a CPU, and argmax not.
 
-    Places are floats here: in float32 exact up to 2²⁴ rows a tile.
+    Places are floats here: in float32 they are exact up to 2²⁴ rows a tile.
     """
     logits = jax.lax.stop_gradient(logits)
     places = jnp.arange(logits.shape[1], dtype=logits.dtype)

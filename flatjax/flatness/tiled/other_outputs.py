@@ -13,20 +13,20 @@ class OtherOutputs(NamedTuple):
     """Sums over the outputs read so far but the label, in units of exp of the largest logit among them.
 
     With s_j = ε(|z_j| + 1) they give log Σ exp(z_j + s_j) − log Σ exp(z_j) = log(1 + Σ p_j (e^{s_j} − 1)), to all
-    digits however small ε is; where an s_j is above 1, as a difference, which is then none of what is small.
+    digits however small ε is. Where an s_j is above 1 they give it as a difference, which is then not small.
     """
 
     largest: Float[Array, "*k n"]
     mass: Float[Array, "*k n"]
-    """Σ exp(z_j)."""
+    """The sum Σ exp(z_j) in those units."""
     gain: Float[Array, "*k n"]
-    """Σ exp(z_j) (exp(s_j) − 1), s_j up to 1."""
+    """The sum Σ exp(z_j) (exp(s_j) − 1), s_j up to 1."""
     largest_moved: Float[Array, "*k n"]
-    """max z_j + s_j."""
+    """The largest moved logit, max z_j + s_j."""
     mass_moved: Float[Array, "*k n"]
-    """Σ exp(z_j + s_j)."""
+    """The sum Σ exp(z_j + s_j) in units of the largest moved logit."""
     farthest: Float[Array, "*k n"]
-    """max s_j of what is not negligible beside the largest."""
+    """The largest s_j of an output that is not negligible beside the largest."""
 
     @classmethod
     def none(cls, like: Float[Array, " n"]) -> "OtherOutputs":
@@ -64,7 +64,7 @@ class OtherOutputs(NamedTuple):
 
     @classmethod
     def merged(cls, parts: "OtherOutputs") -> "OtherOutputs":
-        """Of all parts of a head, along the first axis."""
+        """Merges the sums of all parts of a head, along the first axis."""
         largest = total_max(jax.lax.stop_gradient(parts.largest), ())
         largest_moved = total_max(jax.lax.stop_gradient(parts.largest_moved), ())
         relative = parts._relative_to(largest[None], largest_moved[None])
@@ -80,7 +80,7 @@ class OtherOutputs(NamedTuple):
     def rise_and_loss(
         self, of_label: Float[Array, " n"], offset: Float[Array, " n"], radius: float
     ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-        """Of each sample: with M = log Σ_{j≠y} exp(z_j) − z_y, ℓ is log(1 + e^M).
+        """The rise and the loss of each sample: with M = log Σ_{j≠y} exp(z_j) − z_y, ℓ is log(1 + e^M).
 
         M rises to M + d, and ℓ by log((1 + e^{M+d}) / (1 + e^M)) = log(1 + σ(M) (e^d − 1)).
         """

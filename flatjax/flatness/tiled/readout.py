@@ -1,4 +1,4 @@
-"""What softmax cross-entropy makes of each sample, read off a head of any size without its logits in memory.
+"""Read off a head of any size what softmax cross-entropy makes of each sample, without its logits in memory.
 
 The variance of the rows under the predicted probabilities, v = Σ_s p_s ‖w_s − c‖² with c = Σ_s p_s w_s, is a read-out
 like that of attention: the features are queries, the rows keys, and (w_s, ‖w_s‖²) values. So the rows can be taken in
@@ -21,19 +21,19 @@ from flatjax.flatness.tiled.tiles import Tile, rows_of, take_rows, tile, tile_in
 from flatjax.heads import LinearHead
 
 LOGITS_AT_ONCE = 2**22
-"""A device's, unless the rows of a tile were then too few for a product of matrices to be fast."""
+"""How many logits a device holds at once, unless a tile's rows were then too few for a fast product of matrices."""
 FEWEST_ROWS = 512
 
 
 class Readout(NamedTuple):
-    """Of each sample, how far its loss has fallen and how it curves, in the logits."""
+    """How far the loss of each sample has fallen and how it curves, in the logits."""
 
     losses: Float[Array, " n"]
-    """ℓ = −log p_y."""
+    """The losses ℓ = −log p_y."""
     traces: Float[Array, " n"]
-    """tr G = 1 − ‖p‖²."""
+    """The traces tr G = 1 − ‖p‖²."""
     flatness: Float[Array, " n"]
-    """‖φ‖² v, v = tr(Wᵀ G W)."""
+    """Each sample's ‖φ‖² v, with v = tr(Wᵀ G W)."""
 
 
 def read_out(
@@ -68,7 +68,7 @@ def read_out(
 
 
 class _Values(NamedTuple):
-    """A `Readout`, but for the squares of the features."""
+    """The values of a `Readout`, but for the squares of the features."""
 
     losses: Float[Array, " n"]
     traces: Float[Array, " n"]
@@ -145,21 +145,28 @@ def _tile_tangents(
     others = jnp.where(is_j, 0, jnp.exp(read.logits - sums.largest[:, None])) / total_mass
     p = jnp.where(is_j, 1 / total_mass, others)
 
+    # p_j − 1 is −q/(1 + q): taken as a difference, it would have no digits once p_j rounds to 1.
     by_loss = jnp.where(is_j & is_y, -sums.mass[:, None] / total_mass, p - is_y.astype(p.dtype))
 
+    # ‖p‖² = (1 + Σe²)/(1 + q)², and p_j − ‖p‖² = (q − Σe²)/(1 + q)², where the ones have already cancelled.
     purity = (1 + sums.squares[:, None]) / total_mass**2
     excess = jnp.where(is_j, (sums.mass - sums.squares)[:, None] / total_mass**2, p - purity)
     by_trace = -2 * p * excess
 
+    # ‖w_s − c‖² by one product of matrices. That of j is small near certainty, and comes from c − w_j itself.
     offsets = sums.offsets()
     mean = sums.row + offsets
     distances = jnp.sum(read.rows**2, axis=1)[None, :] + jnp.sum(mean**2, axis=1)[:, None] - 2 * (mean @ read.rows.T)
     distances = jnp.where(is_j, jnp.sum(offsets**2, axis=1)[:, None], distances)
     by_variance = p * (distances - variances[:, None])
 
+    # What the loss changes by through φ̇ is ⟨c − w_y, φ̇⟩, added once after all tiles: here ż is without it.
+
     d_logits = feats @ d_rows.T + d_bias[None, :]
     d_all_logits = d_logits + d_feats @ read.rows.T
+    # Σ_s p_s ⟨w_s − c, ẇ_s⟩: for j the factor w_j − c is −`offsets`, which is known better than the difference.
     place, has_j = read.find(sums.output)
+
     along_others = others @ jnp.sum(read.rows * d_rows, axis=1) - jnp.sum(others * (mean @ d_rows.T), axis=1)
     along_j = jnp.where(has_j, jnp.sum(offsets * d_rows[place], axis=1) / total_mass[:, 0], 0)
     return _Values(

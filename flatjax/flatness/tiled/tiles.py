@@ -1,4 +1,4 @@
-"""A head in tiles of rows, with the logits of the samples there, so that all logits need never be at once."""
+"""A head in tiles of rows, with the logits of the samples there, so that all logits are never in memory at once."""
 
 from typing import NamedTuple
 
@@ -15,18 +15,18 @@ class Tile(NamedTuple):
 
     rows: Float[Array, "t m"]
     logits: Float[Array, "n t"]
-    """−∞ for the rows that were read before."""
+    """The logits; −∞ for the rows that were read before."""
     output: Integer[Array, ""]
-    """Which output the first row is of."""
+    """The output that the first row belongs to."""
     num_read: Integer[Array, ""]
-    """So many rows were read before: a last tile begins early, to be as large as the others."""
+    """How many of the rows were read before: a last tile begins early, to be as large as the others."""
 
     @property
     def places(self) -> Integer[Array, " t"]:
         return jnp.arange(len(self.rows), dtype=self.output.dtype)
 
     def is_output(self, outputs: Integer[Array, " n"]) -> Bool[Array, "n t"]:
-        """Where a row, if not read before, is the one of its sample's output."""
+        """Marks the row of each sample's output, if it was not read before."""
         place, inside = self.find(outputs)
         return self.places[None, :] == jnp.where(inside, place, -1)[:, None]
 
@@ -44,7 +44,10 @@ def tile(
     tile_size: int,
     i: Integer[Array, ""],
 ) -> Tile:
-    """Tile `i`, in the frame that `feats` are in, of a head whose rows are of the outputs from `first_output` on."""
+    """Reads tile `i` of a head, in the frame that `feats` are in.
+
+    The head's rows belong to the outputs from `first_output` on.
+    """
     start = _start(head, tile_size, i)
     rows, bias = take_rows(head, tile_size, i, feats.dtype)
     rows = (rows - frame.row[None, :]) / frame.unit
@@ -64,7 +67,7 @@ def take_rows(
 
 
 def rows_of(head: LinearHead, frame: Frame, outputs: Integer[Array, " n"]) -> Float[Array, "n m"]:
-    """The rows of some outputs, in the frame, and 0 for an output that the head has not."""
+    """The rows of some outputs, in the frame; 0 for an output that the head does not have."""
     inside = (outputs >= 0) & (outputs < head.num_outputs)
     rows = jnp.take(head.matrix, jnp.clip(outputs, 0, head.num_outputs - 1), axis=head.rows_axis)
     rows = (rows.T if head.rows_axis else rows).astype(frame.row.dtype)
@@ -72,7 +75,7 @@ def rows_of(head: LinearHead, frame: Frame, outputs: Integer[Array, " n"]) -> Fl
 
 
 def tile_indices(head: LinearHead, tile_size: int, dtype: jnp.dtype) -> Integer[Array, " _"]:
-    """Of the tiles that hold all rows, the last of them ragged."""
+    """The numbers of the tiles that hold all rows, the last of them ragged."""
     return jnp.arange(-(-head.num_outputs // tile_size), dtype=dtype)
 
 

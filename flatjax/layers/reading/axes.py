@@ -1,4 +1,4 @@
-"""Which of a kernel's axes the axes of an array run along that was made of the kernel."""
+"""Follow which of a kernel's axes the axes of an array run along that was made of the kernel."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ class Run(NamedTuple):
     """A stretch of an array's axis, along an axis of the kernel or along none."""
 
     axis: int | None
-    """The kernel's; None where entries were repeated or looked up."""
+    """The kernel's axis; None where entries were repeated or looked up."""
     size: int
     stride: int = 1
     """How many entries of the kernel's axis a step takes: above 1 for the outer part of an axis that was split."""
@@ -21,12 +21,12 @@ Axes = tuple[tuple[Run, ...], ...]
 
 
 class Selection(NamedTuple):
-    """One entry of a kernel's axis was taken: of a stack the kernel of one layer, of a table one row."""
+    """One entry that was taken of a kernel's axis: the kernel of one layer of a stack, or one row of a table."""
 
     index: Any
     """A number, the variable of a program that holds one or more of them, or None: the step of a loop."""
     is_looked_up: bool
-    """The index is an array: of every sample another entry may be taken."""
+    """Whether the index is an array: another entry may be taken for every sample."""
 
 
 class Reading(NamedTuple):
@@ -41,17 +41,17 @@ class Read(NamedTuple):
 
     axes: Axes
     selected: tuple[tuple[int, Selection], ...] = ()
-    """By the kernel's axis."""
+    """The selections, each with the kernel's axis."""
     is_rearranged: bool = True
-    """It holds entries of the kernel and nothing else: no number was changed, left out or put between."""
+    """Whether it holds entries of the kernel and nothing else: no number was changed, left out or put between."""
     earlier: tuple[Reading, ...] = ()
-    """What products with other parameters, as those of low-rank factors, have taken it for on the way."""
+    """What products with other parameters, such as those of low-rank factors, have taken it for on the way."""
     with_constant: tuple[Reading, ...] = ()
     """What a product with a constant, which may be data that the loss has closed over, took it for before those."""
 
     @classmethod
     def whole(cls, shape: Sequence[int]) -> "Read":
-        """The kernel itself."""
+        """Reads the kernel itself, with all its axes."""
         return cls(tuple((Run(axis, size),) for axis, size in enumerate(shape)))
 
     def named(self, places: Iterable[int]) -> tuple[int, ...]:
@@ -74,7 +74,7 @@ class Read(NamedTuple):
         return self._replace(axes=tuple(self.axes[place] for place in permutation))
 
     def reshaped(self, shape: Sequence[int]) -> "Read | None":
-        """None where an axis would begin in the middle of another, at no factor of its size."""
+        """The reshaped array; None where an axis would begin in the middle of another, at no factor of its size."""
         left = list(itertools.chain.from_iterable(self.axes))
         axes: list[tuple[Run, ...]] = []
         for size in shape:
@@ -100,7 +100,7 @@ class Read(NamedTuple):
         return self._replace(axes=kept)._without(dropped)
 
     def broadcast(self, shape: Sequence[int], places: Sequence[int]) -> "Read":
-        """Axis i of the array becomes axis `places[i]` of the result."""
+        """The broadcast array: axis i becomes axis `places[i]` of the result."""
         axes: list[tuple[Run, ...]] = [(Run(None, size),) for size in shape]
         for axis, place in zip(self.axes, places, strict=True):
             if _size(axis) == shape[place]:
@@ -116,7 +116,7 @@ class Read(NamedTuple):
         return self if axes == self.axes else self._replace(axes=axes, is_rearranged=False)
 
     def selecting(self, place: int, selection: Selection) -> "Read":
-        """One entry of an axis of the array is taken; the axis stays, with one entry of no axis of the kernel."""
+        """The array with one entry of an axis taken; the axis stays, with one entry of no axis of the kernel."""
         axes = (*self.axes[:place], (Run(None, 1),), *self.axes[place + 1 :])
         names = self.named([place])
         is_one_axis = len(self.axes[place]) == 1
@@ -130,7 +130,7 @@ class Read(NamedTuple):
         return self._replace(axes=(*self.axes[:place], axis, *self.axes[place:]))
 
     def _without(self, dropped: Iterable[Run]) -> "Read":
-        """Of axes of one entry that entry is taken."""
+        """Drops axes of one entry, and records that this entry is taken."""
         names = [run.axis for run in dropped if run.axis is not None]
         taken = tuple((name, Selection(0, is_looked_up=False)) for name in names)
         return self._replace(selected=(*self.selected, *taken))

@@ -1,4 +1,4 @@
-"""Which axes of a kernel are its features', and which a stack's: as the program reads it, or else refused by name."""
+"""Read which axes of a kernel are its features', and which a stack's, as the program uses it, or refuse it by name."""
 
 import jax.numpy as jnp
 
@@ -13,10 +13,10 @@ class MisreadKernelError(ValueError):
 
 
 def read_layer(program: Program, layer: str | Layer) -> Layer:
-    """The layer as the program uses it; one given with its axes is confirmed.
+    """Reads the layer as the program uses it; one given with its axes is confirmed.
 
     Raises:
-        MisreadKernelError: the program multiplies the kernel along other axes than those given; or, of a path alone,
+        MisreadKernelError: the program multiplies the kernel along other axes than those given; or, given only a path,
             it does not show which, or different ones in different places.
     """
     path = layer if isinstance(layer, str) else layer.path
@@ -53,7 +53,7 @@ def read_layer(program: Program, layer: str | Layer) -> Layer:
 
 
 def readable_kernels(program: Program) -> list[Layer]:
-    """All parameters that the program multiplies with features, whatever they are called."""
+    """Finds all parameters that the program multiplies with features, whatever they are called."""
     layers: list[Layer] = []
     for path, place in program.places.items():
         kernel = program.arguments[place]
@@ -67,7 +67,7 @@ def readable_kernels(program: Program) -> list[Layer]:
 
 
 def _confirmed(layer: Layer, shape: tuple[int, ...], uses: tuple[Use, ...]) -> Layer:
-    """A layer is one that some use reads as it was given, unless no use can be read."""
+    """Returns the layer as it was given, if some use reads it so, or if no use can be read."""
     readings = list(dict.fromkeys(reading for use in uses for reading in use.readings))
     if not readings or any(_agrees(layer, reading, shape) for reading in readings):
         return layer
@@ -81,7 +81,10 @@ def _confirmed(layer: Layer, shape: tuple[int, ...], uses: tuple[Use, ...]) -> L
 
 
 def _agrees(layer: Layer, reading: Reading, shape: tuple[int, ...]) -> bool:
-    """But for axes of one entry; and outputs may be taken apart, each a layer of its own."""
+    """Whether a reading is that of a layer, but for axes of one entry.
+
+    Outputs may be taken apart, each a layer of its own.
+    """
 
     def long(axes: tuple[int, ...]) -> set[int]:
         return {axis for axis in axes if shape[axis] > 1}
@@ -91,14 +94,17 @@ def _agrees(layer: Layer, reading: Reading, shape: tuple[int, ...]) -> bool:
 
 
 def _may_be_networks(reading: Reading, ndim: int) -> bool:
-    """Several networks of one input, or one layer whose first outputs' axis comes first: a product looks the same."""
+    """Whether the product may be one of several networks on one input.
+
+    A layer whose first outputs' axis comes first looks the same.
+    """
     features = reading.feature_axes
     outputs = [axis for axis in range(ndim) if axis not in (*features, *reading.stack_axes)]
     return bool(outputs and features) and outputs[0] < features[0] and outputs[-1] > features[-1]
 
 
 def as_call(layer: Layer) -> str:
-    """A layer as one would write it."""
+    """Writes a layer as one would in code."""
     stack = f", stack_axes={layer.stack_axes}" if layer.stack_axes else ""
     return f"Layer({layer.path!r}, feature_axes={layer.feature_axes}{stack})"
 

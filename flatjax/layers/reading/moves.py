@@ -68,7 +68,7 @@ def _sliced_anywhere(equation: JaxprEqn, operand: int, read: Read, origins: Orig
 
 
 def _part(read: Read, place: int, size: int, start: Any, *, is_looked_up: bool) -> Read:
-    """One entry of an axis is selected; of a longer part the axis stays."""
+    """Selects one entry of an axis; if the part is longer, the axis stays."""
     first, *others = read.axes[place]
     is_selected = size == 1 < first.size and first.axis is not None and not others
     return read.selecting(place, Selection(start, is_looked_up)) if is_selected else read
@@ -91,7 +91,7 @@ def _split(equation: JaxprEqn, _: int, read: Read, __: Origins) -> list[Read]:
 
 
 def _gathered(equation: JaxprEqn, operand: int, read: Read, _: Origins) -> list[Read] | None:
-    """Whole entries of one axis are looked up; other windows are not followed."""
+    """Follows look-ups of whole entries of one axis; other windows are not followed."""
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
     if operand or len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
         return None
@@ -157,7 +157,10 @@ JOINS = ("concatenate", "stack", "dynamic_update_slice")
 
 
 def joined(equation: JaxprEqn, reads: Mapping[int, Read]) -> Read | None:
-    """The axes that it keeps; of an axis along which others are put beside it no part can be told from the rest."""
+    """Follows a kernel that becomes a part of a larger array: which axes it keeps.
+
+    Along an axis where others are put beside it, no part can be told from the rest.
+    """
     name, sizes = equation.primitive.name, sizes_of(equation.outvars[0])
     if name == "stack":
         axis = equation.params["axis"]

@@ -1,6 +1,6 @@
 """The loss as a function of a layer's outputs, with the layer's features, read off the program of the loss.
 
-The products of matrices that a kernel enters are looked up in the program of the loss: the features are the other
+The products of matrices that a kernel enters are looked up in the program of the loss. The features are the other
 operand, and a shift of the outputs is added to the result. So no model has to be rewritten for its hidden layers to be
 read, whatever it is written in.
 """
@@ -21,16 +21,16 @@ from flatjax.layers.reading.uses import Use, uses_of
 
 
 class LayerOutputs(NamedTuple):
-    """Where a layer lies in a loss."""
+    """The place of a layer in a loss."""
 
     rows: tuple[int, ...]
-    """The shape of all feature vectors, as (samples, tokens)."""
+    """The shape of all feature vectors, for example (samples, tokens)."""
     is_last: bool
-    """Nothing between the layer's outputs and the loss is a product of matrices or a convolution."""
+    """Whether nothing between the layer's outputs and the loss is a product of matrices or a convolution."""
     is_before_attention: bool
-    """A product of one array with another for each entry of a batch follows, as that of queries with keys."""
+    """Whether a product of one array with another for each entry of a batch follows, as that of queries with keys."""
     shifted: Callable[[Float[Array, "n d"], Integer[Array, ""] | int], tuple[Float[Array, ""], Float[Array, "n m"]]]
-    """The loss when the outputs are shifted, and the features, the rows in one axis; of a stack, those of one layer.
+    """The loss when the outputs are shifted, and the features, the rows in one axis; in a stack, those of one layer.
 
     A row that is not of that layer has no shift and the features 0.
     """
@@ -63,7 +63,7 @@ def layer_outputs(program: Program, layer: Layer) -> LayerOutputs:
 
 
 def try_layer_outputs(program: Program, layer: Layer) -> LayerOutputs | None:
-    """`layer_outputs`, or None where a layer does not enter the loss by one product of matrices."""
+    """Finds a layer in a loss; None where it does not enter the loss by one product of matrices."""
     try:
         return layer_outputs(program, layer)
     except NotOneProductError:
@@ -86,7 +86,7 @@ def _check_one_a_layer(program: Jaxpr, layer: Layer, uses: Sequence[Use], produc
 
 
 def _loops(program: Jaxpr, place: Sequence[int]) -> Iterator[JaxprEqn]:
-    """Those that an equation lies in."""
+    """The loops that an equation lies in."""
     for number in place[:-1]:
         equation = program.eqns[number]
         name = equation.primitive.name
@@ -118,7 +118,7 @@ def _later(program: Jaxpr, place: Sequence[int]) -> list[JaxprEqn]:
 
 
 def _products(equations: Iterable[JaxprEqn]) -> Iterator[JaxprEqn]:
-    """Those of matrices, and convolutions, among equations and in what they call."""
+    """The products of matrices, and convolutions, among equations and in what they call."""
     for equation in equations:
         if equation.primitive.name in ("dot_general", "ragged_dot_general", "conv_general_dilated"):
             yield equation
@@ -127,7 +127,7 @@ def _products(equations: Iterable[JaxprEqn]) -> Iterator[JaxprEqn]:
 
 
 def _is_of_tokens(product: JaxprEqn) -> bool:
-    """For each entry of a batch, of many rows of one array with many of another."""
+    """Whether a product is, for each entry of a batch, of many rows of one array with many of another."""
     if product.primitive.name != "dot_general":
         return False
     contracted, batched = product.params["dimension_numbers"]

@@ -23,16 +23,16 @@ _ROLES = ("stack", "row", "output")
 
 
 class _Place(NamedTuple):
-    """An axis of the result of a product: of a stack, of the feature vectors or of the outputs."""
+    """An axis of the result of a product: that of a stack, of the feature vectors or of the outputs."""
 
     role: str
     number: int
-    """Which of its kind."""
+    """Its number among those of its kind."""
     size: int
 
 
 class LayerProduct(NamedTuple):
-    """How the result of a product is laid out."""
+    """The layout of the result of a product."""
 
     equation: JaxprEqn
     operand: int
@@ -42,7 +42,7 @@ class LayerProduct(NamedTuple):
     features: tuple[int, ...]
     """The axes of the features that are summed over, in the order of the kernel's."""
     places: tuple[_Place, ...]
-    """What the axes of the result are."""
+    """The places that the axes of the result take."""
     row_axes: tuple[int, ...]
     """The axes of the other operand that hold the feature vectors."""
     stack_axes: Mapping[int, int]
@@ -54,7 +54,7 @@ class LayerProduct(NamedTuple):
         return tuple(other[axis] for axis in self.row_axes)
 
     def fixed_index(self, axis: int) -> int | None:
-        """Which entry of an axis of a stack it is the product with, where that is one and known."""
+        """The one entry of an axis of a stack that the product is with, where it is known; else None."""
         selection = self._selection(axis)
         return selection.index if selection is not None and isinstance(selection.index, int) else None
 
@@ -93,7 +93,7 @@ class LayerProduct(NamedTuple):
     def _is_of_layer(
         self, operands: Sequence[Any], known: Mapping[Var, Any], entries: Mapping[int, Any]
     ) -> Bool[Array, "..."] | None:
-        """Of which feature vectors it is the layer that is asked for; None where it is of all."""
+        """Marks the feature vectors that meet the layer that is asked for; None where all do."""
         masks = []
         for axis, entry in entries.items():
             if self.equation.primitive.name == "ragged_dot_general":
@@ -117,7 +117,7 @@ class LayerProduct(NamedTuple):
         return None if not masks else jnp.all(jnp.stack(masks), axis=0)
 
     def _laid_out(self, shift: Float[Array, "n d"], entries: Mapping[int, Any]) -> Array:
-        """A shift of a layer's outputs as one of the result."""
+        """Lays a shift of a layer's outputs out as one of the result."""
         by_role = sorted(self.places, key=lambda place: (_ROLES.index(place.role), place.number))
         stacked = [place for place in by_role if place.role == "stack"]
         rest = shift.reshape([place.size for place in by_role[len(stacked) :]])
@@ -132,7 +132,7 @@ class LayerProduct(NamedTuple):
 
 
 def layer_product(use: Use, layer: Layer, shape: tuple[int, ...]) -> LayerProduct:
-    """The product that a use of a kernel is.
+    """Reads a use of a kernel as a product.
 
     Raises:
         NotOneProductError: it is none, or not with the kernel as it is.

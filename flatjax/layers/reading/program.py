@@ -13,17 +13,17 @@ from flatjax.curvature.products import checked_scalar
 
 CALLS = ("jit", "pjit", "checkpoint", "remat", "remat2", "closed_call", "core_call", "custom_jvp_call",
          "custom_vjp_call", "custom_vjp_call_jaxpr", "shard_map", "custom_lin")  # fmt: skip
-"""Operations that are a program of their own, of the same operands and results."""
+"""Operations that are a program of their own, with the same operands and results."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A loss, traced, with what it is called with."""
+    """A traced loss, with what it is called with."""
 
     traced: ClosedJaxpr
     arguments: list[Any]
     places: dict[str, int]
-    """The parameters' among the arguments, by path."""
+    """The places of the parameters among the arguments, by path."""
 
     @classmethod
     def of(cls, loss_fn: Callable[..., Any], params: Tree, batch: tuple[Any, ...]) -> "Program":
@@ -34,7 +34,7 @@ class Program:
 
     @functools.cached_property
     def origins(self) -> "Origins":
-        """Whence its values come: the batch is data; where there is none, what the loss has closed over is."""
+        """Where the values come from: the batch is data; without a batch, what the loss has closed over is."""
         program, num_params = self.traced.jaxpr, len(self.places)
         params, batch = program.invars[:num_params], program.invars[num_params:]
         return Origins.of(program, params, batch or program.constvars)
@@ -54,11 +54,11 @@ class Origins(NamedTuple):
         return isinstance(value, Var) and value in self.of_data
 
     def is_parameter(self, value: Any) -> bool:
-        """Made of parameters and of no data."""
+        """Whether a value is made of parameters and of no data."""
         return isinstance(value, Var) and value in self.of_params and value not in self.of_data
 
     def within(self, program: Jaxpr, inner: Sequence[Var], outer: Sequence[Any]) -> "Origins":
-        """The same in a program that is called, whose variables `inner` are given the values `outer`."""
+        """The origins in a program that is called, whose variables `inner` are given the values `outer`."""
         pairs = [(var, value) for var, value in zip(inner, outer, strict=True) if isinstance(value, Var)]
         return Origins.of(
             program,
@@ -67,7 +67,10 @@ class Origins(NamedTuple):
         )
 
     def within_loop(self, program: Jaxpr, outer: Sequence[Any], first_carry: int, num_carry: int) -> "Origins":
-        """The same in the body of a `scan`: what is carried is made of what it begins as, and of what a step adds."""
+        """The origins in the body of a `scan`.
+
+        What is carried is made of what it begins as, and of what a step adds.
+        """
         inner = list(program.invars)
         origins, before = self.within(program, inner, outer), None
         while origins != before:
@@ -84,7 +87,7 @@ class Origins(NamedTuple):
 
 
 def called(equation: JaxprEqn) -> Jaxpr | None:
-    """The program that a call is of; None for another operation."""
+    """The program that a call runs; None for another operation."""
     if equation.primitive.name not in CALLS:
         return None
     params = equation.params

@@ -1,4 +1,4 @@
-"""A program run again, with the outputs of a layer shifted where they arise."""
+"""Run a program again, with the outputs of a layer shifted where they arise."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from flatjax.layers.reading.products import LayerProduct
 from flatjax.layers.reading.program import called
 
 Products = Mapping[tuple[int, ...], LayerProduct]
-"""By the numbers of the equations that they lie in, and their own."""
+"""Products by their places: the numbers of the equations that they lie in, and their own."""
 
 
 def rerun(
@@ -24,7 +24,10 @@ def rerun(
     index: Integer[Array, ""] | int,
     steps: Mapping[Var, Any] | None = None,
 ) -> tuple[list[Any], Float[Array, "n m"]]:
-    """The results, and the features of the layer at `index`; `arguments` begin with the program's constants."""
+    """Runs a program again: the results, and the features of the layer at `index`.
+
+    The `arguments` begin with the program's constants.
+    """
     steps = steps or {}
     given = [*program.constvars, *program.invars]
     values: dict[Var, Any] = dict(zip(given, arguments, strict=True))

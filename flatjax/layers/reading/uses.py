@@ -1,8 +1,9 @@
-"""How a program uses a kernel: along which axes it is multiplied with features, and which are those of a stack.
+"""Find how a program uses a kernel: along which axes it is multiplied with features, and which are those of a stack.
 
-The program of a loss is followed from the kernel on, through whatever leaves its axes apart: moves and slices, entry by
-entry operations as those of a norm or a mask, products with other parameters, calls and loops. What it meets data in
-tells which axes the features run along. Nothing is assumed: a use that does not tell is a use that cannot be read.
+The program of a loss is followed from the kernel on, through whatever leaves its axes apart: moves and slices,
+operations entry by entry as those of a norm or a mask, products with other parameters, calls and loops. Where it meets
+data, that tells which axes the features run along. Nothing is assumed: a use that does not tell is a use that cannot be
+read.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,22 +25,22 @@ class Mixed(NamedTuple):
 
 
 class Use(NamedTuple):
-    """Where a kernel meets data."""
+    """A place where a kernel meets data."""
 
     by: str
-    """The operation."""
+    """The name of the operation."""
     readings: tuple[Reading, ...]
     """What it may take the kernel's axes for; none where that cannot be seen."""
     place: tuple[int, ...]
     """The number of the equation, after those of the calls and loops that it lies in."""
     equation: JaxprEqn
     operand: int
-    """Which one holds the kernel."""
+    """The number of the operand that holds the kernel."""
     read: Read | Mixed
 
 
 class Uses(NamedTuple):
-    """What a program does with a kernel."""
+    """All that a program does with a kernel."""
 
     of_data: tuple[Use, ...]
     of_parameters: tuple[Use, ...]
@@ -51,7 +52,7 @@ class Uses(NamedTuple):
 
 
 def uses_of(program: Program, path: str) -> Uses:
-    """The uses of a parameter in a loss."""
+    """Finds the uses of a parameter in a loss."""
     jaxpr = program.traced.jaxpr
     kernel = jaxpr.invars[program.places[path]]
     uses, _ = _Follower(sizes_of(kernel)).follow(jaxpr, {kernel: Read.whole(sizes_of(kernel))}, program.origins)
@@ -62,7 +63,7 @@ Made = Read | Mixed
 
 
 class _Step(NamedTuple):
-    """What an equation does: what its results are made of, and what it tells."""
+    """What the results of an equation are made of, and what it tells."""
 
     results: Mapping[int, Made]
     uses: tuple[Use, ...] = ()
@@ -105,6 +106,7 @@ class _Follower(NamedTuple):
             return self._of_branches(equation, entering, origins)
         if called(equation) is not None:
             return self._of_call(equation, entering, origins)
+        # In the order of what they tell: a product most, a move nothing yet, and what no rule follows is lost.
         operand, read = next(iter(reads.items()))
         if len(entering) == 1 and name in _PRODUCTS and (operand == 1 or name == "dot_general"):
             return self._of_product(equation, operand, read, origins)
@@ -126,11 +128,15 @@ class _Follower(NamedTuple):
         return self._lost(equation, entering, origins)
 
     def _by_entry(self, equation: JaxprEqn, reads: dict[int, Read], origins: Origins) -> Read | None:
-        """The axes are still apart after an operation entry by entry; with data, if it is linear in the kernel."""
+        """Follows an operation entry by entry, which leaves the axes apart.
+
+        With data, it must be linear in the kernel.
+        """
         result = equation.outvars[0]
         if any(len(read.axes) != len(sizes_of(result)) for read in reads.values()):
             return None
         if origins.is_data(result):
+            # What is not linear in the kernel, as max(w, x), is no product of it with data.
             name = equation.primitive.name
             places = [0] if name == "div" else [1, 2] if name == "select_n" else [0, 1]
             if name not in _LINEAR_BY_ENTRY or not all(operand in places for operand in reads) or len(reads) > 1:
@@ -141,7 +147,7 @@ class _Follower(NamedTuple):
         return read.broadcast(sizes_of(result), range(len(read.axes))).changed()
 
     def _of_reduction(self, equation: JaxprEqn, operand: int, read: Read, origins: Origins) -> _Step:
-        """A sum of products with data, entry by entry, is a product of matrices; other sums take axes away."""
+        """Follows a sum. One of products with data, entry by entry, is a product of matrices; others take axes away."""
         axes = equation.params["axes"]
         kept = [place for place in range(len(read.axes)) if place not in axes]
         summed = read.named(axes)
@@ -173,6 +179,7 @@ class _Follower(NamedTuple):
     ) -> tuple[Reading, ...]:
         """What the axes are taken for by a sum of products over some of them; none if that cannot be told."""
         selected = read.selected_axes
+        # Each axis must have one role, and each longer than one entry must have some: else the reading is a guess.
         groups = [set(summed), set(stacked), set(free), set(selected)]
         known = set().union(*groups)
         is_apart = sum(map(len, groups)) == len(known)
@@ -186,7 +193,7 @@ class _Follower(NamedTuple):
         return (Reading(tuple(sorted(summed)), stack),)
 
     def _lost(self, equation: JaxprEqn, entering: Mapping[int, Made], origins: Origins) -> _Step:
-        """The axes are no longer apart: with data that is a use, and else not yet."""
+        """Follows an operation that mixes the axes: with data that is a use, and else not yet."""
         operand, value = min(entering.items(), key=lambda item: isinstance(item[1], Mixed))
         is_looked_up = isinstance(value, Read) and value.is_looked_up
         by = equation.primitive.name if isinstance(value, Read) else value.by
@@ -224,6 +231,7 @@ class _Follower(NamedTuple):
         uses: list[Use] = []
         of_parameters: list[Use] = []
         results: list[list[Made | None]] = []
+        # Any branch may run, so what all of them tell is kept, and a result is followed only if all agree on it.
         for number, branch in enumerate(equation.params["branches"]):
             program, operands = branch.jaxpr, equation.invars[1:]
             inner = {program.invars[operand - 1]: value for operand, value in entering.items() if operand}
@@ -235,7 +243,10 @@ class _Follower(NamedTuple):
         return _Step(_known(agreed), tuple(uses), tuple(of_parameters))
 
     def _of_scan(self, equation: JaxprEqn, entering: dict[int, Made], origins: Origins) -> _Step:
-        """A loop over steps: a stack is taken apart along its first axis, and what is carried must stay as it is."""
+        """Follows a loop over steps.
+
+        A stack is taken apart along its first axis, and what is carried must stay as it is.
+        """
         program, params = equation.params["jaxpr"].jaxpr, equation.params
         first_carry = params["num_consts"]
         first_stack = first_carry + params["num_carry"]
@@ -247,6 +258,7 @@ class _Follower(NamedTuple):
             if operand >= first_stack and isinstance(value, Read):
                 value = value.selecting(0, Selection(variable, is_looked_up=False)).squeezed([0])
             elif first_carry <= operand < first_stack:
+                # A carry that a step changes is another array at each step, and no part of the kernel any longer.
                 result = operand - first_carry
                 if program.outvars[result] is variable:
                     unchanged[result] = value
@@ -279,7 +291,7 @@ _REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_
 
 
 class _Roles(NamedTuple):
-    """Which axes of the kernel a product sums over, takes one by one, and leaves."""
+    """The axes of the kernel that a product sums over, takes one by one, and leaves."""
 
     summed: tuple[int, ...]
     stacked: tuple[int, ...]
@@ -303,7 +315,10 @@ def _roles(read: Read, summed: Sequence[int], stacked: Sequence[int]) -> _Roles:
 
 
 def _of_convolution(equation: JaxprEqn, _: int, read: Read, shape: Sequence[int]) -> _Roles:
-    """Networks side by side are one convolution in as many groups, whose outputs are led by an axis of theirs."""
+    """Reads the roles of axes in a convolution.
+
+    Networks side by side are one convolution in as many groups, whose outputs are led by an axis of theirs.
+    """
     out, *summed = equation.params["dimension_numbers"].rhs_spec
     groups, runs = equation.params["feature_group_count"], list(read.axes[out])
     stacked: list[int] = []
@@ -336,7 +351,7 @@ def _axes_of_factor(equation: JaxprEqn, operand: int, read: Read, summed: Sequen
 
 
 def _entering(variable: Var, value: Made) -> Made:
-    """Within a `jax.shard_map` an array is a part of itself."""
+    """The array within a `jax.shard_map`, where it is a part of itself."""
     return value.resized(sizes_of(variable)) if isinstance(value, Read) else value
 
 

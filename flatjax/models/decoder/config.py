@@ -1,4 +1,4 @@
-"""What kind of decoder it is."""
+"""The configurations of decoders, by which they are GPT-2, GPT-NeoX, Llama, Qwen-2 or Qwen-3."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,20 +9,20 @@ from typing import Any, Literal
 class RotaryScaling:
     """Llama-3's stretching of rotary positions to a context longer than the one trained on at first.
 
-    Turns slower than `low_frequency_factor` a context are slowed by `factor`, those faster than
-    `high_frequency_factor` are kept, and what lies between goes over from one to the other.
+    Turns slower than `low_frequency_factor` a context are slowed by `factor`. Those faster than `high_frequency_factor`
+    are kept. What lies between goes over from one to the other.
     """
 
     factor: float
     low_frequency_factor: float
     high_frequency_factor: float
     context: int
-    """The one trained on at first."""
+    """The context that was trained on at first."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """What kind of `Decoder` it is; the defaults are a small Llama's.
+    """The kind of a `Decoder`; the defaults are a small Llama's.
 
     `dataclasses.asdict` gives what JSON can hold, and `DecoderConfig(**values)` reads it again.
 
@@ -38,35 +38,38 @@ class DecoderConfig:
 
     vocab_size: int
     width: int
-    """Of the residual stream."""
+    """The width of the residual stream."""
     depth: int
     num_heads: int
     num_key_value_heads: int | None = None
-    """Each shared by `num_heads / num_key_value_heads` queries; by default `num_heads`."""
+    """The number of heads of keys and values, each shared by `num_heads / num_key_value_heads` queries.
+
+    By default `num_heads`.
+    """
     head_width: int | None = None
-    """By default `width / num_heads`."""
+    """The width of a head; by default `width / num_heads`."""
     inner_width: int | None = None
-    """Of the perceptrons; by default `4 width`."""
+    """The width of the perceptrons; by default `4 width`."""
     context: int = 1024
-    """How many positions there are, if they are learned."""
+    """The number of positions, if they are learned."""
     positions: Literal["learned", "rotary"] = "rotary"
     rotary_share: float = 1.0
-    """Of a head's width that is rotated."""
+    """The share of a head's width that is rotated."""
     rotary_base: float = 10_000.0
     rotary_scaling: RotaryScaling | Mapping[str, Any] | None = None
-    """A mapping, as JSON has it, is read."""
+    """The stretching of rotary positions; a mapping, as JSON has it, is read too."""
     norm: Literal["layer", "rms"] = "rms"
     norm_epsilon: float = 1e-6
     activation: Literal["gelu", "gelu_tanh", "silu"] = "silu"
     gated: bool = True
     parallel: bool = False
-    """Attention and perceptron of a block read the same stream."""
+    """Whether attention and perceptron of a block read the same stream."""
     query_key_value_bias: bool = False
     output_bias: bool = False
     perceptron_bias: bool = False
     query_key_norm: bool = False
     tied: bool = True
-    """The head is the token embedding."""
+    """Whether the head is the token embedding."""
 
     def __post_init__(self):
         if isinstance(self.rotary_scaling, Mapping):
@@ -93,7 +96,7 @@ class DecoderConfig:
 
     @property
     def width_within(self) -> int:
-        """Of the perceptrons."""
+        """The width of the perceptrons."""
         return self.inner_width or 4 * self.width
 
     @property

@@ -18,10 +18,10 @@ class Decoder(nnx.Module):
     Tokens outside of the vocabulary, negative ones among them, give NaN.
 
     Args:
-        config: what kind of decoder it is.
-        dtype: that it computes in; normalisation and softmax are in float32 at least.
-        param_dtype: of its parameters.
-        rngs: to draw them with.
+        config: the kind of decoder.
+        dtype: the dtype that it computes in; normalisation and softmax are in float32 at least.
+        param_dtype: the dtype of its parameters.
+        rngs: the random keys to draw them with.
 
     Raises:
         ValueError: when it is called, a text longer than the positions that were learned.
@@ -72,7 +72,7 @@ class Decoder(nnx.Module):
         return self.token_embedding.attend(feats) if self.head is None else self.head(feats)
 
     def features(self, tokens: Int[Array, "n t"]) -> Float[Array, "n t m"]:
-        """What enters the head, at every position."""
+        """The features that enter the head, at every position."""
         x = self.embed(tokens)
         for block in self.blocks:
             x = block(x)
@@ -98,7 +98,10 @@ class Decoder(nnx.Module):
         return x + self.position_embedding(jnp.arange(tokens.shape[1]))[None]
 
     def head_params(self) -> HeadParams:
-        """{"kernel": (m, d)}, or {"embedding": (d, m)} of a tied head: what `flatjax.relative_flatness` takes."""
+        """The head, as `flatjax.relative_flatness` takes it: {"kernel": (m, d)}, or {"embedding".
+
+        (d, m)} if it is tied.
+        """
         return nnx.state(self.token_embedding if self.head is None else self.head, nnx.Param)
 
 

@@ -1,4 +1,4 @@
-"""What a decoder's blocks are made of: normalisation, attention with grouped queries, and a perceptron."""
+"""Parts of a decoder's blocks: normalisation, attention with grouped queries, and a perceptron."""
 
 import functools
 import math
@@ -54,7 +54,7 @@ class Norm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Causal; each head of keys and values is shared by a group of queries."""
+    """Causal attention; each head of keys and values is shared by a group of queries."""
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         self.config = config
@@ -106,7 +106,7 @@ def attend(
 
 
 class Perceptron(nnx.Module):
-    """down(f(up x)), or gated: down(f(gate x) · up x)."""
+    """A perceptron down(f(up x)), or gated: down(f(gate x) · up x)."""
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         self.activation = config.activation
@@ -125,5 +125,5 @@ class Perceptron(nnx.Module):
 
 
 def residual_init(config: DecoderConfig) -> nnx.Initializer:
-    """So that the stream does not grow with the depth: 2 · depth of these are added to it."""
+    """Initialises what is added to the stream, 2 · depth times, so that it does not grow with the depth."""
     return nnx.initializers.variance_scaling(0.5 / config.depth, "fan_in", "truncated_normal")

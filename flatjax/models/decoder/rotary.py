@@ -11,7 +11,7 @@ from flatjax.models.decoder.config import DecoderConfig, RotaryScaling
 
 
 def rotate(x: Float[Array, "n t h k"], config: DecoderConfig) -> Float[Array, "n t h k"]:
-    """x at the positions 0 … t − 1, of which pairs (j, j + r/2) of the first r entries are turned.
+    """Turns x at the positions 0 … t − 1: pairs (j, j + r/2) of the first r entries of a head.
 
     References:
         Su et al.: *RoFormer: Enhanced Transformer with Rotary Position Embedding*, 2021.
@@ -26,7 +26,7 @@ def rotate(x: Float[Array, "n t h k"], config: DecoderConfig) -> Float[Array, "n
 
 
 def frequencies(config: DecoderConfig) -> np.ndarray:
-    """Radians a position, one a pair."""
+    """The frequencies in radians a position, one a pair."""
     width = config.rotary_width
     usual = config.rotary_base ** -(np.arange(0, width, 2) / width)
     return _stretched(usual, config.rotary_scaling) if isinstance(config.rotary_scaling, RotaryScaling) else usual

@@ -1,4 +1,4 @@
-"""How a decoder is spread over devices."""
+"""Spread the parameters of a decoder over devices."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from flatjax.core.trees import leaf_path
 
 
 def decoder_shardings(params: Any, mesh: Mesh, data: str = "data", model: str = "model") -> Any:
-    """How each of a decoder's parameters is spread over a mesh, in the tree of the parameters.
+    """Says how each of a decoder's parameters is spread over a mesh, in the tree of the parameters.
 
     The tokens of the vocabulary, the heads of attention and the inner width of the perceptrons are split along the axis
     `model`, where they can be divided by its size; all else, and all along `data`, is replicated. So each block sums
@@ -47,7 +47,7 @@ def decoder_shardings(params: Any, mesh: Mesh, data: str = "data", model: str = 
 
 
 def leaf_spec(path: str, shape: tuple[int, ...], mesh: Mesh, model: str = "model") -> PartitionSpec:
-    """How the parameter at a path, as "blocks/0/attention/query/kernel", is split."""
+    """Says how the parameter at a path, for example "blocks/0/attention/query/kernel", is split."""
     layer, leaf = path.split("/")[-2:]
     axis = None
     if layer == "token_embedding" or (layer in ("output", "down") and leaf == "kernel"):
@@ -59,19 +59,19 @@ def leaf_spec(path: str, shape: tuple[int, ...], mesh: Mesh, model: str = "model
 
 
 def stream_sharding(x: Float[Array, "*leading m"]) -> NamedSharding | None:
-    """That of x with its last axis whole, which on an explicit mesh must be said of a sum over a split axis."""
+    """The sharding of x with its last axis whole: on an explicit mesh it must be said for a sum over a split axis."""
     mesh = explicit_mesh(x)
     return None if mesh is None else NamedSharding(mesh, PartitionSpec(*_spec(x)[:-1], None))
 
 
 def embedding_sharding(tokens: Int[Array, "n t"], embedding: Float[Array, "d m"]) -> NamedSharding | None:
-    """That of what is looked up, which on an explicit mesh must be said."""
+    """The sharding of what is looked up, which on an explicit mesh must be said."""
     mesh = explicit_mesh((tokens, embedding))
     return None if mesh is None else NamedSharding(mesh, PartitionSpec(*_spec(tokens), None))
 
 
 def with_whole_heads(y: Float[Array, "n t c"], num_heads: int) -> Float[Array, "n t c"]:
-    """y, gathered if it is split along its last axis into pieces that are not whole heads."""
+    """Gathers y if it is split along its last axis into pieces that are not whole heads."""
     mesh, (*_, axis) = explicit_mesh(y), _spec(y)
     if mesh is None or axis is None or num_heads % mesh.shape[axis] == 0:
         return y
