@@ -12,7 +12,7 @@ from flatjax.training import confidence_penalty, label_smoothing
 LONGEST = 900
 
 
-FUNCTIONS = [value for name in flatjax.__all__ if inspect.isfunction(value := getattr(flatjax, name))]
+FUNCTIONS = [value for name in dir(flatjax) if inspect.isfunction(value := getattr(flatjax, name))]
 METHODS = [flatjax.ClassMoments.init, flatjax.ClassMoments.update]
 
 
