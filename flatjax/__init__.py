@@ -22,6 +22,8 @@ The folders, in reading order:
 * `flatjax.training`: regularisers by flatness and collapse, and what they are compared with (SAM, SAF, MESA).
 * `flatjax.models`: a perceptron, ResNet-18, ViT, a transformer, and a decoder of five families, in Flax NNX.
 * `flatjax.loading`: published checkpoints of language models, read into that decoder.
+* `flatjax.diagnosis`: what a language model's checkpoint is like, measured and put on one page.
+* `flatjax.run`: the folder, the records, the options and the progress of a run, for experiments and the diagnosis.
 
 Beside them lie `heads`, `samples`, `losses` and `checks` (what goes in), and below all `core`, the ground floor; both
 are private: what they have for callers is imported from `flatjax`.
@@ -46,6 +48,7 @@ from flatjax.flatness.robustness import feature_robustness as feature_robustness
 from flatjax.layers.flatness import layer_relative_flatness as layer_relative_flatness
 from flatjax.layers.kernels import Layer as Layer
 from flatjax.layers.profile import flatness_profile as flatness_profile
+from flatjax.layers.sampled import sampled_flatness as sampled_flatness
 from flatjax.losses import cross_entropy as cross_entropy
 from flatjax.representations.geometry import representation_geometry as representation_geometry
 from flatjax.representations.jacobians import residual_jacobians as residual_jacobians

@@ -5,3 +5,4 @@ from flatjax.layers.kernels import Layer as Layer
 from flatjax.layers.kernels import find_layers as find_layers
 from flatjax.layers.profile import flatness_profile as flatness_profile
 from flatjax.layers.record import FlatnessProfile as FlatnessProfile
+from flatjax.layers.sampled import sampled_flatness as sampled_flatness

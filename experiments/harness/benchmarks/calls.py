@@ -106,6 +106,7 @@ def _of_networks(net: Any, feats: Any, labels: Any, key: Any) -> dict[str, Call]
         return flat.update(params, state, params, feats=x, labels=y)
 
     probe = partial(flatjax.layer_relative_flatness, loss)
+    sampled = partial(flatjax.sampled_flatness, loss)
     profile = partial(flatjax.flatness_profile, loss, route="layerwise", key=key)
     return {
         "collapse_reg": Call(of_batch, (net, collapsed.init(net), feats, labels)),
@@ -113,6 +114,7 @@ def _of_networks(net: Any, feats: Any, labels: Any, key: Any) -> dict[str, Call]
         "flatness_profile": Call(profile, (net, [(feats, labels)]), can_be_jitted=False),
         "layer_relative_flatness": Call(probe, (net, feats, labels), {"layer": "hidden/kernel", "key": key}),
         "layer_relative_flatness of the head": Call(probe, (net, feats, labels), {"layer": "head/kernel"}),
+        "sampled_flatness": Call(sampled, (net, feats, labels), {"layers": ("hidden/kernel",), "key": key}),
     }
 
 
