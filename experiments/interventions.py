@@ -1,4 +1,4 @@
-"""Is it flatness or collapse? Training that drives either up, holds it at a level, or lets it go again.
+"""Tell flatness from collapse: training drives either up, holds it at a level, or lets it go again.
 
     python experiments/interventions.py                        # x + y mod 23: about 20 min on 2 cores
     python experiments/interventions.py --task digits          # about 5 min
@@ -59,77 +59,77 @@ class Config:
     """Drive flatness or collapse, hold them, or let them go, and see when the network generalizes."""
 
     task: Literal["modular", "digits", "mnist", "fashion-mnist", "cifar10"] = "modular"
-    """Modular addition by a transformer, or images by a perceptron."""
+    """Task to learn: modular addition by a transformer, or images by a perceptron."""
     data_dir: Path | None = None
-    """The folder of the images' files, but for the digits."""
+    """Folder of the images' files; the digits need none."""
     groups: tuple[Group, ...] = ("pushed", "controls", "held", "unplugged")
-    """Which arms, beside the baseline."""
+    """Groups of arms to train beside the baseline."""
     quantities: tuple[Quantity, ...] = QUANTITIES
-    """Of which quantities."""
+    """Quantities to drive and to hold."""
     full: bool = False
-    """More strengths and levels, the controls of every strength, 10 seeds."""
+    """Run more strengths and levels, the controls of every strength, and 10 seeds."""
     modulus: int = 23
-    """Of the modular task."""
+    """Modulus p of the modular task."""
     train_share: float = 0.8
-    """Of its equations."""
+    """Share of the modular equations that the network trains on."""
     num_train: int = 200
-    """Images to train on."""
+    """Number of images to train on."""
     num_held_out: int = 2000
-    """Images held out, at most; of the digits there are 359."""
+    """Largest number of images to hold out; the digits have 359."""
     width: int = 0
-    """Of the network; 0 is 32 of the transformer, 64 of the perceptron."""
+    """Width of the network; 0 stands for 32 in the transformer, 64 in the perceptron."""
     depth: int = 0
-    """Blocks, 0 is 1; or hidden layers, 0 is 2."""
+    """Number of blocks, where 0 stands for 1, or of hidden layers, where 0 stands for 2."""
     learning_rate: float = 0.0
-    """Of AdamW; 0 is 5e-3 and 1e-3."""
+    """Learning rate of AdamW; 0 stands for 5e-3 in the modular task, 1e-3 with images."""
     weight_decay: float | None = None
-    """Of AdamW, decoupled; by default 1 and 0.1."""
+    """Decoupled weight decay of AdamW; by default 1 in the modular task, 0.1 with images."""
     batch_size: int = 0
-    """Samples a step; 0 is all, so that every class has its mean."""
+    """Samples per step; 0 stands for all, so that every class has its mean."""
     feature_norm: float = 0.0
-    """R, what the norm of a sample's features is held to; 0 is by the task."""
+    """Largest norm R of a sample's features; 0 stands for the task's default."""
     head_norm: float = 0.0
-    """B, what ‖W‖_F is held to; 0 is by the task."""
+    """Largest norm B of the head, ‖W‖_F; 0 stands for the task's default."""
     sphere: bool = False
-    """All features have the norm R, as in the published interventions, where R = 1 and B = 50."""
+    """Give all features the norm R, as in the published interventions, where R = 1 and B = 50."""
     softness: float = 1e-3
-    """In the NCC of pushed arms so many times R² is added to the squared distance of two class means."""
+    """Softening of NCC in pushed arms: this many times R² is added to the squared distance of two class means."""
     kappa_strengths: tuple[float, ...] = ()
-    """λ of κ, negative where κ is driven up; by the task."""
+    """Strengths λ of κ, negative where κ is driven up; the default depends on the task."""
     simplified_strengths: tuple[float, ...] = ()
-    """λ of κ̂; by the task."""
+    """Strengths λ of κ̂; the default depends on the task."""
     ncc_strengths: tuple[float, ...] = ()
-    """λ of NCC; by the task."""
+    """Strengths λ of NCC; the default depends on the task."""
     kappa_levels: tuple[float, ...] = ()
-    """κ*; by the task."""
+    """Levels κ* to hold κ at; the default depends on the task."""
     simplified_levels: tuple[float, ...] = ()
-    """κ̂*; by the task."""
+    """Levels κ̂* to hold κ̂ at; the default depends on the task."""
     ncc_levels: tuple[float, ...] = ()
-    """NCC*; by the task."""
+    """Levels NCC* to hold NCC at; the default depends on the task."""
     hold_strength: float = 0.0
-    """μ; by the task."""
+    """Strength μ of the term that holds a quantity; the default depends on the task."""
     hold_since: int = 0
-    """The step from which quantities are held; 0 is by the task."""
+    """Step from which quantities are held; 0 stands for the task's default."""
     unplug_at: int = 0
-    """The step from which nothing is pushed any more; 0 is by the task."""
+    """Step from which nothing is pushed any more; 0 stands for the task's default."""
     max_steps: int = 0
-    """An arm stops here at the latest; 0 is by the task."""
+    """Last step of an arm at the latest; 0 stands for the task's default."""
     train_on: float = 0.25
-    """Once all seeds have generalized, go on for this many times the steps that the last took."""
+    """Once all seeds have generalized, train on for this many times the steps that the last one took."""
     measure_every: int = 25
-    """Steps from one measurement to the next."""
+    """Steps between two measurements."""
     checkpoint_every: int = 500
-    """Steps from one checkpoint to the next, a multiple of `measure_every`."""
+    """Steps between two checkpoints, a multiple of `measure_every`."""
     seed: int = 0
-    """The first."""
+    """First seed; the others follow it."""
     seeds: int = 0
-    """How many; 0 is 8 of the modular task, 10 of images and of --full."""
+    """Number of seeds; 0 stands for 8 in the modular task, 10 with images and with --full."""
     name: str | None = None
-    """Of the run's folder; by default the task."""
+    """Name of the run's folder; by default the task."""
     folder: Path = Path("runs/interventions")
-    """Where the runs' folders are."""
+    """Folder that holds the folders of all runs."""
     resume: bool = False
-    """Continue the run of this name where it was left."""
+    """Continue the run of this name where it stopped."""
 
     def __post_init__(self):
         for name in ("checkpoint_every", "hold_since", "unplug_at", "max_steps"):
@@ -165,7 +165,7 @@ _IMAGES: Record = {
 
 
 def with_defaults(config: Config) -> Config:
-    """What depends on the task, and on how much is to be run."""
+    """Fill in what depends on the task, and on how much is to be run."""
     defaults = _MODULAR if config.task == "modular" else _IMAGES
     if config.full:
         defaults = {name: _more(name, value) for name, value in defaults.items()} | {"seeds": 10}
@@ -180,7 +180,7 @@ def with_defaults(config: Config) -> Config:
 
 
 def _more(name: str, value: Any) -> Any:
-    """Each strength a third and three times as well, and a level between any two."""
+    """Add a third and three times each strength, and a level between any two."""
     if name.endswith("strengths"):
         return tuple(sorted({float(f"{each * factor:.1g}") for each in value for factor in (1 / 3, 1, 3)}))
     if name.endswith("levels"):
@@ -190,7 +190,7 @@ def _more(name: str, value: Any) -> Any:
 
 
 def main(config: Config) -> None:
-    """Trains every arm, draws the figures, and says what came of it."""
+    """Train every arm, draw the figures, and report the results."""
     config = with_defaults(config)
     recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_THE_RUN}
     run = RunFolder(config.folder / (config.name or config.task), as_json(recorded), resume=config.resume)
@@ -202,11 +202,11 @@ def main(config: Config) -> None:
 
 
 _NOT_OF_THE_RUN = {"resume", "name", "folder", "data_dir", "groups", "quantities"}
-"""Options that may differ when a run is resumed: other groups and quantities add to the records."""
+"""These options may differ when a run is resumed: other groups and quantities add to the records."""
 
 
 def arms_of(config: Config) -> list[Arm]:
-    """The baseline first, as others are compared with it."""
+    """List the arms; the baseline is first, as others are compared with it."""
     strengths: dict[Quantity, tuple[float, ...]] = {
         "kappa": config.kappa_strengths,
         "simplified_kappa": config.simplified_strengths,
@@ -235,7 +235,7 @@ def arms_of(config: Config) -> list[Arm]:
 
 
 class Experiment:
-    """All arms of a run, with a program for each rule, compiled when it is first needed."""
+    """An experiment trains all arms of a run. Each rule has a program, which is compiled when it is first needed."""
 
     def __init__(self, config: Config, run: RunFolder):
         self.config, self.run, self.arms = config, run, arms_of(config)
@@ -254,7 +254,7 @@ class Experiment:
                 self._train(arm, progress)
 
     def _left(self, arm: Arm) -> int:
-        """Measurements to come, at most."""
+        """Return the largest number of measurements to come."""
         records = self._records(arm)
         if is_done(self.config, arm, records):
             return 0
@@ -266,7 +266,7 @@ class Experiment:
         return [record for record in self.run.records if record["arm"] == arm.name]
 
     def _train(self, arm: Arm, progress: Progress) -> None:
-        """From where it was left to its end."""
+        """Train an arm from its last checkpoint to its end."""
         config, run = self.config, self.run
         records, counted = self._records(arm), self._left(arm)
         if is_done(config, arm, records):
@@ -321,7 +321,9 @@ _WARMUP = 10
 
 
 def is_done(config: Config, arm: Arm, records: list[Record]) -> bool:
-    """At the last step; or once every seed has generalized, `train_on` times as far again, or diverged.
+    """Say whether an arm has ended.
+
+    It ends at the last step, or once every seed has generalized, `train_on` times as far again, or diverged.
 
     An arm goes on for as long again after it was unplugged, at least.
     """
@@ -348,7 +350,7 @@ def one_line(arm: Arm, records: list[Record]) -> str:
 
 
 def report(config: Config, run: RunFolder, arms: list[Arm], num_classes: int) -> None:
-    """The table, the figures and the summary."""
+    """Write the table, the figures and the summary."""
     of_arms = {
         arm.name: [[record for record in run.records if (record["arm"], record["seed"]) == (arm.name, seed)]
                    for seed in config.all_seeds]

@@ -1,4 +1,4 @@
-"""Which layers of a network are flat? Relative flatness κ of every layer, with its standard error, over training.
+"""Measure which layers of a network are flat: κ of every layer, with its standard error, over training.
 
     python experiments/placement.py                   # a perceptron on scikit-learn's digits: about 1 min on 2 cores
     python experiments/placement.py --model vit       # 2 to 3 min
@@ -46,60 +46,62 @@ from flatjax.models import MLP, ResNet18, ViT
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Train a network, and measure relative flatness of all its layers along the way."""
+    """Train a network, and measure relative flatness of all its layers on the way."""
 
     model: Literal["mlp", "resnet", "vit"] = "mlp"
-    """A perceptron, a ResNet-18, or a vision transformer of patches a quarter of the image wide."""
+    """Network to train: a perceptron, a ResNet-18, or a vision transformer with patches a quarter of the image wide."""
     data: images.Name = "digits"
-    """What to classify. All but the digits are read from `data_dir`."""
+    """Images to classify; all but the digits are read from `data_dir`."""
     data_dir: Path | None = None
-    """The folder of the data's files, as they are published."""
+    """Folder of the data's files, as they are published."""
     num_train: int | None = None
-    """How many images to train on; by default all."""
+    """Number of images to train on; by default all."""
     width: int = 0
-    """Of the hidden layers, of the first stage, or of the residual stream; 0 is 128, 8 and 32."""
+    """Width of the hidden layers, of the first stage, or of the residual stream; 0 stands for 128, 8 and 32."""
     depth: int = 0
-    """Hidden layers of a perceptron, 0 is 4, or blocks of a transformer, 0 is 2."""
+    """Number of hidden layers of a perceptron (0 stands for 4) or of blocks of a transformer (0 stands for 2)."""
     activation: Literal["relu", "tanh", "gelu"] = "gelu"
-    """Of a perceptron."""
+    """Activation of the perceptron's layers."""
     learning_rate: float = 1e-3
-    """Of AdamW, reached in `warmup` steps."""
+    """Learning rate of AdamW, reached after `warmup` steps."""
     warmup: int = 50
-    """Steps."""
+    """Number of steps in which the learning rate rises from 0."""
     weight_decay: float = 0.01
-    """Of AdamW, decoupled, on all parameters."""
+    """Decoupled weight decay of AdamW, on all parameters."""
     batch_size: int = 128
-    """Images a step."""
+    """Number of images per step."""
     steps: int = 3000
-    """Of training."""
+    """Number of training steps."""
     measurements: int = 0
-    """At equal ratios of the step, and before the first; 0 is 20 of a perceptron, 10 of others."""
+    """Number of measurements, at equal ratios of the step, and before the first; 0 stands for 20 with a perceptron, 10
+    with others."""
     measure_on: int = 0
-    """Images of those trained on that κ is measured on; 0 is 512 of a perceptron, 128 of others."""
+    """Number of training images that κ is measured on; 0 stands for 512 with a perceptron, 128 with others."""
     measure_batch: int = 256
-    """Of them at a time."""
+    """Number of these images that are measured at a time."""
     evaluate_on: int = 10_000
-    """At most so many images for loss and accuracy, of those trained on and of those held out."""
+    """Largest number of images for loss and accuracy, of the training set and of the test set each."""
     num_probes: int = 16
-    """Of a layer and batch, at least."""
+    """Least number of probes per layer and batch."""
     max_probes: int = 0
-    """Of a layer and batch, at most; 0 is 128 of a perceptron, 24 of others."""
+    """Largest number of probes per layer and batch; 0 stands for 128 with a perceptron, 24 with others."""
     relative_error: float | None = 0.1
     """Probes are added until the standard error is this share of κ, for every layer."""
     route: Literal["layerwise", "joint"] | None = None
-    """A product a layer and probe, the perceptron's default, or one for all layers, noisier but compiled once."""
+    """Route to κ: one product per layer and probe (the perceptron's default), or one for all layers, noisier but
+    compiled once."""
     checkpoint_every: int = 500
-    """Steps; each measurement leaves a checkpoint too."""
+    """Steps between two checkpoints; each measurement leaves a checkpoint too."""
     seed: int = 0
-    """Of the choice of images, the initial weights, the batches and the probes."""
+    """First seed; it decides the choice of images, the initial weights, the batches and the probes."""
     seeds: int = 1
-    """How many seeds to run, from `seed` on."""
+    """Number of seeds to run, from `seed` on."""
     name: str | None = None
-    """Of the run's folder; made of the model and the data by default."""
+    """Name of the run's folder; by default the model and the data."""
     folder: Path = Path("runs/placement")
-    """Where the runs' folders are."""
+    """Folder that holds the folders of all runs."""
     resume: bool = False
-    """Continue the run of this name where it was left."""
+    """Continue the run of this name where it stopped."""
 
     def __post_init__(self):
         if self.depth and self.model == "resnet":
@@ -120,7 +122,7 @@ _DEFAULTS: dict[str, Record] = {
 
 
 def main(config: Config) -> None:
-    """Runs every seed, draws the figures, and prints the last profile."""
+    """Run every seed, draw the figures, and print the last profile."""
     config = with_defaults(config)
     recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_THE_RUN}
     name = config.name or f"{config.model}-{config.data}"
@@ -135,17 +137,17 @@ def main(config: Config) -> None:
 
 
 _NOT_OF_THE_RUN = {"resume", "name", "folder", "data_dir", "seeds", "seed"}
-"""Options that may differ when a run is resumed; its seeds are in its records."""
+"""These options may differ when a run is resumed; its seeds are in its records."""
 
 
 def with_defaults(config: Config) -> Config:
-    """What depends on the model."""
+    """Fill in what depends on the model."""
     defaults = {name: value for name, value in _DEFAULTS[config.model].items() if not getattr(config, name)}
     return dataclasses.replace(config, **defaults)
 
 
 def train(config: Config, seed: int, run: RunFolder) -> None:
-    """Trains one seed from where it was left to its end, and measures along the way."""
+    """Train one seed from its last checkpoint to its end, and measure on the way."""
     train_set, test_set = images.load(config.data, config.data_dir, seed)
     train_set = train_set.some(config.num_train, seed)
     network, state = initial(config, seed, train_set)
@@ -161,7 +163,7 @@ def train(config: Config, seed: int, run: RunFolder) -> None:
 
 
 def initial(config: Config, seed: int, train_set: Images) -> tuple[Network, State]:
-    """The network; its parameters, running statistics and the optimizer's state."""
+    """Return the network, and its parameters, running statistics and optimizer state."""
     _, size, _, channels = train_set.pixels.shape
     rngs = nnx.Rngs(seed)
     match config.model:
@@ -191,7 +193,7 @@ def optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def measuring(config: Config, network: Network, seed: int, train_set: Images, test_set: Images):
-    """Loss and accuracy on both parts, and the profile on a fixed part of what is trained on."""
+    """Return how to measure loss and accuracy on both parts, and the profile on a fixed part of the training set."""
 
     def loss(params: State, pixels: jax.Array, labels: jax.Array, rest: State) -> jax.Array:
         return cross_entropy(network.model(params, rest)(network.inputs(pixels)), labels).mean()
@@ -219,7 +221,7 @@ def measuring(config: Config, network: Network, seed: int, train_set: Images, te
 
 
 def report(config: Config, run: RunFolder, curves: list[list[Record]]) -> None:
-    """The table of the last profile, the figures, and the summary; over the seeds, if there are several."""
+    """Write the table of the last profile, the figures and the summary, over the seeds if there are several."""
     steps = [record["step"] for record in curves[0]]
     profiles: list[Profile] = [
         over_seeds([from_record(record["profile"]) for record in at_step]) for at_step in zip(*curves, strict=True)

@@ -1,4 +1,4 @@
-"""Does λκ in an optimizer chain steer flatness? κ at equal training loss, for λ of either sign.
+"""Steer flatness by λκ in an optimizer chain, and compare κ at equal training loss, for λ of either sign.
 
     python experiments/steering.py    # about two minutes on 2 cores
 
@@ -32,7 +32,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 LOSSES = (0.3, 0.1, 0.03, 0.01, 0.003)
-"""That κ is compared at."""
+"""κ is compared at these training losses."""
 
 
 def main(
@@ -43,15 +43,15 @@ def main(
     num_train: int = 500,
     folder: Path = Path("runs/steering"),
 ) -> None:
-    """Trains, compares and draws.
+    """Train every network, compare κ, and draw the figure.
 
     Args:
-        strengths: λ, 0 among them.
-        num_seeds: of images, initial weights, and so of the intervals.
-        num_steps: of training, each on all the images.
-        learning_rate: of Adam.
-        num_train: images.
-        folder: where the figure and the record go.
+        strengths: values of λ, with 0 among them.
+        num_seeds: number of seeds, which choose images and initial weights, and which the intervals are over.
+        num_steps: steps of training, each on all the images.
+        learning_rate: learning rate of Adam.
+        num_train: number of training images.
+        folder: folder for the figure and the record.
     """
     if 0 not in strengths:
         raise SystemExit(f"--strengths is {strengths}, wanted 0 among them, to compare with")
@@ -88,7 +88,7 @@ def main(
 def train(
     strengths: jax.Array, seed: int, num_steps: int, learning_rate: float, num_train: int
 ) -> dict[str, np.ndarray]:
-    """Loss and κ on the training images, and test accuracy, a row a strength, all from the same start."""
+    """Train from one start at every strength; return training loss, κ and test accuracy, with a row per strength."""
     data, test = images.load("digits", None, seed)
     (x, y), (x_test, y_test) = (
         (jnp.asarray(part.pixels.reshape(len(part.labels), -1) / 255, jnp.float32), jnp.asarray(part.labels))
@@ -124,7 +124,7 @@ def train(
 
 
 def at_loss(loss: np.ndarray, kappa: np.ndarray, level: float) -> float:
-    """κ when the loss first falls to a level, on a line between the logarithms around it; NaN if it never does."""
+    """Return κ where the loss first falls to a level, interpolated between logarithms; NaN if it never does."""
     below = np.flatnonzero(loss <= level)
     if len(below) == 0 or below[0] == 0:
         return np.nan
@@ -135,9 +135,9 @@ def at_loss(loss: np.ndarray, kappa: np.ndarray, level: float) -> float:
 
 
 def draw(folder: Path, strengths: tuple[float, ...], loss: np.ndarray, kappa: np.ndarray) -> None:
-    """κ against the loss, a curve a seed, a colour a strength: red is sharp, blue is flat.
+    """Draw κ against the loss, a curve per seed and a colour per strength: red is sharp, blue is flat.
 
-    Losses above those of the start are left out: of a run that lost what it had learned.
+    Losses above the initial ones are left out: they belong to runs that lost what they had learned.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ranks = {strength: i for i, strength in enumerate(sorted(set(map(abs, strengths)) - {0.0}), start=1)}

@@ -1,4 +1,4 @@
-"""Trains a small language model on local text, with relative flatness κ of its head measured at every step.
+"""Train a small language model on local text, and measure relative flatness κ of its head at every step.
 
     python experiments/train_lm.py                               # Python's own sources: a few minutes on 2 cores
     python experiments/train_lm.py --strength 0.01               # with λκ of the head in the loss
@@ -47,70 +47,70 @@ class Config:
     """Train a small language model, and measure relative flatness of its head at every step."""
 
     text: tuple[Path, ...] = ()
-    """Files or folders; by default the standard library of Python."""
+    """Files or folders of text; by default Python's standard library."""
     pattern: str = "*"
-    """Which files of the folders, by name."""
+    """Pattern for the names of the folders' files to read."""
     held_out_share: float = 0.05
-    """Of the files of modules that are trained on."""
+    """Share of files to hold out, among those of modules that are trained on."""
     transfer_share: float = 0.1
-    """Of the modules: topmost folders, or files in none."""
+    """Share of modules to hold out: topmost folders, or files in none."""
     modules: tuple[str, ...] = ()
-    """To be held out by name, instead of by chance."""
+    """Modules to hold out by name, instead of by chance."""
     split_seed: int = 0
-    """Of what is held out."""
+    """Seed that chooses what is held out."""
     vocab_size: int = 2048
-    """Byte pairs."""
+    """Number of tokens in the vocabulary, of byte pairs."""
     width: int = 128
-    """Of the residual stream."""
+    """Width of the residual stream."""
     depth: int = 4
-    """Blocks."""
+    """Number of decoder blocks."""
     heads: int = 4
-    """Of attention."""
+    """Number of attention heads per block."""
     key_value_heads: int = 0
-    """Shared by the heads of attention; 0 is as many."""
+    """Number of heads of keys and values, which attention heads share; 0 stands for as many as attention heads."""
     untied: bool = False
-    """The head is not the token embedding."""
+    """Give the head its own weights, instead of those of the token embedding."""
     context: int = 128
-    """Tokens of a sequence."""
+    """Number of tokens per sequence."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """That the network computes in; parameters are in float32. In bfloat16 κ of kernels, the head's apart, is
-    biased, by 2 % to a third in trials."""
+    """Number type that the network computes in; parameters are in float32. In bfloat16 κ of kernels other than the
+    head's is biased, by 2 % to a third in trials."""
     batch_size: int = 16
-    """Sequences a step."""
+    """Number of sequences per step."""
     steps: int = 1000
-    """Of training."""
+    """Number of training steps."""
     learning_rate: float = 3e-3
-    """Of AdamW, between warm-up and decay."""
+    """Learning rate of AdamW, between warm-up and decay."""
     warm_up: int = 50
-    """Steps."""
+    """Number of steps in which the learning rate rises from 0."""
     decay_share: float = 0.2
-    """Of the steps, in which the learning rate falls to 0."""
+    """Share of the steps in which the learning rate falls to 0."""
     weight_decay: float = 0.1
-    """Of AdamW, decoupled, on all matrices."""
+    """Decoupled weight decay of AdamW, on all matrices."""
     clip: float = 1.0
-    """The largest norm of a gradient."""
+    """Largest norm of a gradient; longer ones are clipped."""
     strength: float = 0.0
-    """λ of κ."""
+    """Strength λ of κ in the loss."""
     layers: tuple[str, ...] = (HEAD,)
-    """Which are regularised, by name: head, blocks/1/perceptron/down/kernel, or all below blocks/1."""
+    """Layers to regularise, by name: head, blocks/1/perceptron/down/kernel, or all below blocks/1."""
     probe_share: float = 0.25
-    """Of a batch's sequences, on which κ of other layers than the head is estimated."""
+    """Share of a batch's sequences on which κ of other layers than the head is estimated."""
     measure_every: int = 50
-    """Steps from one measurement on held-out text to the next."""
+    """Steps between two measurements on held-out text."""
     measure_on: int = 64
-    """Sequences of each part of it, at most."""
+    """Largest number of sequences measured of each part of the held-out text."""
     checkpoint_every: int = 200
-    """Steps from one checkpoint to the next; step 0 and the last have one too."""
+    """Steps between two checkpoints; step 0 and the last have one too."""
     model_devices: int = 1
-    """Devices that the parameters are split among; the others split the batch."""
+    """Number of devices to split the parameters among; the others split the batch."""
     seed: int = 0
-    """Of the initial weights, the batches and the probes."""
+    """Seed of the initial weights, the batches and the probes."""
     name: str = "standard-library"
-    """Of the run's folder."""
+    """Name of the run's folder."""
     folder: Path = Path("runs/train_lm")
-    """Where the runs' folders are."""
+    """Folder that holds the folders of all runs."""
     resume: bool = False
-    """Continue the run of this name where it was left."""
+    """Continue the run of this name where it stopped."""
 
     def __post_init__(self):
         check_least(
@@ -137,7 +137,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Reads the text, trains, draws the figure and says what came of it."""
+    """Read the text, train, draw the figure and report the results."""
     started = time.monotonic()
     documents = text.read(config.text, config.pattern) if config.text else text.standard_library()
     shares = text.Shares(config.held_out_share, config.transfer_share, config.split_seed)
@@ -155,11 +155,11 @@ def main(config: Config) -> None:
 
 
 _NOT_OF_THE_RUN = {"resume", "name", "folder", "model_devices"}
-"""Options that may differ when a run is resumed."""
+"""These options may differ when a run is resumed."""
 
 
 def recorded(config: Config, parts: dict[text.Part, list[text.Document]]) -> Record:
-    """The options, the model, and what of the text was held out."""
+    """Return what is recorded of a run: the options, the model, and what of the text was held out."""
     options: Record = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_THE_RUN}
     options |= {"text": list(map(str, config.text)), "modules": list(config.modules), "layers": list(config.layers)}
     files = {part: [each.name for each in parts[part]] for part in parts if part != "train"}
@@ -173,7 +173,7 @@ def describe(parts: dict[text.Part, list[text.Document]], windows: dict[text.Par
 
 
 def train(config: Config, run: RunFolder, tokenizer: text.Tokenizer, windows: dict[text.Part, np.ndarray]) -> None:
-    """From where it was left to its end, with a record of every step, of the network before it."""
+    """Train from the last checkpoint to the end, with a record of every step, measured of the network before it."""
     placed = placement(config.model_devices, config.batch_size)
     decoder, params = network(config.model, config.seed, config.dtype)
     chosen = penalty(params, config.layers if config.strength else (), config.probe_share)
@@ -221,7 +221,7 @@ def train(config: Config, run: RunFolder, tokenizer: text.Tokenizer, windows: di
 
 
 def draw(path: Path, config: Config, records: list[Record]) -> None:
-    """Loss and κ over the steps, of each batch and of held-out text."""
+    """Draw loss and κ over the steps, of each batch and of held-out text."""
     batches = [record for record in records if "loss" in record]
     measured = [record for record in records if "held_out_loss" in record]
     with plt.rc_context({"font.size": 9}):
@@ -254,7 +254,7 @@ def report(summary: Record) -> str:
 
 
 def _number(value: Any) -> float:
-    """JSON has no NaN and no infinity."""
+    """Return a number as JSON has it, which has no NaN and no infinity."""
     return np.nan if value is None else float(value)
 
 

@@ -1,4 +1,4 @@
-"""The arms of an intervention: what is done to which network, from when and until when."""
+"""The arms of an intervention say what is done to which network, from when and until when."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from harness.pushes import CONTROLS, SYMBOLS, Quantity
 
 
 class Arm(NamedTuple):
-    """A rule with its strength and level between two steps; before and after them there is no intervention."""
+    """An arm is a rule with its strength and level between two steps; outside of these there is no intervention."""
 
     name: str
     rule: Rule
@@ -17,25 +17,25 @@ class Arm(NamedTuple):
     since: int = 0
     until: int | None = None
     control_of: str | None = None
-    """The arm whose term this one's matches in size."""
+    """Name of the arm whose term this arm's term matches in size."""
 
     @property
     def folder(self) -> str:
-        """The name as a file may have it."""
+        """Return the name as a file may have it."""
         return "".join(letter if letter.isalnum() else "-" for letter in self.name)
 
     def rule_at(self, step: int) -> Rule:
-        """What is minimised in the step after."""
+        """Return the rule for what is minimised in the step after `step`."""
         is_on = self.since <= step and (self.until is None or step < self.until)
         return self.rule if is_on else BASELINE.rule
 
 
 BASELINE = Arm("baseline", Rule())
-"""Nothing is added: it is also the arm that is unplugged from the start."""
+"""The baseline adds nothing to the loss. It is also the arm that is unplugged from the start."""
 
 
 def pushed(quantity: Quantity, strength: float, *, until: int | None = None, since: int = 0) -> Arm:
-    """Against flatness or collapse at a negative strength, as q is then driven up, and towards them at a positive."""
+    """List the arms that drive flatness or collapse up, at a negative strength, or down, at a positive one."""
     where = "against" if strength < 0 else "towards"
     what = f"{where} {SYMBOLS[quantity]}, λ = {abs(strength):g}"
     name = what if until is None else f"{what}, unplugged at {until}"
@@ -43,7 +43,7 @@ def pushed(quantity: Quantity, strength: float, *, until: int | None = None, sin
 
 
 def controls(arm: Arm) -> list[Arm]:
-    """Each in the size of the arm's term."""
+    """List the controls, each in the size of the arm's term."""
     return [
         arm._replace(
             name=f"{control.replace('_', ' ')} as {arm.name}",
@@ -56,6 +56,6 @@ def controls(arm: Arm) -> list[Arm]:
 
 
 def held(quantity: Quantity, levels: Sequence[float], strength: float, since: int) -> list[Arm]:
-    """Each at a level."""
+    """List the arms that hold a quantity, one for each level."""
     rule = Rule(quantity, is_held=True)
     return [Arm(f"{SYMBOLS[quantity]} held at {level:g}", rule, strength, level, since) for level in levels]

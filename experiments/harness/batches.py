@@ -1,11 +1,11 @@
-"""Which samples a step of training takes."""
+"""A step of training takes its samples from here."""
 
 import jax
 import jax.numpy as jnp
 
 
 def batch_at(key: jax.Array, step: jax.Array, num_samples: int, batch_size: int) -> jax.Array:
-    """Indices of the batch of a step: each epoch goes through a random order in whole batches.
+    """Return the indices of a step's batch: each epoch goes through a random order in whole batches.
 
     An epoch's order follows from its number alone, so that a resumed run needs to know the step and no more.
     """

@@ -1,4 +1,4 @@
-"""Figures of neural collapse: by epoch, and by layer at several epochs."""
+"""Figures of neural collapse show measures by epoch, and by layer at several epochs."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -16,14 +16,14 @@ from harness.runs import Record
 
 
 class Case(NamedTuple):
-    """One kind of network, trained in one way with several seeds."""
+    """A case is one kind of network, trained in one way with several seeds."""
 
     name: str
     runs: list[list[Record]]
     fitted: list[int | None]
-    """The epoch at which the training error is 0, of each seed."""
+    """Epoch of each seed at which the training error is 0."""
     squared_error: bool
-    """What is trained with, so that its parts are shown."""
+    """This is true where the squared error is trained with, so that its parts are shown."""
 
 
 _DEEP, _WARM, _GREEN, _VIOLET = COLOURS["train"], COLOURS["held_out"], "#2f7d4f", "#7b4fa3"
@@ -53,7 +53,7 @@ _LABELS = {
 
 
 def draw(path: Path, cases: list[Case], title: str) -> None:
-    """A column a case: errors and NC4, the metrics by epoch, CDNV by layer, and the parts of the squared error.
+    """Draw a column per case: errors and NC4, the metrics by epoch, CDNV by layer, and the parts of the squared error.
 
     The dashed line is where the training error becomes 0. With several seeds, curves are medians with ranges; by layer
     they are those of the first seed.
@@ -109,7 +109,7 @@ def _errors(record: Record) -> Record:
 
 
 def _draw_layers(axes: Axes, records: list[Record]) -> None:
-    """From the input on; at the start, and at some epochs, the later the darker."""
+    """Draw layers from the input on, at the start and at some epochs: the later, the darker."""
     chosen = sorted({*np.linspace(0, len(records) - 1, min(6, len(records))).round().astype(int)})
     for place, i in enumerate(chosen):
         layers = records[i]["layers"]

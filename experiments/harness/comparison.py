@@ -1,4 +1,4 @@
-"""Methods compared over seeds they have in common: intervals, paired differences, a table and a figure."""
+"""Compare methods over seeds they have in common: intervals, paired differences, a table and a figure."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,14 +18,14 @@ from harness.tables import aligned
 
 
 class Interval(NamedTuple):
-    """A mean, and half the width of its 95 % confidence interval."""
+    """An interval is a mean, with half the width of its 95 % confidence interval."""
 
     mean: float
     half_width: float
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """By Student's t; its width is NaN of one value alone."""
+    """Return the interval by Student's t; its width is NaN for a single value."""
     if len(values) < 2:
         return Interval(float(np.mean(values)), math.nan)
     error = np.std(values, ddof=1) / math.sqrt(len(values))
@@ -33,32 +33,32 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 class Row(NamedTuple):
-    """A method in its best setting, on one task: intervals over seeds, but for the cost."""
+    """A row is a method in its best setting on one task; all but the cost are intervals over seeds."""
 
     name: str
     setting: Record
-    """Learning rate and strength, None of what has none."""
+    """Learning rate and strength, or None for what has none."""
     edges: Record
-    """Of each of the two "lowest" or "highest", if it is of those tried, else ""."""
+    """Each is "lowest" or "highest" if the value is that of those tried, else ""."""
     accuracy: Interval
     gain: Interval | None
-    """Of accuracy over the baseline, paired by seed; None of the baseline."""
+    """Gain in accuracy over the baseline, paired by seed; None for the baseline."""
     train_accuracy: Interval
     train_loss: Interval
     kappa: Interval
     seconds: float
-    """A step."""
+    """Seconds for a step."""
     ratio: float
-    """Of the time of a step to the baseline's, in turns."""
+    """Ratio of a step's time to the baseline's, taken in turns."""
 
 
 def to_record(row: Row) -> Record:
-    """As plain numbers."""
+    """Return the row as plain numbers."""
     return {name: value._asdict() if isinstance(value, Interval) else value for name, value in row._asdict().items()}
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A row a method."""
+    """Format a table with a row per method."""
     cells = [["", "rate", "strength", "test accuracy, %", "gain, %", "train acc., %", "train loss", "κ", "ms a step"]]
     for row in rows:
         cells.append(
@@ -77,7 +77,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _setting(row: Row, key: str) -> str:
-    """With an arrow towards what was not tried."""
+    """Format the setting, with an arrow towards what was not tried."""
     arrow = {"": "", "lowest": " ↓", "highest": " ↑"}[row.edges[key]]
     return "" if row.setting[key] is None else f"{row.setting[key]:.2g}{arrow}"
 
@@ -87,12 +87,12 @@ def _gain(gain: Interval) -> str:
 
 
 def is_clear(gain: Interval) -> bool:
-    """The interval leaves out 0."""
+    """Say whether the interval leaves out 0."""
     return abs(gain.mean) > gain.half_width
 
 
 def draw(path: Path, panels: Mapping[tuple[str, str], Sequence[Row]], title: str) -> None:
-    """A panel a model and task: accuracy with its interval by method, and the gain over the baseline in figures."""
+    """Draw a panel per model and task: accuracy with its interval by method, and its gain over the baseline."""
     models, tasks = (list(dict.fromkeys(names)) for names in zip(*panels, strict=True))
     height = 0.26 * max(map(len, panels.values())) + 0.75
     with plt.rc_context({"font.size": 9}):

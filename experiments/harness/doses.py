@@ -1,4 +1,4 @@
-"""What a decade more of a quantity does, where it is held, and how much of it the baseline has as it generalizes."""
+"""A dose is what a decade more of a held quantity does, and how much of it the baseline has as it generalizes."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from harness.verdicts import Verdict
 
 
 class Dose(NamedTuple):
-    """Of a quantity, over the levels whose arms fit their training set; intervals over seeds."""
+    """A quantity's dose is over the levels whose arms fit their training set, with intervals over seeds."""
 
     quantity: Quantity
     levels: list[float]
@@ -24,11 +24,11 @@ class Dose(NamedTuple):
     """The same of the delay's logarithm, one that had not ended counting as if it had; None where no network
     generalized."""
     at_generalization: list[float]
-    """The quantity of the baseline's training set as it generalizes, of seeds that do."""
+    """Value of the quantity on the baseline's training set as it generalizes, for the seeds that do."""
 
 
 def doses(judged: Sequence[Verdict], baseline: Sequence[Sequence[Record]], resolution: int) -> list[Dose]:
-    """Of every quantity that is held at two levels or more."""
+    """Return the dose of every quantity that is held at two levels or more."""
     found = []
     for quantity in QUANTITIES:
         arms = [
@@ -58,7 +58,7 @@ def _slopes(levels: Sequence[float], values: Sequence[Sequence[float]] | np.ndar
 
 
 def dose_table(found: Sequence[Dose]) -> str:
-    """A row a quantity; empty where none is held at two levels."""
+    """Format a row per quantity; the table is empty where none is held at two levels."""
     if not found:
         return ""
     cells = [["a decade more, held", "of levels", "held out, %", "× delay", "baseline's as it generalizes"]]

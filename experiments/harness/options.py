@@ -1,11 +1,11 @@
-"""What a value on the command line must be."""
+"""Check values from the command line."""
 
 import math
 from typing import Any
 
 
 def check_least(config: Any, least: int, *names: str, or_zero: bool = False) -> None:
-    """Ends the program at an option below the least that is wanted, 0 being, `or_zero`, a choice of its own."""
+    """End the program if an option is below the least value wanted; 0 is a choice of its own with `or_zero`."""
     for name in names:
         value = getattr(config, name)
         if value < least and not (or_zero and value == 0):
@@ -15,7 +15,7 @@ def check_least(config: Any, least: int, *names: str, or_zero: bool = False) -> 
 
 
 def check_above_0(config: Any, *names: str) -> None:
-    """Ends the program at an option that is, or has, a number that is not finite and above 0; None is a choice."""
+    """End the program if an option has a number that is not finite and above 0; None is a choice."""
     for name in names:
         value = getattr(config, name)
         for each in value if isinstance(value, tuple) else (value,):
@@ -24,15 +24,17 @@ def check_above_0(config: Any, *names: str) -> None:
 
 
 def check_not_empty(config: Any, *names: str) -> None:
-    """Ends the program at an option that has nothing."""
+    """End the program if an option is empty."""
     for name in names:
         if not getattr(config, name):
             raise SystemExit(f"--{name.replace('_', '-')} is empty, wanted one at least")
 
 
 def check_heads(width: int, heads: int, key_value_heads: int = 0) -> None:
-    """Ends the program at heads of attention that do not share a width evenly, or have an odd one; of 0 there are as
-    many of keys and values."""
+    """End the program if attention heads do not share a width evenly, or have an odd one.
+
+    With 0 heads of keys and values there are as many as attention heads.
+    """
     if heads < 1 or width % heads:
         raise SystemExit(f"--heads is {heads}, wanted a divisor of --width, {width}")
     if width // heads % 2:
