@@ -32,7 +32,7 @@ class Bounds(NamedTuple):
     softness: float
     """Softness ε of NCC_ε."""
     on_the_sphere: bool = False
-    """All features have the norm R if true, else at most that norm."""
+    """Whether all features have the norm R, or at most that norm."""
 
     def features(self, feats: jax.Array) -> jax.Array:
         """Project the features that are outside their bound."""

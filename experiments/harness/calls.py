@@ -20,7 +20,7 @@ class Call(NamedTuple):
     arrays: tuple[Any, ...]
     options: Mapping[str, Any] = MappingProxyType({})
     can_be_jitted: bool = True
-    """This is false for a loop over batches on the host, and for what raises by values."""
+    """Whether `jax.jit` can take it: a loop over batches on the host cannot, nor what raises by values."""
 
     def __call__(self) -> Any:
         return self.function(*self.arrays, **self.options)

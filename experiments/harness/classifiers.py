@@ -32,7 +32,7 @@ class Network(NamedTuple):
     """Mean (1, 1, 1, c) of the training set's channels."""
     deviation: jax.Array
     is_flat: bool
-    """The model takes vectors if this is true."""
+    """Whether the model takes vectors instead of images."""
 
     def inputs(self, pixels: jax.Array) -> jax.Array:
         x = (pixels.astype(jnp.float32) - self.mean) / self.deviation

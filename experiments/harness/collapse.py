@@ -23,7 +23,7 @@ class Case(NamedTuple):
     fitted: list[int | None]
     """Epoch of each seed at which the training error is 0."""
     squared_error: bool
-    """This is true where the squared error is trained with, so that its parts are shown."""
+    """Whether the squared error is trained with, so that its parts are shown."""
 
 
 _DEEP, _WARM, _GREEN, _VIOLET = COLOURS["train"], COLOURS["held_out"], "#2f7d4f", "#7b4fa3"

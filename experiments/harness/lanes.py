@@ -24,7 +24,7 @@ class Rule(NamedTuple):
 
     quantity: Quantity | None = None
     is_held: bool = False
-    """Strength · (log q − log level)² is added if true, else strength · q, with NCC_ε for NCC."""
+    """Whether strength · (log q − log level)² is added, or strength · q, where NCC_ε stands for NCC."""
     control: Control | None = None
     """The control's gradient is added, in the size that strength · q's gradient would have at the same parameters."""
 

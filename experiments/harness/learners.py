@@ -29,11 +29,11 @@ class Learner(NamedTuple):
 
     num_classes: int
     features: Callable[[Params, jax.Array], jax.Array]
-    """This maps parameters and inputs (n, ...) to what enters the head, (n, m)."""
+    """Function from parameters and inputs (n, ...) to what enters the head, (n, m)."""
     start: Callable[[int], Params]
-    """This maps a seed to its initial parameters."""
+    """Function from a seed to its initial parameters."""
     samples: Callable[[int], Samples]
-    """This maps a seed to its samples."""
+    """Function from a seed to its samples."""
 
 
 def modular_addition(modulus: int, train_share: float, width: int, depth: int = 1, num_heads: int = 4) -> Learner:

@@ -1,4 +1,4 @@
-"""What the page of a diagnosis says of each number: its name, what it tells, and its formula."""
+"""The page of a diagnosis gives each number its name, what it tells, and its formula."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from harness.runs import Record
 
 
 class Word(NamedTuple):
-    """Of one number."""
+    """A word tells what one number of a part is."""
 
     part: str
     name: str
@@ -122,7 +122,7 @@ HEADLINES = [LOSS[0], LOSS[1], FLATNESS[0], FLATNESS[1], COLLAPSE[0], COLLAPSE[1
 
 
 def with_conventions(part: str, numbers: Record) -> Record:
-    """Each number with what it is, as a formula, in front of what is said already of how it was taken."""
+    """Put each number's formula in front of what is said already of how it was taken."""
     formulas = {word.name: word.formula for word in ALL if word.part == part} | _NOT_ON_THE_PAGE.get(part, {})
     return {
         name: each | {"convention": "; ".join(filter(None, [formulas.get(name), each.get("convention")]))}

@@ -1,4 +1,4 @@
-"""What came of the arms of a placement beside the plain one: tables and a figure."""
+"""Compare the arms of a placement with the plain one, in tables and a figure."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ _KAPPAS = {"kappa_of_head": "κ of head", "kappa_of_blocks": "κ of blocks"}
 
 
 def quantities(noises: Sequence[float]) -> dict[str, str]:
-    """What is compared, lower being better, and its name."""
+    """Return what is compared, where lower is better, with its name."""
     return (
         {"held_out": "held out", "transfer": "transfer"}
         | {f"noise_{size:g}": f"noise {size:g}" for size in noises}
@@ -34,7 +34,7 @@ def row_of(
     tried: Sequence[Record],
     timing: Record,
 ) -> Record:
-    """Means with intervals, differences from plain seed by seed, what was tried, and the time of a step."""
+    """Return means with intervals, differences from plain by seed, the strengths tried, and the time of a step."""
     measured = [*names, *_KAPPAS]
     strengths = [each["strength"] for each in tried]
     return {
@@ -54,12 +54,12 @@ def _values(records: Sequence[Record], name: str) -> list[float]:
 
 
 def edge(value: float, tried: Sequence[float]) -> str:
-    """An arrow towards what was not tried, where the best is the first or last of what was."""
+    """Return an arrow towards what was not tried, if the best is the first or last of what was."""
     return "" if len(tried) < 2 else {min(tried): " ↓", max(tried): " ↑"}.get(value, "")
 
 
 def table(names: Mapping[str, str], rows: Mapping[str, Record], seeds: int, steps: int) -> str:
-    """Means, differences, and what was tried."""
+    """Format means, differences, and the strengths tried as a table."""
     heads = [*names.values(), *_KAPPAS.values()]
     means = [["", "λ or ρ", *heads, "ms a step"]]
     differences = [["less plain, seed by seed", *names.values()]]
@@ -93,7 +93,7 @@ def _plus_minus(values: Interval, sign: str = "") -> str:
 
 
 def draw(path: Path, names: Mapping[str, str], rows: Mapping[str, Record], seeds: int) -> None:
-    """A panel a quantity: the difference from plain with its interval, by arm."""
+    """Draw a panel per quantity: the difference from plain with its interval, by arm."""
     arms = [arm for arm in rows if rows[arm]["less_plain"]]
     if not arms:
         return

@@ -1,4 +1,4 @@
-"""Relative flatness of all layers of a network: as a table, as bars, and over training."""
+"""A profile is the relative flatness of all layers of a network: as a table, as bars, and over training."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,13 +18,13 @@ from flatjax.curvature.estimate import Estimate
 from harness.runs import Record
 
 Profile = Mapping[str, Any]
-"""By the path of the layer: value, standard_error and num_probes, as `flatjax.flatness_profile` returns them."""
+"""A profile maps a layer's path to value, standard_error and num_probes, as `flatjax.flatness_profile` returns them."""
 
 EXACT, ESTIMATED = "#0b4f8a", "#d1600f"
 
 
 def in_forward_order(paths: Sequence[str]) -> list[str]:
-    """From the input to the head, by the names in `flatjax.models`."""
+    """Sort layers from the input to the head, by the names in `flatjax.models`."""
 
     def place(path: str) -> list[tuple[int, str]]:
         return [(int(key), "") if key.isdigit() else (_RANKS.get(key, len(_RANKS)), key) for key in path.split("/")]
@@ -47,7 +47,7 @@ def short(path: str) -> str:
 
 
 def to_record(profile: Profile) -> Record:
-    """As plain numbers, for a line of JSON."""
+    """Return plain numbers, for a line of JSON."""
     return {
         path: {
             "value": float(each.value),
@@ -59,7 +59,7 @@ def to_record(profile: Profile) -> Record:
 
 
 def from_record(record: Record) -> dict[str, Estimate]:
-    """JSON has no NaN: null stands for it."""
+    """Read a profile from JSON, which has no NaN: null stands for it."""
 
     def number(value: float | str | None) -> Any:
         return np.asarray(math.nan if value is None else value, float)
@@ -71,7 +71,10 @@ def from_record(record: Record) -> dict[str, Estimate]:
 
 
 def over_seeds(profiles: Sequence[Profile]) -> Profile:
-    """The mean over seeds with its standard error over them, which has that of the probes in it; one is left as is."""
+    """Return the mean over seeds with its standard error over them; a single profile is left as it is.
+
+    The error over seeds has that of the probes in it.
+    """
     if len(profiles) == 1:
         return profiles[0]
     together = {}
@@ -84,7 +87,7 @@ def over_seeds(profiles: Sequence[Profile]) -> Profile:
 
 
 def table(profile: Profile) -> str:
-    """A row a layer."""
+    """Format a table with a row per layer."""
     width = max(len("layer"), *(len(short(path)) for path in profile))
     lines = [f"{'layer':{width}}  {'κ':>11}  {'± standard error':>16}  {'measured':>12}"]
     for path, (value, error, num_probes) in profile.items():
@@ -94,7 +97,7 @@ def table(profile: Profile) -> str:
 
 
 def draw_profile(path: Path, profile: Profile, title: str) -> None:
-    """A bar a layer, the input's on top, with one standard error to either side."""
+    """Draw a bar per layer, the input's on top, with one standard error to either side."""
     values, errors, num_probes = (np.array([float(x) for x in each]) for each in zip(*profile.values(), strict=True))
     places = np.arange(len(values))
     with plt.rc_context({"font.size": 9}):
@@ -123,7 +126,7 @@ def draw_profile(path: Path, profile: Profile, title: str) -> None:
 def draw_history(
     path: Path, steps: Sequence[int], profiles: Sequence[Profile], accuracies: Mapping[str, Sequence[float]], title: str
 ) -> None:
-    """Accuracies, and below them κ of every layer, the input's dark and the head's light, with a band of ± its error.
+    """Draw accuracies, and below them κ of every layer with a band of ± its error: the input's dark, the head's light.
 
     Steps are on a log axis, which has no 0: it is left out.
     """
@@ -158,7 +161,11 @@ def draw_history(
 
 
 def _scale(axes: Axes, axis: str, values: np.ndarray) -> None:
-    """Linear if the largest is at most ten times the smallest; else log, to either side of 0 if there are negatives."""
+    """Choose the scale of an axis.
+
+    It is linear if the largest is at most ten times the smallest. Else it is logarithmic, and so on either side of 0 if
+    there are negatives.
+    """
     sizes = np.abs(values[np.isfinite(values) & (values != 0)])
     if not len(sizes) or sizes.max() <= 10 * sizes.min():
         return

@@ -1,4 +1,4 @@
-"""What an intervention adds to the loss: a quantity, what holds it at a level, or a control of the same size."""
+"""An intervention adds to the loss a quantity, what holds it at a level, or a control of the same size."""
 
 from typing import Any, Literal, get_args
 
@@ -19,11 +19,11 @@ SYMBOLS: dict[str, str] = {"kappa": "κ", "simplified_kappa": "κ̂", "ncc": "NC
 RECORDED: dict[str, str] = {
     "kappa": "relative_flatness", "simplified_kappa": "simplified_relative_flatness", "ncc": "ncc"
 }  # fmt: skip
-"""A quantity's name in the records."""
+"""Quantities have these names in the records."""
 
 
 def measured(quantity: Quantity, head: Head, feats: jax.Array, labels: jax.Array, num_classes: int) -> jax.Array:
-    """κ and κ̂ at temperature 1, and NCC, of the features that the network uses."""
+    """Measure κ and κ̂ at temperature 1, and NCC, of the features that the network uses."""
     if quantity == "ncc":
         return neural_collapse(head, feats, labels, num_classes=num_classes).ncc
     metric = relative_flatness if quantity == "kappa" else simplified_relative_flatness
@@ -31,7 +31,7 @@ def measured(quantity: Quantity, head: Head, feats: jax.Array, labels: jax.Array
 
 
 def distance_from_level(value: jax.Array, level: jax.Array) -> jax.Array:
-    """(log q − log q*)², whose gradient 2(log q − log q*) ∇q/q does not vanish with q.
+    """Return (log q − log q*)², whose gradient 2(log q − log q*) ∇q/q does not vanish with q.
 
     NaN or infinite where q is, where it is not positive, and where it has underflowed: never a plausible number.
     """
@@ -39,7 +39,7 @@ def distance_from_level(value: jax.Array, level: jax.Array) -> jax.Array:
 
 
 def control_of(control: Control, params: Any, logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """What the control's gradient is of; its size is to be that of another term."""
+    """Return what the control's gradient is of; its size is to be that of another term."""
     if control == "weight_decay":
         return 0.5 * optax.tree.norm(params, squared=True)
     if control == "confidence_penalty":
@@ -48,5 +48,8 @@ def control_of(control: Control, params: Any, logits: jax.Array, labels: jax.Arr
 
 
 def of_size(direction: Any, like: Any) -> Any:
-    """A gradient with the direction of one and the Euclidean norm of another; NaN of one that has no direction."""
+    """Return a gradient with the direction of one and the norm of another; NaN if the one has no direction.
+
+    Norms are Euclidean.
+    """
     return optax.tree.scale(optax.tree.norm(like) / optax.tree.norm(direction), direction)

@@ -1,4 +1,4 @@
-"""What a measurement leaves behind, and on what machine it was made."""
+"""A measurement leaves a record of itself and of the machine it was made on."""
 
 import json
 import platform
@@ -10,7 +10,7 @@ import jax
 
 
 def temporary_memory(function: Callable, arguments: tuple[Any, ...]) -> int:
-    """Bytes, beside the arguments and the results, as compiled."""
+    """Return the bytes that a compiled call needs beside its arguments and results."""
     analysis = jax.jit(function).lower(*arguments).compile().memory_analysis()
     if analysis is None:
         raise RuntimeError(f"the {jax.default_backend()} backend of jax does not say what memory it takes")
@@ -18,7 +18,7 @@ def temporary_memory(function: Callable, arguments: tuple[Any, ...]) -> int:
 
 
 def write_record(file: Path, rows: list[dict[str, Any]]) -> None:
-    """The rows, with what they were measured on."""
+    """Write the rows, with the machine and versions they were measured on."""
     device = jax.devices()[0]
     machine = {"jax": jax.__version__, "platform": device.platform, "device": device.device_kind}
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The record of a run: a folder with its configuration, its metrics a line a measurement, and its summary."""
+"""A run's record is a folder with its configuration, its metrics (a line per measurement), and its summary."""
 
 import json
 import math
@@ -10,19 +10,19 @@ Record = dict[str, Any]
 
 
 def as_json(record: Record) -> Record:
-    """With lists for tuples: as it is when it is read back."""
+    """Return what JSON would read back, with lists for tuples."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in record.items()}
 
 
 class RunFolder:
-    """`config.json`, `metrics.jsonl` and `summary.json` in a folder that is never overwritten in silence.
+    """A run's folder has `config.json`, `metrics.jsonl` and `summary.json`, and is never overwritten in silence.
 
     Nothing is written before there is something to keep, so that what fails before leaves nothing behind.
     """
 
     def __init__(self, folder: Path, config: Record, *, resume: bool):
         self.folder, self._config = folder, config
-        """Which may not be there yet: `path` is."""
+        """The folder may not be there yet: `path` is."""
         self._config_file, self._metrics_file = folder / "config.json", folder / "metrics.jsonl"
         if self._config_file.exists():
             self._check_goes_on(resume)
@@ -31,7 +31,7 @@ class RunFolder:
 
     @property
     def path(self) -> Path:
-        """The folder to write to, which is made if it is not there."""
+        """Return the folder to write to, which is made if it is not there."""
         if not self._config_file.exists():
             # No configuration is no run: it is written first.
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -50,14 +50,14 @@ class RunFolder:
             )
 
     def append(self, record: Record) -> None:
-        """Adds a line to `metrics.jsonl`, at once."""
+        """Add a line to `metrics.jsonl`, at once."""
         record = json.loads(_to_json(record))
         self.records.append(record)
         with (self.path / self._metrics_file.name).open("a") as file:
             file.write(_to_json(record) + "\n")
 
     def keep(self, wanted: Callable[[Record], bool]) -> None:
-        """Drops the records that are not `wanted`: those measured after the last checkpoint are measured again."""
+        """Drop the records that are not `wanted`: those measured after the last checkpoint are measured again."""
         self.records = [record for record in self.records if wanted(record)]
         text = "".join(_to_json(record) + "\n" for record in self.records)
         if self._metrics_file.exists():
@@ -67,7 +67,7 @@ class RunFolder:
         _write(self.path / "summary.json", summary)
 
     def _whole_records(self) -> list[Record]:
-        """What a run that was killed has left: its last line may be cut short."""
+        """Return what a killed run has left: its last line may be cut short."""
         if not self._metrics_file.exists():
             return []
         return [
@@ -76,7 +76,7 @@ class RunFolder:
 
 
 def _to_json(record: Record) -> str:
-    """JSON has no NaN and no infinity: null and a string stand for them."""
+    """Convert to JSON, which has no NaN and no infinity: null and a string stand for them."""
 
     def strict(value: Any) -> Any:
         if isinstance(value, float) and not math.isfinite(value):
@@ -91,7 +91,7 @@ def _write(file: Path, record: Record) -> None:
 
 
 def _replace(file: Path, text: str) -> None:
-    """Writes all or nothing."""
+    """Write the whole file or nothing."""
     draft = file.with_suffix(".draft")
     draft.write_text(text)
     draft.replace(file)

@@ -1,4 +1,4 @@
-"""A function of several trials at a time, one on each device: small networks train so in half the time on two cores."""
+"""Run a function on several trials, one on each device: small networks train so in half the time on two cores."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,19 +9,19 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def mesh_of_trials() -> Mesh:
-    """All devices."""
+    """Return the mesh of all devices."""
     return jax.make_mesh((jax.device_count(),), ("trial",), axis_types=(AxisType.Auto,))
 
 
 def stacked(mesh: Mesh, trials: list[Any]) -> Any:
-    """Trees of one structure, one a device, the first again where there is none."""
+    """Stack trees of one structure, one per device; the first stands again where there is none."""
     all_of_them = trials + trials[:1] * (mesh.size - len(trials))
     several = jax.tree.map(lambda *leaves: np.stack(leaves), *all_of_them)
     return jax.device_put(several, NamedSharding(mesh, PartitionSpec("trial")))
 
 
 def of_several(function: Callable[..., Any], mesh: Mesh, num_split: int) -> Callable[..., Any]:
-    """The first arguments have an axis of trials, which is split among the devices; all have the others."""
+    """Split the first arguments' axis of trials among the devices; all devices have the other arguments."""
 
     @jax.jit
     def several(*arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Local text as tokens: what is trained on, files held out, and whole modules held out.
+"""Read local text as tokens: what is trained on, files held out, and whole modules held out.
 
 A file is held out by chance, and its neighbours are trained on; of a module, a top-level folder or file, all files are,
 so that its topic is new: the loss there is transfer. Both follow from a hash of the name and a seed.
@@ -19,13 +19,16 @@ optional("tokenizers")  # whose error says what to install
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
 Part = Literal["train", "held_out", "transfer"]
-"""`held_out` is of modules that are trained on, `transfer` is not."""
+"""`held_out` is of modules that are trained on, `transfer` is of others."""
 
 END_OF_TEXT = "<|endoftext|>"
 
 
 class Document(NamedTuple):
-    """A file of text; its module is the topmost folder below the one given, or the file where there is none."""
+    """A document is a file of text.
+
+    Its module is the topmost folder below the one given, or the file itself where there is none.
+    """
 
     name: str
     module: str
@@ -33,17 +36,20 @@ class Document(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """Of what is trained on, and how it is drawn."""
+    """Shares of the text are held out, and drawn by a seed."""
 
     held_out: float = 0.05
-    """Of files."""
+    """Share of the files that is held out."""
     transfer: float = 0.1
-    """Of modules."""
+    """Share of the modules that is held out."""
     seed: int = 0
 
 
 def standard_library() -> list[Document]:
-    """Python's own, without its tests, and without tables and help texts, which no one wrote as a program."""
+    """Read Python's standard library, but no tests, tables or help texts.
+
+    No one wrote the tables and help texts as programs.
+    """
     folder = Path(sysconfig.get_paths()["stdlib"])
     documents = read([folder], "*.py")
     return [
@@ -57,9 +63,9 @@ _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "en
 
 
 def read(paths: Sequence[Path], pattern: str = "*") -> list[Document]:
-    """The files given, and those of the pattern in the folders given; what is not UTF-8 in these is left out.
+    """Read the files given, and those matching the pattern in folders given, where what is not UTF-8 is left out.
 
-    Of several folders each is the topmost of its files.
+    If several folders are given, each of them is the topmost folder of its files.
 
     Raises:
         SystemExit: there is no such file or folder, or a file that is given is not UTF-8.
@@ -91,7 +97,10 @@ _LEFT_OUT_OF_ALL = {"site-packages", "dist-packages", "__pycache__", ".git"}
 
 
 def part_of(document: Document, shares: Shares, modules: Sequence[str] = ()) -> Part:
-    """By its name alone, so that it stays where it is whatever else there is; `modules` are held out by name."""
+    """Return the part of a document by its name only, which stays the same whatever else there is.
+
+    `modules` are held out by name.
+    """
     is_new = document.module in modules if modules else _chance("module", document.module, shares) < shares.transfer
     if is_new:
         return "transfer"
@@ -99,13 +108,13 @@ def part_of(document: Document, shares: Shares, modules: Sequence[str] = ()) -> 
 
 
 def _chance(kind: str, name: str, shares: Shares) -> float:
-    """Uniform in [0, 1)."""
+    """Return a number that is uniform in [0, 1)."""
     digest = hashlib.sha256(f"{shares.seed}/{kind}/{name}".encode()).digest()
     return int.from_bytes(digest[:7], "big") / 2**56
 
 
 def split(documents: Iterable[Document], shares: Shares, modules: Sequence[str] = ()) -> dict[Part, list[Document]]:
-    """Every part of the documents, none of them empty.
+    """Return every part of the documents; none of them is empty.
 
     Raises:
         SystemExit: a part is empty, or there is no module of a name given.
@@ -123,7 +132,7 @@ def split(documents: Iterable[Document], shares: Shares, modules: Sequence[str] 
 
 
 def train_tokenizer(documents: Iterable[Document], vocab_size: int) -> Tokenizer:
-    """Byte pairs, so that no text has an unknown token."""
+    """Train a tokenizer of byte pairs, so that no text has an unknown token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -146,19 +155,19 @@ _BYTES_AND_END = 257
 
 
 def saved_or_trained_tokenizer(file: Path, documents: Iterable[Document], vocab_size: int) -> Tokenizer:
-    """That of the file, or one that is not left there yet."""
+    """Return the tokenizer of the file, or train one that is not saved there yet."""
     return Tokenizer.from_file(str(file)) if file.exists() else train_tokenizer(documents, vocab_size)
 
 
 def save_tokenizer(tokenizer: Tokenizer, file: Path) -> None:
-    """Wholly or not at all."""
+    """Save the tokenizer wholly or not at all."""
     draft = file.with_suffix(".draft")
     tokenizer.save(str(draft))
     draft.replace(file)
 
 
 def cached_tokenizer(file: Path, documents: Iterable[Document], vocab_size: int) -> Tokenizer:
-    """That of the file, or one trained and left there."""
+    """Return the tokenizer of the file, or train one and save it there."""
     tokenizer = saved_or_trained_tokenizer(file, documents, vocab_size)
     if not file.exists():
         save_tokenizer(tokenizer, file)
@@ -166,14 +175,17 @@ def cached_tokenizer(file: Path, documents: Iterable[Document], vocab_size: int)
 
 
 def encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> np.ndarray:
-    """All documents one after another, each with the token of an end behind it."""
+    """Return all documents as tokens, one after another, each with the token of an end behind it."""
     end = [tokenizer.token_to_id(END_OF_TEXT)]
     encoded = tokenizer.encode_batch([each.text for each in documents], add_special_tokens=False)
     return np.concatenate([np.array(each.ids + end, np.int32) for each in encoded])
 
 
 def windows(tokens: np.ndarray, context: int) -> np.ndarray:
-    """(n, context + 1): inputs but for the last column, labels but for the first; each label is in one window alone."""
+    """Cut tokens into windows (n, context + 1).
+
+    Inputs are all but the last column, labels all but the first. Each label is in a single window.
+    """
     number = (len(tokens) - 1) // context
     if number < 1:
         raise SystemExit(f"{len(tokens)} tokens of text are no window of --context {context} and a label")
@@ -181,10 +193,10 @@ def windows(tokens: np.ndarray, context: int) -> np.ndarray:
 
 
 def evenly(rows: np.ndarray, number: int) -> np.ndarray:
-    """So many of the rows, or all, from first to last."""
+    """Return as many of the rows as asked for, or all, evenly from first to last."""
     return rows[np.linspace(0, len(rows) - 1, min(number, len(rows))).round().astype(int)]
 
 
 def corpus(documents: Mapping[Part, Sequence[Document]], tokenizer: Tokenizer, context: int) -> dict[Part, np.ndarray]:
-    """The windows of each part."""
+    """Return the windows of each part."""
     return {part: windows(encode(tokenizer, documents[part]), context) for part in documents}

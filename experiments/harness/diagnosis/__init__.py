@@ -1,1 +1,1 @@
-"""The parts of a diagnosis of a language model: each a start, what a batch adds, and what is made of all in the end."""
+"""Each part of a language model's diagnosis is a start, what a batch adds, and what is made of all at the end."""

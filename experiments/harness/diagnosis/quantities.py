@@ -1,4 +1,4 @@
-"""Numbers with their standard errors, as JSON holds them.
+"""Numbers stand with their standard errors, as JSON holds them.
 
 What the text makes uncertain is told by the jackknife: with G blocks of consecutive sequences, and θ_g what comes out
 without block g, the standard error is √((G − 1)/G · Σ_g (θ_g − θ̄)²). Of a mean over sequences it is that of batch
@@ -14,11 +14,11 @@ import numpy as np
 from harness.runs import Record
 
 BLOCKS, PROBES, WINDOWS, NONE = "blocks of text", "probes", "windows of text", "none"
-"""What a standard error is over."""
+"""A standard error is over one of these."""
 
 
 def quantity(value: Any, error: Any, over: str, num_tokens: int, **more: Any) -> Record:
-    """A number, or a list of one a layer."""
+    """Return a number, or a list of one per layer."""
     return {
         "value": plain(value),
         "standard_error": plain(error),
@@ -29,7 +29,7 @@ def quantity(value: Any, error: Any, over: str, num_tokens: int, **more: Any) ->
 
 
 def plain(value: Any) -> Any:
-    """Of arrays lists, and of what is no number null: JSON has no NaN and no infinity."""
+    """Return lists for arrays, and null for what is no number: JSON has no NaN and no infinity."""
     if isinstance(value, Mapping):
         return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, str | bool) or value is None:
@@ -47,7 +47,7 @@ def plain(value: Any) -> Any:
 
 
 def jackknife_error(reduced: Sequence[Any] | np.ndarray) -> np.ndarray:
-    """Of what comes out without each block; NaN of one block alone."""
+    """Return the standard error from values without each block; it is NaN for a single block."""
     values = np.asarray(reduced, float)
     number = len(values)
     if number < 2:
@@ -56,7 +56,7 @@ def jackknife_error(reduced: Sequence[Any] | np.ndarray) -> np.ndarray:
 
 
 def ratio(sums: np.ndarray, totals: np.ndarray, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Σ sums / Σ totals over sequences (n, ...), and its standard error over the blocks they are in."""
+    """Return Σ sums / Σ totals over sequences (n, ...), and its standard error over the blocks they are in."""
     of_blocks = [(sums[blocks == each].sum(axis=0), totals[blocks == each].sum(axis=0)) for each in np.unique(blocks)]
     total, weight = (np.sum(each, axis=0) for each in zip(*of_blocks, strict=True))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -65,6 +65,6 @@ def ratio(sums: np.ndarray, totals: np.ndarray, blocks: np.ndarray) -> tuple[np.
 
 
 def mean(values: np.ndarray, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Over sequences (n, ...), and its standard error over blocks."""
+    """Return the mean over sequences (n, ...), and its standard error over blocks."""
     values = np.asarray(values, float)
     return ratio(values, np.ones(len(values)), blocks)
