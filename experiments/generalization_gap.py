@@ -68,6 +68,9 @@ MEASURES: dict[str, str] = {
     "train_loss": "training loss",
     "distance": "distance from the start",
 }
+_DIRECTIONS = dict.fromkeys(
+    ("relative_flatness", "simplified_relative_flatness", "max_relative_flatness", "hessian_trace"), "larger is sharper"
+) | {"largest_eigenvalue": "larger is sharper", "ncc": "0 is collapsed"}
 GAPS: dict[Gap, str] = {"loss_gap": "gap of the cross-entropy", "error_gap": "gap of the error"}
 
 
@@ -245,7 +248,8 @@ def report(config: Config, run: RunFolder) -> None:
         ),
         *(f"\n{name}\n{table(found[gap])}" for gap, name in GAPS.items()),
         f"\nIn brackets 95 % intervals of {config.resamples} bootstrap samples of the networks; 'given' is the partial "
-        "coefficient given the training loss.",
+        "coefficient given the training loss. Larger κ, κ̂, κ_max, Tr H and λ_max are "
+        "sharper; an NCC of 0 is collapsed.",
     ]
     text = "\n".join(lines)
     print(text)
@@ -281,7 +285,10 @@ def draw(path: Path, records: Sequence[Record], found: dict[Gap, dict[str, dict[
             tau, given = (found["loss_gap"][name].get(kind) for kind in ("kendall", "kendall_given"))
             axes.set_title(f"τ {_shown(tau)}" + (f"\ngiven the loss {_shown(given)}" if given else ""), fontsize=7.5)
             positive = np.all([number(record[name]) > 0 for record in records])
-            axes.set(xlabel=label, xscale="log" if positive else "symlog")
+            axes.set(
+                xlabel=f"{label} ({_DIRECTIONS[name]})" if name in _DIRECTIONS else label,
+                xscale="log" if positive else "symlog",
+            )
             axes.grid(alpha=0.25, linewidth=0.5)
             axes.spines[["top", "right"]].set_visible(False)
         for row in all_axes:

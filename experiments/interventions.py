@@ -5,22 +5,26 @@
     python experiments/interventions.py --full                 # all controls, more strengths and levels: about 2 h
     python experiments/interventions.py --task cifar10 --data-dir ~/data --num-train 5000 --batch-size 500
 
-In all arms features have at most the norm R, and the head ‖W‖_F ≤ B (it is projected after every step): wider than the
-baseline ever reaches, so that it is not changed, and yet there is a ceiling to what an arm can drive up, and a run that
-sits at it is called so. All arms are of the same seeds (a split or a choice of images, and initial weights):
+Flatness is κ or κ̂ of the head (larger is sharper). Collapse is NCC, the class-distance variance summed over all
+ordered pairs of classes (0 is collapsed). It is not the accuracy of nearest class centres.
 
-* pushed: λκ, λκ̂ or λNCC in the loss, λ < 0 driving it up. NCC has no maximum, as two class means may coincide: there
-  something is added to squared distances.
-* controls: a confidence penalty, label smoothing (as a term: cross-entropy with uniform labels, less that with the
-  right ones) and weight decay, the gradient of each scaled at every step to the norm that the pushed arm's term has at
-  the same parameters.
-* held: μ(log q − log q*)², q being κ, κ̂ or NCC of the training batch, from a step at which the training set is fitted,
-  and some of what is held out is right already.
-* unplugged: pushed until a step, and then nothing else changes: neither the rate, nor the decay, nor the optimizer's
-  state. The arm unplugged from the start is the baseline.
+In all arms features have at most the norm R, and the head has ‖W‖_F ≤ B (it is projected after every step). Both are
+wider than the baseline ever reaches, so that it is not changed. Still they put a ceiling on what an arm can drive
+up, and a run that sits at it is called so. All arms have the same seeds (a split or a choice of images, and initial
+weights):
 
-κ is the same in all of them and at all times: at temperature 1, of the features that the network uses. An arm that does
-not fit its training set to 99 % is marked as not answering, and a network that diverged as one that did.
+* pushed: the loss has λκ, λκ̂ or λNCC added, where λ < 0 drives it up. NCC has no maximum, as two class means may
+  coincide: there something is added to squared distances.
+* controls: the loss has a confidence penalty, label smoothing (as a term: cross-entropy with uniform labels, less that
+  with the right ones) or weight decay added. The gradient of each is scaled at every step to the norm that the pushed
+  arm's term has at the same parameters.
+* held: the loss has μ(log q − log q*)² added, where q is κ, κ̂ or NCC of the training batch. This begins at a step at
+  which the training set is fitted, and some of what is held out is right already.
+* unplugged: the arm is pushed until a step, and then nothing else changes: neither the rate, nor the decay, nor the
+  optimizer's state. The arm unplugged from the start is the baseline.
+
+κ is measured alike in all arms and at all times: at temperature 1, with the features that the network uses. An arm that
+does not fit its training set to 99 % is marked as not answering, and a network that diverged is marked as such.
 
 Writes to `runs/interventions/<name>/`: `config.json`, `metrics.jsonl` (a line a seed and measurement), `checkpoints/`,
 `summary.json`, `table.txt`, `training-….png`, `dose.png` and `delay.png`. Killed at any moment, the same command with

@@ -4,7 +4,7 @@
     python experiments/llm_placement.py --width 256 --depth 6 --steps 5000 --seeds 3 --name larger
 
 All arms have the same number of steps; what a step costs is told. Each is tuned on the same number of strengths by the
-loss on held-out files, with a seed that is then left alone, and trained anew with others in the best. A seed decides
+loss on held-out files, with a seed that is not used again, and trained anew with others in the best. A seed decides
 what of the text is held out, files and whole modules, the tokens, the initial weights, the batches and the probes; arms
 share all of that, and are compared with the plain one seed by seed.
 

@@ -1,14 +1,16 @@
 """Measure neural collapse past zero training error: NC1 to NC4 and CDNV by epoch and layer, and parts of the loss.
 
     python experiments/neural_collapse.py                 # a perceptron and a ResNet-18 on digits: 6 min on 2 cores
-    python experiments/neural_collapse.py --models mlp    # the perceptron alone: 1 to 2 min
+    python experiments/neural_collapse.py --models mlp    # only the perceptron: 1 to 2 min
     python experiments/neural_collapse.py --models resnet --data cifar10 --data-dir ~/data --resnet-width 64
 
-Each network is trained with cross-entropy, and anew with half the squared error against one-hot targets, by SGD with
-momentum and weight decay λ on all parameters, its rate a tenth after a half and after three quarters of the epochs. At
-epochs of equal ratios the features of every layer of all that is trained on are streamed through moments of the
-classes, with batch normalisation as it is used after training. The head's mean squared error, with ½λ of its squared
-norm, is split into what the features and what the head cost (the central path).
+Each network is trained with cross-entropy, and anew with half the squared error against one-hot targets. Training is by
+SGD with momentum and weight decay λ on all parameters; the rate falls to a tenth after a half and again after three
+quarters of the epochs. At epochs of equal ratios, the training set's features of every layer are streamed through
+moments of the classes, with batch normalisation as it is used after training. The head's mean squared error, with ½λ of
+its squared norm, is split into what the features and what the head cost (the central path).
+
+NC1 to NC4 and CDNV are 0 in a fully collapsed network.
 
 Writes to `runs/neural_collapse/<name>/`: `config.json`, `metrics.jsonl` (a line a measurement, with all layers),
 `checkpoints/` (Orbax), `figure.png` and `summary.json`. Killed at any moment, the same command with --resume goes on,
@@ -299,13 +301,13 @@ _NAMES = {
 _IN_TABLE = {
     "error, trained on": lambda record: 1 - record["train_accuracy"],
     "error, held out": lambda record: 1 - record["test_accuracy"],
-    "NC1": lambda record: record["nc1"],
-    "CDNV, trained on": lambda record: record["cdnv"],
-    "CDNV, held out": lambda record: record["test_cdnv"],
-    "NC2 equinorm of means": lambda record: record["nc2_equinorm_means"],
-    "NC2 equiangularity of means": lambda record: record["nc2_equiangularity_means"],
-    "NC3": lambda record: record["nc3"],
-    "NC4": lambda record: record["nc4"],
+    "NC1, 0 is collapsed": lambda record: record["nc1"],
+    "CDNV, trained on, 0 is collapsed": lambda record: record["cdnv"],
+    "CDNV, held out, 0 is collapsed": lambda record: record["test_cdnv"],
+    "NC2 equinorm of means, 0 is collapsed": lambda record: record["nc2_equinorm_means"],
+    "NC2 equiangularity of means, 0 is collapsed": lambda record: record["nc2_equiangularity_means"],
+    "NC3, 0 is collapsed": lambda record: record["nc3"],
+    "NC4, 0 is collapsed": lambda record: record["nc4"],
     "L_NC1": lambda record: record["squared_error_nc1"],
     "L_NC2/3": lambda record: record["squared_error_nc2_and_nc3"],
     "L_⊥": lambda record: record["squared_error_perpendicular"],

@@ -1,16 +1,17 @@
 """Compare κ with the usual regularisers, on digits with few or wrong labels, to see whether flatness helps.
 
     python experiments/regularise.py                  # about half an hour on 2 cores
-    python experiments/regularise.py --models mlp     # the perceptron alone
+    python experiments/regularise.py --models mlp     # only the perceptron
 
 Two networks, a perceptron and a ResNet-18, learn from 100 images, and from 500 of which 40 % have a wrong label, by SGD
 with momentum: plainly; with weight decay, label smoothing, a penalty on confidence, SAM or ASAM; or with relative
 flatness κ of the head, or its simplified form κ̂, as part of the loss.
 
-Each method is tuned on the same number of settings, learning rate × strength, by the accuracy on validation images,
-whose labels are right, over seeds that are then left alone; the baseline, which has no strength, is given as many
-learning rates. The best setting is trained anew with 10 other seeds. A seed chooses the images to train on, the wrong
-labels, the initial weights and the batches; the test images are always the same, and nothing is tuned on them.
+Each method is tuned on the same number of settings, learning rate × strength. What counts is the accuracy on validation
+images, whose labels are right, over seeds that are not used again. The baseline has no strength, and is given as many
+learning rates as others have settings. The best setting is trained anew with 10 other seeds. A seed chooses the images
+to train on, the wrong labels, the initial weights and the batches; the test images are always the same, and nothing is
+tuned on them.
 
 Writes to `runs/regularise/<name>/`: `config.json`, `metrics.jsonl` (a line a setting, with all its seeds), `figure.png`
 and `summary.json`. Killed at any moment, the same command with --resume goes on, and ends with the same metrics.

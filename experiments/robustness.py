@@ -43,7 +43,7 @@ def main(num_steps: int = 300, num_samples: int = 256, seed: int = 0, folder: Pa
     loss = train(model, x, y, num_steps)
     head, feats = nnx.state(model.head), model.features(x)
     kappa = float(relative_flatness(head, feats, y))
-    print(f"cross-entropy {loss:.4f}, κ {kappa:.4f}")
+    print(f"cross-entropy {loss:.4f}, κ {kappa:.4f} (larger is sharper)")
 
     deltas = np.logspace(-4, 0.5, 10)
     scales = {"orthogonal": 2 * feats.shape[1], "normal": 2}
@@ -96,7 +96,7 @@ def draw(path: Path, rows: list[dict], scales: dict[str, int]) -> None:
         axes.set(
             xscale="log",
             xlabel="δ, the size of the change of the features",
-            ylabel="rise of the loss, over what κ says",
+            ylabel="rise of the loss over what κ says (1 is as κ says)",
         )
         axes.grid(alpha=0.25, linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)

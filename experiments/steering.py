@@ -64,7 +64,7 @@ def main(
     plain = strengths.index(0.0)
 
     rows: list[dict[str, Any]] = []
-    print("κ over that of λ = 0 at the same training loss (95 % interval over seeds)")
+    print("κ (larger is sharper) over that of λ = 0 at the same training loss (95 % interval over seeds)")
     print(f"{'λ':>8} " + " ".join(f"{f'loss {level:g}':>22}" for level in LOSSES) + "   loss, test accuracy at the end")
     for i, strength in enumerate(strengths):
         cells = []
@@ -149,7 +149,12 @@ def draw(folder: Path, strengths: tuple[float, ...], loss: np.ndarray, kappa: np
             for seed in range(len(loss)):
                 label = f"λ = {strength:g}" if seed == 0 else None
                 axes.plot(loss[seed, i], kappa[seed, i], color=colour, linewidth=0.8, alpha=0.8, label=label)
-        axes.set(xscale="log", yscale="log", xlabel="cross-entropy of the training images", ylabel="κ of the head")
+        axes.set(
+            xscale="log",
+            yscale="log",
+            xlabel="cross-entropy of the training images",
+            ylabel="κ of the head (larger is sharper)",
+        )
         axes.set_xlim(1.1 * np.max(loss[:, :, 0]), np.min(loss) / 1.5)
         learned = loss <= np.max(loss[:, :, 0])
         axes.set_ylim(np.min(kappa[learned]) / 2, 2 * np.max(kappa[learned]))

@@ -4,7 +4,7 @@
     python experiments/train_lm.py --strength 0.01               # with λκ of the head in the loss
     python experiments/train_lm.py --strength 1e-3 --layers blocks/2 --name block-2      # of a block's kernels
     python experiments/train_lm.py --text ~/books --pattern '*.txt' --name books
-    python experiments/train_lm.py --model-devices 2             # of all devices so many hold a part of the parameters
+    python experiments/train_lm.py --model-devices 2             # split the parameters over 2 of all devices
 
 κ of the head is a by-product of the loss. That of other kernels is estimated by one random direction a step on a
 quarter of the batch, for which the step takes two to five times as long. By default the text is the standard library,
@@ -242,13 +242,13 @@ def draw(path: Path, config: Config, records: list[Record]) -> None:
     plt.close(figure)
 
 
-_LABELS = ("loss, nats a token", "κ of the head")
+_LABELS = ("loss, nats a token", "κ of the head (larger is sharper)")
 
 
 def report(summary: Record) -> str:
     def of(part: str) -> str:
         loss, kappa = (_number(summary[f"{part}_{name}"]) for name in ("loss", "kappa"))
-        return f"loss {loss:.4f} (perplexity {np.exp(loss):.2f}), κ of the head {kappa:.4g}"
+        return f"loss {loss:.4f} (perplexity {np.exp(loss):.2f}), κ of the head {kappa:.4g} (larger is sharper)"
 
     return f"files held out:   {of('held_out')}\nmodules held out: {of('transfer')}"
 

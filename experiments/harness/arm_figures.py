@@ -22,8 +22,8 @@ from harness.verdicts import Verdict
 
 _PANELS = {
     "accuracy": "accuracy (dashed: trained on)",
-    "relative_flatness": "κ, trained on",
-    "ncc": "NCC, trained on",
+    "relative_flatness": "κ, trained on (larger is sharper)",
+    "ncc": "NCC, trained on (0 is collapsed)",
 }
 _STYLE = {"font.size": 9}
 _ANSWERS, _DOES_NOT, _BASELINE = "#0b4f8a", "#d1600f", "0.35"

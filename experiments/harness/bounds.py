@@ -1,6 +1,6 @@
 """Under bounds, flatness and collapse have a maximum, so that driving them up does not only drive them off.
 
-With features of ‖φ‖ ≤ R and a head of ‖W‖_F ≤ B, of a softmax with C outputs:
+For features with ‖φ‖ ≤ R and a head with ‖W‖_F ≤ B, and a softmax with C outputs:
 
     κ ≤ R²B²/2         as κ = E_i ‖φ_i‖² tr(Wᵀ G_i W) ≤ R² ‖W‖_F² max_i λ_max(G_i), and for a unit vector u the form
                        uᵀ G_i u is the variance of its entries under p_i, at most (max u − min u)²/4 ≤ 1/2. Attained

@@ -46,8 +46,8 @@ _CURVES: dict[str, list[tuple[str, str, str, str]]] = {
     ],
 }
 _LABELS = {
-    "variability": "spread of the classes",
-    "geometry": "distance to the frame",
+    "variability": "spread of the classes\n(0 is collapsed)",
+    "geometry": "distance to the frame\n(0 is collapsed)",
     "squared error": "part of the squared error",
 }
 
@@ -76,7 +76,9 @@ def draw(path: Path, cases: list[Case], title: str) -> None:
             all_axes[0, column].set_title(case.name, fontsize=9)
         for row, axes in zip(rows, all_axes, strict=True):
             shown = [each for each in axes if each.get_visible()]
-            shown[0].set_ylabel({"error": "share of the images", "layers": "CDNV by layer"}.get(row) or _LABELS[row])
+            shown[0].set_ylabel(
+                {"error": "share of the images", "layers": "CDNV by layer\n(0 is collapsed)"}.get(row) or _LABELS[row]
+            )
             shown[0].tick_params(labelleft=True)
             for each in shown if row == "layers" else shown[:1]:
                 each.legend(frameon=False, fontsize=6.5)

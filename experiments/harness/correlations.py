@@ -25,7 +25,7 @@ def kendall(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Compute Spearman's ρ."""
+    """Compute Spearman's rank correlation ρ."""
     x, y = (stats.rankdata(each) - (len(each) + 1) / 2 for each in (x, y))
     norm = math.sqrt(float(x @ x) * float(y @ y))
     return float(x @ y) / norm if norm else math.nan

@@ -21,8 +21,8 @@ class Dose(NamedTuple):
     held_out: Interval
     """Final held-out accuracy that a decade adds: the slope of a line through a seed's levels."""
     log_delay: Interval | None
-    """The same of the delay's logarithm, one that had not ended counting as if it had; None where no network
-    generalized."""
+    """Slope of the delay's logarithm in the same way; a delay that had not ended counts as if it had. It is None where
+    no network generalized."""
     at_generalization: list[float]
     """Value of the quantity on the baseline's training set as it generalizes, for the seeds that do."""
 

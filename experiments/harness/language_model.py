@@ -1,8 +1,9 @@
 """Train a decoder: cross-entropy with κ of the head on the way, λκ of any layer in the loss, and a step.
 
-κ of the head is exact. That of other kernels is ⟨v, H v⟩ for one random direction v = (W_l A_l)_l of all of them a
-step, whose mean is Σ_l κ_l; so the mean of its gradient, through H and through v, is that of Σ_l κ_l. It is taken on
-some of a batch's sequences, of which the same holds: of all of them it costs up to twelve times the rest of the step.
+κ of the head is exact. κ of other kernels is estimated by ⟨v, H v⟩, with one random direction v = (W_l A_l)_l through
+all of them a step. Its mean is Σ_l κ_l, so that the mean of its gradient, through H and through v, is the gradient of
+Σ_l κ_l. It is taken on some of a batch's sequences, for which the same holds: on all of them it costs up to twelve
+times the rest of the step.
 """
 
 import json

@@ -31,13 +31,14 @@ class Section(NamedTuple):
 SECTIONS = (
     Section("Loss", "How well it predicts the text.", words.LOSS, figures.of_loss),
     Section(
-        "Flatness of the head", "Relative flatness of the last layer, which turns features into logits. Every token is "
-        "counted and nothing is sampled; the standard error says how much another text like this one would change it.",
+        "Flatness of the head", "Relative flatness of the last layer, which turns features into logits. Larger is "
+        "sharper. Every token is counted and nothing is sampled; the standard error says how much another text like "
+        "this one would change it.",
         words.FLATNESS,
     ),
     Section(
-        "Flatness of the layers", "The same measure for every kernel, to see where the network is flat and where it is "
-        "sharp.", words.PROFILE, figures.of_profile,
+        "Flatness of the layers", "Relative flatness of every kernel, to see where the network is flat (low) "
+        "and where it is sharp (high).", words.PROFILE, figures.of_profile,
     ),
     Section(
         "Neural collapse over the vocabulary", "A class is a next token, and what belongs to it are the "
@@ -51,8 +52,8 @@ SECTIONS = (
         figures.of_geometry,
     ),
     Section(
-        "The way through the blocks", "How a token moves from block to block: of each sequence the median token, and "
-        "the mean over sequences.", words.TRAJECTORY, figures.of_trajectory,
+        "The way through the blocks", "How a token moves from block to block. Each number is the median over the "
+        "tokens of a sequence, then the mean over sequences.", words.TRAJECTORY, figures.of_trajectory,
     ),
     Section(
         "Jacobians of the blocks", "What a small change of the stream at one token becomes in a block, "

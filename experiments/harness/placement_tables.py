@@ -79,7 +79,8 @@ def table(names: Mapping[str, str], rows: Mapping[str, Record], seeds: int, step
     gains = [row["less_plain"][name] for row in rows.values() if row["less_plain"] for name in names]
     return (
         f"{aligned(means)}\n\n{aligned(differences)}\n\n{aligned(tried)}\n\n"
-        "Loss in nats a token, on files and on modules held out; then by how much that on files rises. ± is a 95 % "
+        "Loss in nats a token (lower is better), on files and on modules held out; then by how much that "
+        "on files rises. Larger κ is sharper. ± is a 95 % "
         f"interval over {seeds} seeds.\n*: the interval leaves out 0: {sum(map(is_clear, gains))} of {len(gains)} do; "
         f"if no arm did anything, {0.05 * len(gains):.1f} would.\n"
         "↓ and ↑: the lowest and the highest strength tried was the best, by the loss on held-out files. All arms have "
@@ -118,7 +119,8 @@ def draw(path: Path, names: Mapping[str, str], rows: Mapping[str, Record], seeds
             axes.margins(y=0.2)
         all_axes[0, 0].invert_yaxis()
         figure.suptitle(
-            f"Loss less that of plain training, nats a token, {seeds} seeds (orange: the interval leaves out 0)",
+            f"Loss less that of plain training, nats a token (lower is better), {seeds} seeds\n"
+            "(orange: the interval leaves out 0)",
             fontsize=10,
         )
         figure.savefig(path)

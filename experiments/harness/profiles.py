@@ -93,6 +93,7 @@ def table(profile: Profile) -> str:
     for path, (value, error, num_probes) in profile.items():
         how = f"{int(num_probes)} probes" if num_probes else "exactly"
         lines.append(f"{short(path):{width}}  {float(value):11.4g}  {float(error):16.2g}  {how:>12}")
+    lines.append("κ is relative flatness; larger is sharper.")
     return "\n".join(lines)
 
 
@@ -148,7 +149,7 @@ def draw_history(
             below.fill_between(at, values - errors, values + errors, color=colour, alpha=0.25, linewidth=0)
             everything.append(values)
         _scale(below, "y", np.concatenate(everything))
-        below.set(xscale="log", xlabel="step", ylabel="relative flatness κ")
+        below.set(xscale="log", xlabel="step", ylabel="relative flatness κ (larger is sharper)")
         above.set(ylabel="accuracy", title=title)
         for axes in (above, below):
             axes.grid(alpha=0.25, linewidth=0.5)

@@ -1,7 +1,8 @@
 """Read local text as tokens: what is trained on, files held out, and whole modules held out.
 
-A file is held out by chance, and its neighbours are trained on; of a module, a top-level folder or file, all files are,
-so that its topic is new: the loss there is transfer. Both follow from a hash of the name and a seed.
+A file is held out by chance, while its neighbours are trained on. A module, which is a top-level folder or file, is
+held out with all its files, so that its topic is new: the loss there is transfer. Both follow from a hash of the name
+and a seed.
 """
 
 import hashlib
@@ -93,7 +94,7 @@ def read(paths: Sequence[Path], pattern: str = "*") -> list[Document]:
 
 
 _LEFT_OUT_OF_ALL = {"site-packages", "dist-packages", "__pycache__", ".git"}
-"""Of the standard library's folder the first may hold other people's packages: read, they would be thrown away."""
+"""These folders are not read. The first may hold other people's packages in the standard library's folder."""
 
 
 def part_of(document: Document, shares: Shares, modules: Sequence[str] = ()) -> Part:

@@ -159,7 +159,8 @@ _EXPLAINED = """
 train: the lowest of {} seeds at the end. ±: 95 % intervals over seeds, of differences paired by seed; d: the mean of
 these over their standard deviation. delay: median of the steps from 99 % of what is trained on to 99 % of what is held
 out, ≥ if not all seeds got there (n did); × baseline's: the geometric mean of the ratios, with its 95 % interval, or ≥
-or ≤ a bound. κ, κ̂, NCC, loss: medians, of what is trained on, at the end. of ceiling: the highest of the
+or ≤ a bound. κ, κ̂, NCC, loss: medians, of what is trained on, at the end; larger κ and κ̂ are sharper, and an NCC of 0
+is collapsed (it is a spread of the classes, not the accuracy of nearest class centres). of ceiling: the highest of the
 seeds, as a share of what the bounds allow."""
 
 

@@ -1,1 +1,1 @@
-"""Each part of a language model's diagnosis is a start, what a batch adds, and what is made of all at the end."""
+"""Each part of a language model's diagnosis has a start, what a batch adds, and what all batches say at the end."""

@@ -1,7 +1,7 @@
 """Measure neural collapse over the vocabulary: a class is a next token, a feature what enters the head before it.
 
-Which tokens come next how often is known from the text alone, so that only the classes that have enough are kept in
-memory; each block of the text has moments of its own, and the standard error is that of leaving one out.
+The text tells how often each token comes next, so that only the classes that have enough samples are kept in memory.
+Each block of the text has moments of its own, and the standard error is that of leaving one block out.
 """
 
 import functools

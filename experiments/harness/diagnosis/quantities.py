@@ -1,8 +1,8 @@
 """Numbers stand with their standard errors, as JSON holds them.
 
-What the text makes uncertain is told by the jackknife: with G blocks of consecutive sequences, and θ_g what comes out
-without block g, the standard error is √((G − 1)/G · Σ_g (θ_g − θ̄)²). Of a mean over sequences it is that of batch
-means. Texts next to each other are alike, which a block has within it; blocks are taken to be independent.
+The jackknife tells how uncertain the text makes a number. With G blocks of consecutive sequences, and θ_g the number
+without block g, the standard error is √((G − 1)/G · Σ_g (θ_g − θ̄)²). For a mean over sequences this is the error of
+batch means. Neighbouring texts are alike; they share a block, and the blocks are taken to be independent.
 """
 
 import math

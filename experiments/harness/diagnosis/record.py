@@ -1,7 +1,7 @@
 """Records of checkpoints are known by a digest of what is in them, and by the name they were last given.
 
-So a checkpoint that was trained on is measured anew, one that was moved is not, and one whose old weights come back has
-its old numbers.
+A checkpoint that was trained on is therefore measured anew, and one that was moved is not. One whose old weights come
+back has its old numbers.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,8 +1,8 @@
 """A diagnosis goes on in stages; each reads batch after batch, and its parts take up what was read.
 
-A part is a state, how a batch changes it, and what is made of it in the end, so that streaming, saving and resuming are
-written here once. The state is on disk at the end of a stage and, within one, as often as the time asks for it: what
-is killed goes on from there, to the same numbers.
+A part is a first state, how a batch changes it, and what the last state says. Streaming, saving and resuming are
+therefore written here once. The state is on disk at the end of a stage and, within a stage, as often as the time asks
+for it. A killed run goes on from there, to the same numbers.
 """
 
 import time
