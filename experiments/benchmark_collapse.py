@@ -1,4 +1,4 @@
-"""What neural collapse costs at the size of a vocabulary, against the least that it could, and beside another library.
+"""Measure what neural collapse costs at the size of a vocabulary, beside the least possible cost and another library.
 
     python experiments/benchmark_collapse.py vocabulary    # 50,257 classes of 768 features: 4 min on 2 cores
     python experiments/benchmark_collapse.py growth        # with the classes, features and samples: 3 min
@@ -33,15 +33,15 @@ def vocabulary(
     seconds: float = 20,
     folder: Path = Path("runs/benchmark"),
 ) -> None:
-    """An update by a batch against a bare sum by classes, and CDNV over all pairs against products of matrices.
+    """Time an update by a batch beside a bare sum by classes, and CDNV over all pairs beside products of matrices.
 
     Args:
-        num_classes: C.
-        num_features: m.
-        num_tokens: of the batch.
-        seed: of the data.
-        seconds: how long updates are measured at least.
-        folder: where the record goes.
+        num_classes: number C of classes.
+        num_features: number m of features.
+        num_tokens: number of tokens in the batch.
+        seed: seed of the random data.
+        seconds: least time for which updates are measured.
+        folder: folder for the record.
     """
     feats, labels = batch(num_classes, num_features, num_tokens, seed)
     moments = filled(num_classes, num_features, seed)
@@ -77,11 +77,11 @@ def vocabulary(
 
 
 def growth(seed: int = 0, folder: Path = Path("runs/benchmark")) -> None:
-    """Time and memory of CDNV with the classes and the features, and time of an update with classes and samples.
+    """Measure CDNV against the classes and the features, and an update's time against the classes and the samples.
 
     Args:
-        seed: of the data.
-        folder: where the record and the figure go.
+        seed: seed of the random data.
+        folder: folder for the record and the figure.
     """
     growths = []
     for axis, shapes in {
@@ -113,7 +113,7 @@ def growth(seed: int = 0, folder: Path = Path("runs/benchmark")) -> None:
 
 
 class Updating:
-    """Moments that each call updates by the same batch, in place."""
+    """Moments are updated by the same batch at each call, in place."""
 
     def __init__(self, num_classes: int, num_features: int, feats: jax.Array, labels: jax.Array):
         self.moments, self.batch = ClassMoments.init(num_classes, num_features), (feats, labels)
@@ -125,14 +125,14 @@ class Updating:
 
 
 def batch(num_classes: int, num_features: int, num_tokens: int, seed: int) -> tuple[jax.Array, jax.Array]:
-    """Labels of a few classes often and of many rarely, as those of words are."""
+    """Draw labels as words are: a few classes often, and many rarely."""
     rng = np.random.default_rng(seed)
     labels = (rng.zipf(1.2, num_tokens) - 1) % num_classes
     return jnp.asarray(rng.normal(size=(num_tokens, num_features)), jnp.float32), jnp.asarray(labels, jnp.int32)
 
 
 def filled(num_classes: int, num_features: int, seed: int) -> ClassMoments:
-    """With two samples of each class, a batch at a time."""
+    """Fill the moments with two samples of each class, a batch at a time."""
     moments, update = ClassMoments.init(num_classes, num_features), jax.jit(ClassMoments.update, donate_argnums=0)
     rng = np.random.default_rng(seed)
     for classes in np.array_split(np.arange(num_classes), -(-num_classes // 4096)):
@@ -148,7 +148,7 @@ def seconds_of(call: Callable[[], Any]) -> float:
 
 
 def table(timings: dict[str, Timing], reference: str) -> list[dict[str, Any]]:
-    """Prints a row each, and returns the rows."""
+    """Print each row, and return the rows."""
     for name, timing in timings.items():
         low, high = timing.ratio_quartiles
         ratio = f"{timing.ratio:8.3g} × {reference} [{low:.3g}, {high:.3g}]"

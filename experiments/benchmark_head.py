@@ -1,4 +1,4 @@
-"""What the metrics cost, side by side with the loss itself and with the published algorithm.
+"""Measure what the metrics cost, side by side with the loss itself and with the published algorithm.
 
     python experiments/benchmark_head.py head        # κ of a head against its cross-entropy: two minutes on 2 cores
     python experiments/benchmark_head.py vocabulary  # the same for a language model's head, with its error: ten
@@ -38,12 +38,12 @@ Batch = tuple[dict[str, jax.Array], jax.Array, jax.Array]
 
 
 def head(seed: int = 0, seconds: float = 5.0, folder: Path = Path("runs/benchmark")) -> None:
-    """κ of a softmax head and its variants, against the cross-entropy of the same data, and the published algorithm.
+    """Time κ of a softmax head and its variants beside the cross-entropy of the same data and the published algorithm.
 
     Args:
-        seed: of the data.
-        seconds: how long each head is measured at least.
-        folder: where the record goes.
+        seed: seed of the random data.
+        seconds: least time for which each head is measured.
+        folder: folder for the record.
     """
     rows = []
     for num_outputs, num_features in [(10, 512), (97, 128), (1000, 2048)]:
@@ -71,16 +71,16 @@ def vocabulary(
     seconds: float = 30,
     folder: Path = Path("runs/benchmark"),
 ) -> None:
-    """κ of a language model's head: its error, its memory, and its time against that of the loss.
+    """Measure κ of a language model's head: its error, its memory, and its time against that of the loss.
 
     Args:
-        num_outputs: V, the size of the vocabulary.
-        num_features: m.
-        num_samples: N, tokens.
-        tile_size: rows of the head that are read at a time, as for `cross_entropy_and_flatness`.
-        seed: of the data.
-        seconds: how long the functions of each kind are measured at least, in no fewer than 5 rounds.
-        folder: where the record goes.
+        num_outputs: size V of the vocabulary.
+        num_features: number m of features.
+        num_samples: number N of tokens.
+        tile_size: rows of the head that are read at a time, as in `cross_entropy_and_flatness`.
+        seed: seed of the random data.
+        seconds: least time for which the functions of each kind are measured, in 5 rounds or more.
+        folder: folder for the record.
     """
     record: list[dict[str, Any]] = []
     for size in (1, 2, 511, 512, 513, 1000, num_outputs):
@@ -117,12 +117,12 @@ def vocabulary(
 
 
 def growth(seed: int = 0, num_features: int = 512, folder: Path = Path("runs/benchmark")) -> None:
-    """Time and memory against the size of the vocabulary and that of the batch, with the exponents, and a figure.
+    """Measure time and memory against the size of the vocabulary and of the batch, with their exponents and a figure.
 
     Args:
-        seed: of the data.
-        num_features: m.
-        folder: where the record and the figure go.
+        seed: seed of the random data.
+        num_features: number m of features.
+        folder: folder for the record and the figure.
     """
     functions = {
         "cross-entropy": cross_entropy,
@@ -159,14 +159,14 @@ def calls(
     seconds: float = 1.0,
     folder: Path = Path("runs/benchmark"),
 ) -> None:
-    """What a call of every public function costs outside of `jax.jit`: the first, later ones, and one that is jitted.
+    """Time a call of every public function outside of `jax.jit`: the first call, later ones, and a jitted one.
 
     Args:
-        num_samples: of the batch.
-        num_features: m.
-        num_classes: C.
-        seconds: how long each function is measured at least.
-        folder: where the record goes.
+        num_samples: number of samples in the batch.
+        num_features: number m of features.
+        num_classes: number C of classes.
+        seconds: least time for which each function is measured.
+        folder: folder for the record.
     """
     sizes = {"num_samples": num_samples, "num_features": num_features, "num_classes": num_classes}
     print(f"{'':36}  {'first':>10}  {'later':>10}  {'jitted':>10}   ms, and later ones in units of jitted ones")
@@ -175,7 +175,7 @@ def calls(
 
 
 def cost_of(name: str, call: Call, seconds: float) -> dict[str, Any]:
-    """Of a function that was not called before, with its compilation, and of later calls in turn with jitted ones."""
+    """Time a function's first call, with its compilation, and later calls in turn with jitted ones."""
     jax.clear_caches()
     started = time.perf_counter()
     jax.block_until_ready(call())
@@ -194,9 +194,9 @@ def cost_of(name: str, call: Call, seconds: float) -> dict[str, Any]:
 def errors(
     num_outputs: int, *, certainty: float, seed: int, num_features: int = 512, num_samples: int = 64
 ) -> dict[str, Any]:
-    """Relative errors in float32 against float64, from sums of terms of one sign.
+    """Return relative errors in float32 against float64, from sums of terms of one sign.
 
-    Without certainty the features are random; else they lie along their label's row, whose logit is about `certainty`.
+    Without certainty the features are random. Else they lie along their label's row, whose logit is near `certainty`.
     """
     rng = np.random.default_rng(seed)
     rows = rng.normal(size=(num_outputs, num_features)) / np.sqrt(num_features)
@@ -219,7 +219,7 @@ def errors(
 
 
 def exact_kappa(rows: np.ndarray, feats: np.ndarray) -> float:
-    """κ with variances around the largest logit's row, sample by sample."""
+    """Compute κ sample by sample, with variances taken around the largest logit's row."""
     total = 0.0
     for feature in feats:
         logits = rows @ feature
@@ -232,7 +232,7 @@ def exact_kappa(rows: np.ndarray, feats: np.ndarray) -> float:
 
 
 def value_and_gradient(function: Callable, *, has_aux: bool = False) -> Callable:
-    """By the parameters and the features."""
+    """Differentiate a function by the parameters and the features."""
     return jax.value_and_grad(function, argnums=(0, 1), has_aux=has_aux)
 
 
@@ -241,7 +241,7 @@ def weighed(loss: jax.Array, kappa: jax.Array) -> jax.Array:
 
 
 def compare(functions: dict[str, Callable], batch: Batch, *, reference: str, seconds: float) -> list[dict[str, Any]]:
-    """Times the jitted functions in turn, prints a row each, and returns the rows."""
+    """Time the jitted functions in turn, print a row for each, and return the rows."""
     params, feats, _ = batch
     num_features, num_outputs = params["kernel"].shape
     size = f"{num_outputs}×{num_features}, N = {len(feats)}"
@@ -255,7 +255,7 @@ def compare(functions: dict[str, Callable], batch: Batch, *, reference: str, sec
 
 
 def random_batch(num_outputs: int, num_features: int, num_samples: int, seed: int) -> Batch:
-    """A head with logits of standard deviation 2 on normal features."""
+    """Draw a head with logits of standard deviation 2 on normal features."""
     kernel_key, feats_key, labels_key = jax.random.split(jax.random.key(seed), 3)
     kernel = 2 * jax.random.normal(kernel_key, (num_features, num_outputs)) / num_features**0.5
     feats = jax.random.normal(feats_key, (num_samples, num_features))

@@ -1,4 +1,4 @@
-"""What curvature and the flatness of hidden layers cost, as multiples of a gradient and of one another.
+"""Measure what curvature and the flatness of hidden layers cost, as multiples of a gradient and of one another.
 
     python experiments/benchmark_layers.py probes   # a Hessian-vector product, its memory, and curvlinops beside it
     python experiments/benchmark_layers.py routes   # the flatness of all layers by two routes, and by the one chosen
@@ -32,13 +32,13 @@ from harness.benchmarks.torch_peer import curvlinops_calls
 
 
 def probes(num_probes: int = 16, seed: int = 0, seconds: float = 10, folder: Path = Path("runs/benchmark")) -> None:
-    """Probes of the Hessian of whole networks and of single layers, against the gradient.
+    """Time probes of the Hessian of whole networks and of single layers against the gradient.
 
     Args:
-        num_probes: at a time.
-        seed: of networks and probes.
-        seconds: how long each network is measured at least, in no fewer than 5 rounds.
-        folder: where the record goes.
+        num_probes: number of probes at a time.
+        seed: seed of the networks and the probes.
+        seconds: least time for which each network is measured, in 5 rounds or more.
+        folder: folder for the record.
     """
     networks = {
         "perceptron, 4 layers": perceptron(seed),
@@ -87,18 +87,18 @@ def routes(
     seconds: float = 60,
     folder: Path = Path("runs/benchmark"),
 ) -> None:
-    """Seconds until κ of every layer is known to within a relative error: layer by layer, jointly, and as chosen.
+    """Time how long κ of every layer takes to a relative error: layer by layer, jointly, and by the chosen route.
 
-    The routes take turns, each round with other probes. Once each was run, and with that compiled, rounds are timed.
+    The routes take turns, and each round has other probes. Rounds are timed once every route was run and so compiled.
 
     Args:
-        relative_error: that is asked for.
-        max_probes: of a layer and batch.
-        networks: those whose names begin with one of these; by default all.
-        num_steps: of training before.
-        seed: of networks and probes.
-        seconds: how long each network is timed at least, in no fewer than 2 rounds.
-        folder: where the record goes.
+        relative_error: relative error to reach.
+        max_probes: largest number of probes per layer and batch.
+        networks: beginnings of the names of the networks to measure; by default all.
+        num_steps: steps of training before the measurement.
+        seed: seed of the networks and the probes.
+        seconds: least time for which each network is timed, in 2 rounds or more.
+        folder: folder for the record.
     """
     record = []
     for name, make in NETWORKS.items():
@@ -167,22 +167,22 @@ def stacked(
     seed: int = 0,
     folder: Path = Path("runs/benchmark"),
 ) -> None:
-    """The profile of one decoder whose blocks are leaves of their own, or the slices of a stack: seconds, and κ.
+    """Time the profile of one decoder whose blocks are leaves of their own, or slices of a stack, and compare κ.
 
-    Both are of the same weights, trained for a hundred steps, with probes of their own. The difference of κ of a layer
-    in units of its standard error has the mean square 1, if the two measure the same.
+    Both have the same weights, trained for a hundred steps, and probes of their own. The difference of κ of a layer
+    in units of its standard error has mean square 1 if the two measure the same.
 
     Args:
-        depth: how many blocks there are.
-        width: of the residual stream.
-        batch_size: sequences a batch.
-        context: tokens a sequence.
-        num_batches: that the profile is of.
-        num_probes: of a layer and batch.
-        routes: by which layers are measured; "layerwise" compiles a program for each leaf.
-        rounds: later calls, of which the median is given.
-        seed: of networks and probes.
-        folder: where the record goes.
+        depth: number of blocks.
+        width: width of the residual stream.
+        batch_size: sequences per batch.
+        context: tokens per sequence.
+        num_batches: number of batches that the profile is measured on.
+        num_probes: number of probes per layer and batch.
+        routes: routes to measure layers by; "layerwise" compiles a program for each leaf.
+        rounds: number of later calls; their median is reported.
+        seed: seed of the networks and the probes.
+        folder: folder for the record.
     """
     sizes = {"depth": depth, "width": width, "batch_size": batch_size, "context": context, "num_batches": num_batches}
     unrolled = decoder(seed, vocab_size=32, **sizes).trained(100)
@@ -211,14 +211,14 @@ def stacked(
 
 
 def as_stack(params: Any) -> dict[str, Any]:
-    """The parameters of a decoder, those of its blocks stacked."""
+    """Stack the parameters of a decoder's blocks, and keep its other parameters."""
     outer = {name: value for name, value in params.items() if name != "blocks"}
     blocks = [params["blocks"][i] for i in sorted(params["blocks"])]
     return {"outer": nnx.State(outer), "blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
 
 
 def in_standard_errors(one_by_one: Mapping[str, Estimate], of_stack: Mapping[str, Estimate]) -> list[float]:
-    """How far κ of each estimated layer of the blocks lies apart."""
+    """Return how far κ of each estimated layer of the blocks lies apart, in standard errors."""
     differences = []
     for name, (value, error, num_probes) in of_stack.items():
         if name.startswith("blocks") and num_probes:
@@ -238,14 +238,14 @@ def kappa_of(loss_fn: Any, num_probes: int, key: jax.Array, layer: str, params: 
 
 
 def first_and_last_layer(network: LossProblem) -> tuple[str, str]:
-    """Of those between the embeddings and the head."""
+    """Name the first and the last layer between the embeddings and the head."""
     inner = [path for path in find_layers(network.params) if "head" not in path and "embedding" not in path]
     first, *_, last = in_forward_order(inner)
     return first, last
 
 
 def beside_curvlinops(network: LossProblem, num_probes: int, seed: int, seconds: float) -> list[dict[str, Any]]:
-    """The same network and data in both libraries, in turn."""
+    """Time the same network and data in both libraries, in turn."""
     (x, y), params = network.batches[0], network.params
     layers = [*(params["layers"][i] for i in sorted(params["layers"])), params["head"]]
     kernels, biases = ([np.asarray(layer[name][...]) for layer in layers] for name in ("kernel", "bias"))

@@ -1,4 +1,4 @@
-"""What regularising costs: a training step with relative flatness in it against the plain one, and beside SAM.
+"""Measure what regularising costs: a training step with relative flatness beside the plain step and beside SAM.
 
     python experiments/benchmark_training.py regularised    # about 8 minutes on 2 cores
     python experiments/benchmark_training.py by-product     # what it costs to know κ at every step: 3 minutes
@@ -26,15 +26,15 @@ from harness.benchmarks.timing import side_by_side
 
 STRENGTH = 0.01
 Step = Callable[[Any, Any], tuple[Any, Any]]
-"""`(params, state) -> (params, state)`."""
+"""A step takes and returns `(params, state)`."""
 Maker = Callable[["Task"], tuple[Step, optax.GradientTransformation]]
 
 
 class Task(NamedTuple):
-    """A network as what enters its head, and a batch."""
+    """A task is a network, as what enters its head, with a batch."""
 
     features: Callable[[Any, jax.Array], jax.Array]
-    """(n, m) of inputs, of as many rows as they have labels."""
+    """The features (n, m) are those of inputs with as many rows as they have labels."""
     params: Any
     inputs: jax.Array
     labels: jax.Array
@@ -44,23 +44,23 @@ class Task(NamedTuple):
         return logits + params["head"]["bias"][None, :] if "bias" in params["head"] else logits
 
     def loss(self, params: Any) -> tuple[jax.Array, jax.Array]:
-        """And the features."""
+        """Return the cross-entropy, and the features with it."""
         feats = self.features(params, self.inputs)
         logits = self.logits(params, feats)
         return optax.softmax_cross_entropy_with_integer_labels(logits, self.labels.ravel()).mean(), feats
 
     def loss_and_flatness(self, params: Any) -> tuple[jax.Array, jax.Array]:
-        """In tiles of the head."""
+        """Return the cross-entropy and κ, computed in tiles of the head."""
         return cross_entropy_and_flatness(params["head"], self.features(params, self.inputs), self.labels.ravel())
 
 
 def regularised(seconds: float = 60, seed: int = 0, folder: Path = Path("runs/benchmark")) -> None:
-    """A transformer of 6 blocks and 256 features with 8192 tokens to tell apart, and ResNet-18 at width 16.
+    """Time training steps of a transformer with 6 blocks, 256 features and 8192 tokens, and of ResNet-18 at width 16.
 
     Args:
-        seconds: how long each network is measured at least, in no fewer than 5 rounds.
-        seed: of networks and data.
-        folder: where the record goes.
+        seconds: least time for which each network is measured, in 5 rounds or more.
+        seed: seed of the networks and the data.
+        folder: folder for the record.
     """
     record = []
     for context in (256, 1024):
@@ -75,13 +75,13 @@ def by_product(
     seed: int = 0,
     folder: Path = Path("runs/benchmark"),
 ) -> None:
-    """The transformer with context 256: κ of the head known, but not trained with.
+    """Time the transformer with context 256, where κ of the head is known but not trained with.
 
     Args:
-        vocabularies: tokens to tell apart.
-        seconds: how long each network is measured at least, in no fewer than 5 rounds.
-        seed: of networks and data.
-        folder: where the record goes.
+        vocabularies: sizes of the vocabulary to measure.
+        seconds: least time for which each network is measured, in 5 rounds or more.
+        seed: seed of the networks and the data.
+        folder: folder for the record.
     """
     record = []
     for size in vocabularies:
@@ -104,7 +104,7 @@ def timed(name: str, task: Task, steps: dict[str, Maker], reference: str, second
 
 
 class Training:
-    """A network in training: each call is a step further."""
+    """A network is in training: each call takes it one step further."""
 
     def __init__(self, step: Step, tx: optax.GradientTransformation, params: Any):
         params = jax.tree.map(jnp.copy, params)
@@ -219,7 +219,7 @@ def by_gradient(loss: Callable[[Any], jax.Array], tx: optax.GradientTransformati
 def transformer(
     seed: int, *, context: int, depth: int = 6, width: int = 256, vocab_size: int = 8192, num_tokens: int = 2048
 ) -> Task:
-    """On random tokens, in as many sequences as they fill."""
+    """Build a transformer on random tokens, in as many sequences as they fill."""
     model = Transformer(
         vocab_size=vocab_size, num_outputs=vocab_size, context=context, width=width, depth=depth, normalise=True,
         rngs=nnx.Rngs(seed),
@@ -234,7 +234,7 @@ def transformer(
 
 
 def resnet(seed: int, *, width: int = 16, num_images: int = 32) -> Task:
-    """On images 32 × 32, with the statistics of the batch."""
+    """Build a ResNet on images 32 × 32, with the statistics of the batch."""
     model = ResNet18(10, channels_in=3, width=width, rngs=nnx.Rngs(seed))
     images = jax.random.normal(jax.random.key(seed), (num_images, 32, 32, 3))
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)

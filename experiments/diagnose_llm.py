@@ -1,13 +1,13 @@
-"""What a language model's checkpoint is like: flatness, collapse, and the geometry of its residual stream.
+"""Diagnose a language model's checkpoints: flatness, collapse, and the geometry of their residual streams.
 
     python experiments/diagnose_llm.py runs/train_lm/standard-library            # all checkpoints of a run side by side
     python experiments/diagnose_llm.py ~/models/pythia-160m --text book.txt      # a folder as it is published
     python experiments/diagnose_llm.py EleutherAI/pythia-160m@step1000 EleutherAI/pythia-160m --text book.txt
 
-Reads sequences of tokens from the text and reports, each number with its standard error: loss and perplexity; relative
-flatness κ and κ̂ of the head, exactly; κ of the layers, by probes on a part of the text; neural collapse over the
-vocabulary; the geometry of the residual stream by layer, how straight it is and how it grows; how the Jacobians of the
-blocks align; logit sharpness; and what all that has cost in forward passes.
+It reads sequences of tokens from the text and reports, each number with its standard error: loss and perplexity;
+relative flatness κ and κ̂ of the head (larger is sharper), exactly; κ of the layers, by probes on a part of the text;
+neural collapse over the vocabulary; the geometry of the residual stream by layer, how straight it is and how it grows;
+how the Jacobians of the blocks align; logit sharpness; and what all of this cost in forward passes.
 
 Writes to `runs/diagnose_llm/<name>/`: `config.json`, `metrics.jsonl` (a line a part), `diagnosis.json` (every number,
 with its standard error, the number of its tokens and its convention) and `diagnosis.html`, one page that needs nothing
@@ -15,11 +15,11 @@ else. Killed at any moment, the same command with --resume goes on to the same n
 lost; with more checkpoints or steps it adds these. A checkpoint is known by its weights: one that was trained on is
 measured anew, one that was moved is not. --redraw makes the page anew from `diagnosis.json`.
 
-Memory, beside the parameters, in numbers (depth L, width m, vocabulary d, batches of b sequences of t tokens, G blocks
-of text): the stream of a batch, (L + 2)·b·t·m, and as much again for what is made of it; for each block of text the
-moments of the C classes that are kept, 2·G·C·m, and a triangle a layer, G·(L + 2)·m²; for NC4 moments of the whole
-vocabulary, about 6·d·m; for the profile the logits of `profile_batch` sequences, and what a second derivative keeps of
-a forward pass on them. None of these grows with the text: only some numbers a sequence do.
+Memory beside the parameters, in numbers (depth L, width m, vocabulary d, batches of b sequences of t tokens, G blocks
+of text): the stream of a batch, (L + 2)·b·t·m, and as much again for what is computed from it; for the blocks of text
+the moments of the C kept classes, 2·G·C·m, and a triangle for each layer, G·(L + 2)·m²; for NC4 moments of the whole
+vocabulary, about 6·d·m; and for the profile the logits of `profile_batch` sequences, with what a second derivative
+keeps of a forward pass on them. None of these grows with the text: only a few numbers for each sequence do.
 """
 
 import os

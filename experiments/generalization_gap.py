@@ -1,4 +1,4 @@
-"""What goes with the generalization gap? Flatness, collapse and size of many small networks, by rank correlation.
+"""Rank flatness, collapse and size of many small networks against the generalization gap.
 
     python experiments/generalization_gap.py
 
@@ -7,11 +7,11 @@ rate, batch size, width, weight decay (an L2 penalty) and share of wrong labels,
 images, the wrong labels, the start and the batches. The gap is that of the cross-entropy, and that of the error,
 between 797 images that no network is trained on, whose labels are right, and those trained on, with the labels given.
 
-Of every network, none left out: κ, κ̂ and κ_max of the head, the trace (by probes, with its standard error) and the
-largest eigenvalue (by Lanczos' method, with its residual) of the Hessian in all parameters, ‖W‖_F of the head, NCC, the
-training loss, and the distance from where it started; all of what is trained on. Kendall's τ and Spearman's ρ with each
-gap have 95 % bootstrap intervals over networks, and stand also given the training loss. A network that diverged makes
-its correlations NaN, and is counted.
+Every network is measured on its training set, and none is left out: κ, κ̂ and κ_max of the head (larger is sharper),
+the trace (by probes, with its standard error) and the largest eigenvalue (by Lanczos' method, with its residual) of the
+Hessian in all parameters, ‖W‖_F of the head, NCC (0 is collapsed), the training loss, and the distance from where it
+started. Kendall's τ and Spearman's ρ with each gap have 95 % bootstrap intervals over networks, and are also given with
+the training loss held fixed. A network that diverged makes its correlations NaN, and is counted.
 
 Writes to `runs/generalization_gap/<name>/`: `config.json`, `metrics.jsonl` (a line a network), `summary.json`,
 `table.txt` and `figure.png`. Killed at any moment, the same command with --resume goes on with the same metrics.
@@ -65,6 +65,9 @@ MEASURES: dict[str, str] = {
     "train_loss": "training loss",
     "distance": "distance from the start",
 }
+_DIRECTIONS = dict.fromkeys(
+    ("relative_flatness", "simplified_relative_flatness", "max_relative_flatness", "hessian_trace"), "larger is sharper"
+) | {"largest_eigenvalue": "larger is sharper", "ncc": "0 is collapsed"}
 GAPS: dict[Gap, str] = {"loss_gap": "gap of the cross-entropy", "error_gap": "gap of the error"}
 
 
@@ -73,27 +76,27 @@ class Config(RunOptions):
     """Train many small networks, and rank what is measured of them against how they generalize."""
 
     rates: tuple[float, ...] = (0.005, 0.015, 0.05)
-    """Learning rates."""
+    """Learning rates to combine."""
     batch_sizes: tuple[int, ...] = (16, 100)
-    """Images a step."""
+    """Batch sizes to combine, in images per step."""
     widths: tuple[int, ...] = (24, 96)
-    """Of two hidden layers."""
+    """Widths to combine, of both hidden layers."""
     decays: tuple[float, ...] = (0.0, 1e-3, 5e-3)
-    """Strengths of the L2 penalty."""
+    """Strengths of the L2 penalty to combine."""
     noises: tuple[float, ...] = (0.0, 0.1, 0.3)
-    """Shares of wrong labels among those trained on."""
+    """Shares of wrong labels in the training set to combine."""
     seeds: int = 2
-    """Networks of each combination."""
+    """Number of networks of each combination."""
     num_train: int = 500
-    """Images to train on."""
+    """Number of images to train on."""
     steps: int = 2000
-    """Of training."""
+    """Number of training steps."""
     num_probes: int = 32
-    """For the trace of the Hessian."""
+    """Number of probes for the trace of the Hessian."""
     num_lanczos_steps: int = 24
-    """For its largest eigenvalue."""
+    """Number of Lanczos steps for the Hessian's largest eigenvalue."""
     resamples: int = 1000
-    """Of the bootstrap."""
+    """Number of bootstrap resamples."""
     folder: Path = Path("runs/generalization_gap")
 
     may_differ = frozenset({"resamples"})
@@ -104,7 +107,7 @@ class Config(RunOptions):
 
 
 def main(config: Config) -> None:
-    """Trains and measures whatever is not in the records yet, and reports."""
+    """Train and measure whatever is not in the records yet, and report."""
     run = config.open_run()
     started = time.monotonic()
     groups = list(itertools.product(config.widths, config.batch_sizes))
@@ -125,13 +128,13 @@ def in_group(run: RunFolder, width: int, batch: int) -> list[Record]:
 
 
 Combination = tuple[float, float, float, int]
-"""Learning rate, decay, share of wrong labels, seed."""
+"""A combination is a learning rate, a decay, a share of wrong labels and a seed."""
 
 
 def train_group(
     config: Config, run: RunFolder, width: int, batch: int, combinations: list[Combination], progress: Progress
 ) -> None:
-    """All networks of one shape, and of one size of batch."""
+    """Train all networks of one shape and one batch size."""
     digits = few_labels.digits()
     pixels = ((digits.pixels - digits.pixels.mean()) / digits.pixels.std()).astype(np.float32)
     x = pixels.reshape(len(pixels), -1)
@@ -151,7 +154,7 @@ def train_group(
 
 
 def trial(config: Config, of_width: TrainedNetwork, labels: np.ndarray, batch: int, combination: Combination) -> Trial:
-    """What a seed decides, which is the same for all rates and decays, and the setting."""
+    """Return what a seed decides, which is the same for all rates and decays, together with the setting."""
     rate, decay, noise, seed = combination
     drawn = few_labels.draw(labels, few_labels.Task(config.num_train, noise), 0, seed)
     parts = np.zeros(len(labels), np.int32)
@@ -162,7 +165,7 @@ def trial(config: Config, of_width: TrainedNetwork, labels: np.ndarray, batch: i
 
 
 class Measurement:
-    """Of one trained network; compiled once for a width."""
+    """A measurement of one trained network is compiled once for a width."""
 
     def __init__(self, config: Config, of_width: TrainedNetwork, x: jax.Array):
         self.config, self.x = config, x
@@ -211,13 +214,13 @@ class Measurement:
 
 
 def _error(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """NaN of a network that diverged."""
+    """Return the error rate, or NaN for a network that diverged."""
     wrong = jnp.mean((jnp.argmax(logits, axis=1) != labels).astype(logits.dtype))
     return jnp.where(jnp.all(jnp.isfinite(logits)), wrong, jnp.nan)
 
 
 def report(config: Config, run: RunFolder) -> None:
-    """The table, the figure and the summary."""
+    """Write the table, the figure and the summary."""
     records = run.records
     measures = {name: np.array([number(record[name]) for record in records]) for name in MEASURES}
     outcomes = {gap: np.array([number(record[gap]) for record in records]) for gap in GAPS}
@@ -238,7 +241,8 @@ def report(config: Config, run: RunFolder) -> None:
         ),
         *(f"\n{name}\n{table(found[gap])}" for gap, name in GAPS.items()),
         f"\nIn brackets 95 % intervals of {config.resamples} bootstrap samples of the networks; 'given' is the partial "
-        "coefficient given the training loss.",
+        "coefficient given the training loss. Larger κ, κ̂, κ_max, Tr H and λ_max are "
+        "sharper; an NCC of 0 is collapsed.",
     ]
     text = "\n".join(lines)
     print(text)
@@ -248,7 +252,7 @@ def report(config: Config, run: RunFolder) -> None:
 
 
 def table(found: dict[str, dict[str, Correlation]]) -> str:
-    """A row a measure."""
+    """Format the correlations as a table with a row per measure."""
     kinds = {"kendall": "τ", "kendall_given": "τ given", "spearman": "ρ", "spearman_given": "ρ given"}
     cells = [["", *kinds.values()]]
     for name, of_measure in found.items():
@@ -261,7 +265,7 @@ def _shown(of_measure: Correlation | None) -> str:
 
 
 def draw(path: Path, records: Sequence[Record], found: dict[Gap, dict[str, dict[str, Correlation]]]) -> None:
-    """The gap of the cross-entropy against every measure, a point a network, coloured by its share of wrong labels."""
+    """Draw the cross-entropy's gap against every measure, a point per network, coloured by share of wrong labels."""
     noises = sorted({record["noise"] for record in records})
     with plt.rc_context({"font.size": 8}):
         figure, all_axes = plt.subplots(3, 3, sharey=True, figsize=(9, 8), layout="constrained", dpi=150)
@@ -274,7 +278,10 @@ def draw(path: Path, records: Sequence[Record], found: dict[Gap, dict[str, dict[
             tau, given = (found["loss_gap"][name].get(kind) for kind in ("kendall", "kendall_given"))
             axes.set_title(f"τ {_shown(tau)}" + (f"\ngiven the loss {_shown(given)}" if given else ""), fontsize=7.5)
             positive = np.all([number(record[name]) > 0 for record in records])
-            axes.set(xlabel=label, xscale="log" if positive else "symlog")
+            axes.set(
+                xlabel=f"{label} ({_DIRECTIONS[name]})" if name in _DIRECTIONS else label,
+                xscale="log" if positive else "symlog",
+            )
             tidy(axes)
         for row in all_axes:
             row[0].set_ylabel(GAPS["loss_gap"])

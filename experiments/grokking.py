@@ -1,4 +1,4 @@
-"""A transformer groks modular arithmetic, with relative flatness and neural collapse measured along the way.
+"""Train a transformer until it groks modular arithmetic, and measure relative flatness and neural collapse on the way.
 
     python experiments/grokking.py                                    # x + y mod 97: about 90 s on 2 cores
     python experiments/grokking.py --seeds 3                          # three seeds, with bands
@@ -6,6 +6,8 @@
 
 All equations `<x> <op> <y> = <x ∘ y>` mod p are split into those trained on and those held out. The network fits the
 first within a few hundred steps, and gets the others right after about two thousand. It stops some time after that.
+The summary says how far down relative flatness κ (larger is sharper) and NCC (0 is collapsed) were by then. NCC is the
+class-distance variance CDNV summed over all ordered pairs of classes; it is not the accuracy of nearest class centres.
 
 Writes to `runs/grokking/<name>/`: `config.json`, `metrics.jsonl` (a line a measurement), `checkpoints/` (Orbax),
 `figure.png` and `summary.json`. Killed at any moment, the same command with --resume goes on, and ends with the same
@@ -20,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import tyro
 from flax import nnx
@@ -43,37 +46,37 @@ class Config(SeedOptions):
     """Grok modular arithmetic, measuring relative flatness and neural collapse along the way."""
 
     operation: modular.Operation = "add"
-    """What is to be learned: x + y, x − y, x · y, x / y, or x² + xy + y², mod p."""
+    """The operation to learn: x + y, x − y, x · y, x / y, or x² + xy + y², mod p."""
     modulus: int = 97
-    """p."""
+    """The modulus p, a prime number."""
     train_share: float = 0.4
-    """Share of the equations that is trained on."""
+    """Share of the equations that the network trains on."""
     depth: int = 1
-    """Blocks of the transformer."""
+    """Number of transformer blocks."""
     width: int = 128
-    """Features of the transformer."""
+    """Width of the residual stream."""
     heads: int = 4
-    """Attention heads."""
+    """Number of attention heads per block."""
     normalise: bool = False
-    """Pre-layer normalisation, in the blocks and before the head."""
+    """Normalise layers before each block part and before the head."""
     learning_rate: float = 1e-3
-    """Of AdamW, reached in `warmup` steps."""
+    """Learning rate of AdamW, reached after `warmup` steps."""
     warmup: int = 10
-    """Steps."""
+    """Number of steps in which the learning rate rises from 0."""
     weight_decay: float = 1.0
-    """Of AdamW, decoupled, on all parameters."""
+    """Decoupled weight decay of AdamW, on all parameters."""
     beta2: float = 0.98
-    """Of AdamW."""
+    """Decay β₂ of AdamW's second moment."""
     batch_size: int = 512
-    """At most half of what is trained on."""
+    """Equations per step, at most half of the training set."""
     max_steps: int = 20_000
-    """Stop here at the latest."""
+    """Stop at this step at the latest."""
     train_on: float = 1.0
-    """Once 99 % of the held-out equations are right, go on for this many times the steps that took."""
+    """Once 99 % of the held-out equations are right, train on for this many times the steps taken so far."""
     measure_every: int = 25
-    """Steps from one measurement to the next."""
+    """Steps between two measurements."""
     checkpoint_every: int = 250
-    """Steps from one checkpoint to the next, a multiple of `measure_every`."""
+    """Steps between two checkpoints, a multiple of `measure_every`."""
     folder: Path = Path("runs/grokking")
 
     may_differ = frozenset({"seed", "seeds"})
@@ -93,7 +96,7 @@ class Config(SeedOptions):
 
 
 def main(config: Config) -> None:
-    """Runs every seed, draws the figure, and says what came first."""
+    """Run every seed, draw the figure, and report what came first."""
     run = config.open_run()
     seeds = config.all_seeds
     started = time.monotonic()
@@ -108,7 +111,7 @@ def main(config: Config) -> None:
 
 
 def train(config: Config, seed: int, run: RunFolder) -> None:
-    """Trains one seed from where it was left to its end, with a record every `measure_every` steps."""
+    """Train one seed from its last checkpoint to its end, with a record every `measure_every` steps."""
     splits = modular.split(modular.equations(config.operation, config.modulus), config.train_share, seed)
     train_set, held_out = (tuple(map(jnp.asarray, part)) for part in splits)
     graph, state = initial_state(config, seed)
@@ -118,11 +121,17 @@ def train(config: Config, seed: int, run: RunFolder) -> None:
         step, state = load_latest(checkpoints, state)
         run.keep(lambda record: record["seed"] != seed or record["step"] <= step)
         records = [record for record in run.records if record["seed"] == seed]
-        with tqdm(total=config.max_steps, initial=max(step, 0), desc=f"seed {seed}", unit="step") as progress:
-            end = last_step(config, records)
+        end = last_step(config, records)
+        with tqdm(total=end, initial=max(step, 0), desc=f"seed {seed}", bar_format=_bar(config, records)) as progress:
+            progress.set_postfix_str("compiling, up to a minute")
+            is_compiled = False
             while step < end:
                 if step >= 0:
                     state = train_some(state, step, *train_set)
+                    if not is_compiled:
+                        jax.block_until_ready(state)
+                        progress.unpause()  # the time left is told without the time that compiling took
+                        is_compiled = True
                     progress.update(config.measure_every)
                 step = 0 if step < 0 else step + config.measure_every
                 measured = {"train": measure(state, *train_set), "held_out": measure(state, *held_out)}
@@ -132,13 +141,14 @@ def train(config: Config, seed: int, run: RunFolder) -> None:
                 run.append(record)
                 records.append(record)
                 progress.total = end = last_step(config, records)
-                progress.set_postfix_str(one_line(record))
+                progress.bar_format = _bar(config, records)
+                progress.set_postfix_str(one_line(record) + (", compiling the training" if step == 0 else ""))
                 if step % config.checkpoint_every == 0 or step >= end:
                     checkpoints.save(step, state)
 
 
 def initial_state(config: Config, seed: int) -> tuple[nnx.GraphDef, State]:
-    """The model's structure; its parameters, with the optimizer's state."""
+    """Return the model's structure, and its parameters with the optimizer's state."""
     model = Transformer(
         vocab_size=modular.vocab_size(config.modulus),
         num_outputs=config.modulus,
@@ -160,7 +170,7 @@ def optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def training(config: Config, graph: nnx.GraphDef, seed: int, num_train: int):
-    """The two jitted functions of a run: `measure_every` steps of training, and a measurement."""
+    """Return the two jitted functions of a run: `measure_every` steps of training, and a measurement."""
     batch_size = min(config.batch_size, num_train // 2)
     batch_key = jax.random.fold_in(jax.random.key(seed), 0)
 
@@ -197,9 +207,20 @@ def training(config: Config, graph: nnx.GraphDef, seed: int, num_train: int):
 
 
 def last_step(config: Config, records: list[Record]) -> int:
-    """Where training stops: `train_on` times as far again as to 99 % of the held-out equations, or at `max_steps`."""
+    """Return the step at which training stops, as far as the records decide it.
+
+    Training stops `train_on` times as far again as 99 % of the held-out equations took, or at `max_steps`; either is
+    rounded up to a measurement.
+    """
     generalized = steps_to(records, "held_out_accuracy")
-    return config.max_steps if generalized is None else min(config.max_steps, int((1 + config.train_on) * generalized))
+    end = config.max_steps if generalized is None else min(config.max_steps, int((1 + config.train_on) * generalized))
+    return -(-end // config.measure_every) * config.measure_every
+
+
+def _bar(config: Config, records: list[Record]) -> str:
+    """Return the format of the progress bar: until the network generalizes, its end is only the latest possible."""
+    at_most = "at most " if steps_to(records, "held_out_accuracy") is None else ""
+    return f"{{desc}}: step {{n_fmt}} of {at_most}{{total_fmt}} |{{bar:20}}| {at_most}{{remaining}} left{{postfix}}"
 
 
 def one_line(record: Record) -> str:
@@ -213,10 +234,26 @@ def steps_to(records: list[Record], accuracy: str) -> int | None:
     return first_step_at_least([record["step"] for record in records], [record[accuracy] for record in records], 0.99)
 
 
+_MEASURES = {
+    "held_out_accuracy": "held-out accuracy",
+    "train_relative_flatness": "κ (train), larger is sharper",
+    "train_ncc": "NCC (train), 0 is collapsed",
+    "held_out_relative_flatness": "κ (held out)",
+    "held_out_ncc": "NCC (held out)",
+}
+"""The table of values after generalization has these rows, by their names in the records."""
+
+
 def summarise(records: list[Record]) -> Record:
-    """The steps at which accuracy passes 99 %, and, if it did so held out, at which κ and NCC are half-way down."""
+    """Return what one seed shows, as plain numbers.
+
+    These are the steps at which the accuracies pass 99 %, the steps at which κ and NCC are half-way down, and every
+    measure's last value. The last value may stand in a spike of the optimizer, so that the median from generalization
+    on stands beside it. A network that does not generalize has neither half-way steps nor medians.
+    """
     steps = [record["step"] for record in records]
     generalized = steps_to(records, "held_out_accuracy")
+    after = [] if generalized is None else [record for record in records if record["step"] >= generalized]
     return {
         "train_accuracy_99": steps_to(records, "train_accuracy"),
         "held_out_accuracy_99": generalized,
@@ -225,49 +262,82 @@ def summarise(records: list[Record]) -> Record:
             for name in ("train_relative_flatness", "train_ncc", "held_out_relative_flatness", "held_out_ncc")
         },
         "last_step": steps[-1],
+        "median_after_generalization": {
+            name: float(np.median(np.array([record[name] for record in after], float))) if after else None
+            for name in _MEASURES
+        },
+        "last": {name: records[-1][name] for name in _MEASURES},
     }
 
 
 def draw(path: Path, config: Config, runs: list[list[Record]], summaries: list[Record]) -> None:
     panels = [
         Panel("accuracy", "accuracy", log=False),
-        Panel("relative_flatness", "relative flatness κ"),
-        Panel("ncc", "collapse NCC"),
+        Panel("relative_flatness", "relative flatness κ\n(larger is sharper)"),
+        Panel("ncc", "collapse NCC\n(0 is collapsed)"),
     ]
     milestones = {
         "fits": [summary["train_accuracy_99"] for summary in summaries],
         "generalizes": [summary["held_out_accuracy_99"] for summary in summaries],
     }
     title = (
-        f"{config.operation} mod {config.modulus}, {config.train_share:.0%} trained on, depth {config.depth}, "
-        f"{len(runs)} {'seeds' if len(runs) > 1 else 'seed'}"
+        f"{config.operation} mod {config.modulus}, {config.train_share:.0%} of the equations trained on, "
+        f"depth {config.depth}, {len(runs)} {'seeds' if len(runs) > 1 else 'seed'}"
     )
     draw_training(path, runs, panels, title, milestones)
 
 
 def report(config: Config, summary: dict[str, Record]) -> str:
-    """A table with a row a seed, and what it says."""
+    """Return the tables of steps and of values, with a column per seed, and one sentence of conclusion."""
     rows = {
         "train accuracy passes 99 %": "train_accuracy_99",
         "held-out accuracy passes 99 %": "held_out_accuracy_99",
-        "κ (train) half-way down": "train_relative_flatness_halfway",
-        "NCC (train) half-way down": "train_ncc_halfway",
-        "κ (held out) half-way down": "held_out_relative_flatness_halfway",
-        "NCC (held out) half-way down": "held_out_ncc_halfway",
-        "stopped": "last_step",
+        "κ (train) is half-way down": "train_relative_flatness_halfway",
+        "NCC (train) is half-way down": "train_ncc_halfway",
+        "κ (held out) is half-way down": "held_out_relative_flatness_halfway",
+        "NCC (held out) is half-way down": "held_out_ncc_halfway",
+        "training stopped": "last_step",
     }
-    width = max(map(len, rows))
-    lines = [f"{'step at which':{width}}" + "".join(f"{'seed ' + seed:>10}" for seed in summary)]
+    width = max(map(len, (*rows, *_MEASURES.values())))
+    lines = [f"{'step at which':{width}}" + "".join(f"{'seed ' + seed:>20}" for seed in summary)]
     for label, key in rows.items():
-        lines.append(f"{label:{width}}" + "".join(f"{_or_never(run[key]):>10}" for run in summary.values()))
-    never = [seed for seed, run in summary.items() if run["held_out_accuracy_99"] is None]
-    if never:
-        lines.append(f"Seed {', '.join(never)} did not generalize within {config.max_steps} steps.")
-    else:
-        lines.append(f"Stopped {config.train_on:g} times as far again as to generalization.")
+        lines.append(f"{label:{width}}" + "".join(f"{_or_never(run[key]):>20}" for run in summary.values()))
+    lines += ["", f"{'median after generalization, last value':{width}}"]
+    for key, label in _MEASURES.items():
+        both = (
+            f"{_digits(run['median_after_generalization'][key])}, {_digits(run['last'][key])}"
+            for run in summary.values()
+        )
+        lines.append(f"{label:{width}}" + "".join(f"{values:>20}" for values in both))
     return "\n".join(
-        [*lines, "Half-way is on a log axis: from the highest value until generalization to the lowest after it."]
+        [
+            *lines,
+            "",
+            "Half-way is on a log axis: from the highest value until generalization to the lowest value after it.",
+            conclusion(config, list(summary.values())),
+        ]
     )
+
+
+def conclusion(config: Config, runs: list[Record]) -> str:
+    """Say in one sentence how far collapse and flatness were on the way to generalization: the median over seeds."""
+    generalized = [run for run in runs if run["held_out_accuracy_99"]]
+    if not generalized:
+        return f"No network generalized within {config.max_steps} steps, so that nothing is known of what comes first."
+    collapse, flatness = (_share_of_the_way(generalized, key) for key in ("train_ncc", "train_relative_flatness"))
+    those = f"{len(runs)} seeds" if generalized == runs else f"the {len(generalized)} of {len(runs)} that generalized"
+    subject = "Collapse" if len(runs) == 1 else f"In the median over {those}, collapse"
+    return f"{subject} (NCC) was half-way down at {collapse} of the way to generalization, κ at {flatness}."
+
+
+def _share_of_the_way(runs: list[Record], measure: str) -> str:
+    steps = [(run[f"{measure}_halfway"], run["held_out_accuracy_99"]) for run in runs]
+    shares = [100 * halfway / generalized for halfway, generalized in steps if halfway is not None]
+    return f"{np.median(shares):.0f} %" if shares else "no part"
+
+
+def _digits(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
 
 
 def _or_never(step: int | None) -> str:

@@ -1,26 +1,30 @@
-"""Is it flatness or collapse? Training that drives either up, holds it at a level, or lets it go again.
+"""Tell flatness from collapse: training drives either up, holds it at a level, or lets it go again.
 
     python experiments/interventions.py                        # x + y mod 23: about 20 min on 2 cores
     python experiments/interventions.py digits                 # about 5 min
     python experiments/interventions.py modular-full           # all controls, more strengths and levels: about 2 h
     python experiments/interventions.py cifar10 --data-dir ~/data --num-train 5000 --batch-size 500
 
-In all arms features have at most the norm R, and the head ‖W‖_F ≤ B (it is projected after every step): wider than the
-baseline ever reaches, so that it is not changed, and yet there is a ceiling to what an arm can drive up, and a run that
-sits at it is called so. All arms are of the same seeds (a split or a choice of images, and initial weights):
+Flatness is κ or κ̂ of the head (larger is sharper). Collapse is NCC, the class-distance variance summed over all
+ordered pairs of classes (0 is collapsed). It is not the accuracy of nearest class centres.
 
-* pushed: λκ, λκ̂ or λNCC in the loss, λ < 0 driving it up. NCC has no maximum, as two class means may coincide: there
-  something is added to squared distances.
-* controls: a confidence penalty, label smoothing (as a term: cross-entropy with uniform labels, less that with the
-  right ones) and weight decay, the gradient of each scaled at every step to the norm that the pushed arm's term has at
-  the same parameters.
-* held: μ(log q − log q*)², q being κ, κ̂ or NCC of the training batch, from a step at which the training set is fitted,
-  and some of what is held out is right already.
-* unplugged: pushed until a step, and then nothing else changes: neither the rate, nor the decay, nor the optimizer's
-  state. The arm unplugged from the start is the baseline.
+In all arms features have at most the norm R, and the head has ‖W‖_F ≤ B (it is projected after every step). Both are
+wider than the baseline ever reaches, so that it is not changed. Still they put a ceiling on what an arm can drive
+up, and a run that sits at it is called so. All arms have the same seeds (a split or a choice of images, and initial
+weights):
 
-κ is the same in all of them and at all times: at temperature 1, of the features that the network uses. An arm that does
-not fit its training set to 99 % is marked as not answering, and a network that diverged as one that did.
+* pushed: the loss has λκ, λκ̂ or λNCC added, where λ < 0 drives it up. NCC has no maximum, as two class means may
+  coincide: there something is added to squared distances.
+* controls: the loss has a confidence penalty, label smoothing (as a term: cross-entropy with uniform labels, less that
+  with the right ones) or weight decay added. The gradient of each is scaled at every step to the norm that the pushed
+  arm's term has at the same parameters.
+* held: the loss has μ(log q − log q*)² added, where q is κ, κ̂ or NCC of the training batch. This begins at a step at
+  which the training set is fitted, and some of what is held out is right already.
+* unplugged: the arm is pushed until a step, and then nothing else changes: neither the rate, nor the decay, nor the
+  optimizer's state. The arm unplugged from the start is the baseline.
+
+κ is measured alike in all arms and at all times: at temperature 1, with the features that the network uses. An arm that
+does not fit its training set to 99 % is marked as not answering, and a network that diverged is marked as such.
 
 Writes to `runs/interventions/<name>/`: `config.json`, `metrics.jsonl` (a line a seed and measurement), `checkpoints/`,
 `summary.json`, `table.txt`, `training-….png`, `dose_response.png`, `delay.png`. Killed at any moment, the same command
@@ -61,67 +65,67 @@ class Config(SeedOptions):
     """Drive flatness or collapse, hold them, or let them go, and see when the network generalizes."""
 
     task: tyro.conf.Suppress[Literal["modular", "digits", "mnist", "fashion-mnist", "cifar10"]] = "modular"
-    """Modular addition by a transformer, or images by a perceptron."""
+    """Task to learn: modular addition by a transformer, or images by a perceptron."""
     data_dir: Path | None = None
-    """The folder of the images' files, but for the digits."""
+    """Folder of the images' files; the digits need none."""
     groups: tuple[Group, ...] = ("pushed", "controls", "held", "unplugged")
-    """Which arms, beside the baseline."""
+    """Groups of arms to train beside the baseline."""
     quantities: tuple[Quantity, ...] = QUANTITIES
-    """Of which quantities."""
+    """Quantities to drive and to hold."""
     full: tyro.conf.Suppress[bool] = False
-    """The controls of every strength."""
+    """Run the controls of every strength."""
     modulus: int = 23
-    """Of the modular task."""
+    """Modulus p of the modular task."""
     train_share: float = 0.8
-    """Of its equations."""
+    """Share of the modular equations that the network trains on."""
     num_train: int = 200
-    """Images to train on."""
+    """Number of images to train on."""
     num_held_out: int = 2000
-    """Images held out, at most; of the digits there are 359."""
+    """Largest number of images to hold out; the digits have 359."""
     width: int = 32
-    """The width of the network."""
+    """Width of the network."""
     depth: int = 1
-    """Blocks of the transformer, or hidden layers of the perceptron."""
+    """Number of blocks of the transformer, or of hidden layers of the perceptron."""
     learning_rate: float = 5e-3
-    """The rate of AdamW."""
+    """Learning rate of AdamW."""
     weight_decay: float = 1.0
-    """The decay of AdamW, decoupled."""
+    """Decoupled weight decay of AdamW."""
     batch_size: int = 0
-    """Samples a step; 0 is all, so that every class has its mean."""
+    """Samples per step; 0 stands for all, so that every class has its mean."""
     feature_norm: float = 100.0
-    """R, what the norm of a sample's features is held to."""
+    """Largest norm R of a sample's features."""
     head_norm: float = 10.0
-    """B, what ‖W‖_F is held to."""
+    """Largest norm B of the head, ‖W‖_F."""
     sphere: bool = False
-    """All features have the norm R, as in the published interventions, where R = 1 and B = 50."""
+    """Give all features the norm R, as in the published interventions, where R = 1 and B = 50."""
     softness: float = 1e-3
-    """In the NCC of pushed arms so many times R² is added to the squared distance of two class means."""
+    """Softening of NCC in pushed arms: this many times R² is added to the squared distance of two class means."""
     kappa_strengths: tuple[float, ...] = (-1e-4, -3e-5, 1e-2)
     """Strengths λ of κ, negative where κ is driven up."""
     simplified_strengths: tuple[float, ...] = (-1e-5, -3e-6, 1e-3)
-    """Strengths λ of κ̂."""
+    """Strengths λ of κ̂, negative where κ̂ is driven up."""
     ncc_strengths: tuple[float, ...] = (-1e-5, -1e-6, 1e-4)
-    """Strengths λ of NCC."""
+    """Strengths λ of NCC, negative where NCC is driven up."""
     kappa_levels: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)
-    """Levels κ* at which κ is held."""
+    """Levels κ* to hold κ at."""
     simplified_levels: tuple[float, ...] = (0.3, 30.0, 3000.0)
-    """Levels κ̂* at which κ̂ is held."""
+    """Levels κ̂* to hold κ̂ at."""
     ncc_levels: tuple[float, ...] = (10.0, 50.0, 200.0, 1000.0)
-    """Levels NCC* at which NCC is held."""
+    """Levels NCC* to hold NCC at."""
     hold_strength: float = 0.01
-    """μ, the strength with which a quantity is held."""
+    """Strength μ of the term that holds a quantity."""
     hold_since: int = 200
-    """The step from which quantities are held."""
+    """Step from which quantities are held."""
     unplug_at: int = 500
-    """The step from which nothing is pushed any more."""
+    """Step from which nothing is pushed any more."""
     max_steps: int = 2000
-    """An arm stops here at the latest."""
+    """Last step of an arm at the latest."""
     train_on: float = 0.25
-    """Once all seeds have generalized, go on for this many times the steps that the last took."""
+    """Once all seeds have generalized, train on for this many times the steps that the last one took."""
     measure_every: int = 25
-    """Steps from one measurement to the next."""
+    """Steps between two measurements."""
     checkpoint_every: int = 500
-    """Steps from one checkpoint to the next, a multiple of `measure_every`."""
+    """Steps between two checkpoints, a multiple of `measure_every`."""
     folder: Path = Path("runs/interventions")
     seeds: int = 8
 
@@ -143,7 +147,7 @@ class Config(SeedOptions):
 
 
 def _more(name: str, value: Any) -> Any:
-    """Each strength a third and three times as well, and a level between any two."""
+    """Add a third and three times each strength, and a level between any two."""
     if name.endswith("strengths"):
         return tuple(sorted({float(f"{each * factor:.1g}") for each in value for factor in (1 / 3, 1, 3)}))
     if name.endswith("levels"):
@@ -153,7 +157,7 @@ def _more(name: str, value: Any) -> Any:
 
 
 def fully(config: Config) -> Config:
-    """More strengths and levels than the variant has, the controls of every strength, and 10 seeds."""
+    """Return the variant with more strengths and levels, the controls of every strength, and 10 seeds."""
     several = {name: _more(name, value) for name, value in dataclasses.asdict(config).items()}
     return dataclasses.replace(config, **several | {"full": True, "seeds": 10})
 
@@ -176,11 +180,11 @@ TASKS = _TASKS | {
     f"{name}-full": (f"{description}, with more strengths, levels and controls", fully(config))
     for name, (description, config) in _TASKS.items()
 }
-"""What can be run, with the options that are its own."""
+"""These tasks can be run; each has its own defaults."""
 
 
 def main(config: Config) -> None:
-    """Trains every arm, draws the figures, and says what came of it."""
+    """Train every arm, draw the figures, and report the results."""
     run = config.open_run()
     started = time.monotonic()
     experiment = Experiment(config, run)
@@ -190,7 +194,7 @@ def main(config: Config) -> None:
 
 
 def arms_of(config: Config) -> list[Arm]:
-    """The baseline first, as others are compared with it."""
+    """List the arms; the baseline is first, as others are compared with it."""
     strengths: dict[Quantity, tuple[float, ...]] = {
         "kappa": config.kappa_strengths,
         "simplified_kappa": config.simplified_strengths,
@@ -219,7 +223,7 @@ def arms_of(config: Config) -> list[Arm]:
 
 
 class Experiment:
-    """All arms of a run, with a program for each rule, compiled when it is first needed."""
+    """An experiment trains all arms of a run. Each rule has a program, which is compiled when it is first needed."""
 
     def __init__(self, config: Config, run: RunFolder):
         self.config, self.run, self.arms = config, run, arms_of(config)
@@ -238,7 +242,7 @@ class Experiment:
                 self._train(arm, progress)
 
     def _left(self, arm: Arm) -> int:
-        """Measurements to come, at most."""
+        """Return the largest number of measurements to come."""
         records = self._records(arm)
         if is_done(self.config, arm, records):
             return 0
@@ -250,7 +254,7 @@ class Experiment:
         return [record for record in self.run.records if record["arm"] == arm.name]
 
     def _train(self, arm: Arm, progress: Progress) -> None:
-        """From where it was left to its end."""
+        """Train an arm from its last checkpoint to its end."""
         config, run = self.config, self.run
         records, counted = self._records(arm), self._left(arm)
         if is_done(config, arm, records):
@@ -304,7 +308,9 @@ _WARMUP = 10
 
 
 def is_done(config: Config, arm: Arm, records: list[Record]) -> bool:
-    """At the last step; or once every seed has generalized, `train_on` times as far again, or diverged.
+    """Say whether an arm has ended.
+
+    It ends at the last step, or once every seed has generalized, `train_on` times as far again, or diverged.
 
     An arm goes on for as long again after it was unplugged, at least.
     """
@@ -331,7 +337,7 @@ def one_line(arm: Arm, records: list[Record]) -> str:
 
 
 def report(config: Config, run: RunFolder, arms: list[Arm], num_classes: int) -> None:
-    """The table, the figures and the summary."""
+    """Write the table, the figures and the summary."""
     of_arms = {
         arm.name: [[record for record in run.records if (record["arm"], record["seed"]) == (arm.name, seed)]
                    for seed in config.all_seeds]

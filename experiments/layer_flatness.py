@@ -1,4 +1,4 @@
-"""Which layers of a network are flat? Relative flatness κ of every layer, with its standard error, over training.
+"""Measure which layers of a network are flat: κ of every layer, with its standard error, over training.
 
     python experiments/layer_flatness.py                   # a perceptron on scikit-learn's digits: a minute on 2 cores
     python experiments/layer_flatness.py vit               # 2 to 3 min
@@ -47,50 +47,50 @@ from harness.training.classifiers import (
 
 @dataclasses.dataclass(frozen=True)
 class Config(SeedOptions):
-    """Train a network, and measure relative flatness of all its layers along the way."""
+    """Train a network, and measure relative flatness of all its layers on the way."""
 
     model: tyro.conf.Suppress[Literal["mlp", "resnet", "vit"]] = "mlp"
-    """A perceptron, a ResNet-18, or a vision transformer of patches a quarter of the image wide."""
+    """Network to train: a perceptron, a ResNet-18, or a vision transformer with patches a quarter of the image wide."""
     data: images.Name = "digits"
-    """What to classify. All but the digits are read from `data_dir`."""
+    """Images to classify; all but the digits are read from `data_dir`."""
     data_dir: Path | None = None
-    """The folder of the data's files, as they are published."""
+    """Folder of the data's files, as they are published."""
     num_train: int | None = None
-    """How many images to train on; by default all."""
+    """Number of images to train on; by default all."""
     width: int = 128
-    """The width of the hidden layers, of the first stage, or of the residual stream."""
+    """Width of the hidden layers, of the first stage, or of the residual stream."""
     depth: int = 4
-    """Hidden layers of a perceptron, or blocks of a transformer; of a ResNet-18 it is 0."""
+    """Number of hidden layers of a perceptron, or of blocks of a transformer; it is 0 for a ResNet-18."""
     activation: Literal["relu", "tanh", "gelu"] = "gelu"
-    """Of a perceptron."""
+    """Activation of the perceptron's layers."""
     learning_rate: float = 1e-3
-    """Of AdamW, reached in `warmup` steps."""
+    """Learning rate of AdamW, reached after `warmup` steps."""
     warmup: int = 50
-    """Steps."""
+    """Number of steps in which the learning rate rises from 0."""
     weight_decay: float = 0.01
-    """Of AdamW, decoupled, on all parameters."""
+    """Decoupled weight decay of AdamW, on all parameters."""
     batch_size: int = 128
-    """Images a step."""
+    """Number of images per step."""
     steps: int = 3000
-    """Of training."""
+    """Number of training steps."""
     measurements: int = 20
-    """Measurements at equal ratios of the step, and one before the first."""
+    """Number of measurements at equal ratios of the step; one more comes before the first step."""
     measure_on: int = 512
-    """Images of those trained on that κ is measured on."""
+    """Number of training images that κ is measured on."""
     measure_batch: int = 256
-    """Of them at a time."""
+    """Number of these images that are measured at a time."""
     evaluate_on: int = 10_000
-    """At most so many images for loss and accuracy, of those trained on and of those held out."""
+    """Largest number of images for loss and accuracy, of the training set and of the test set each."""
     num_probes: int = 16
-    """Of a layer and batch, at least."""
+    """Least number of probes per layer and batch."""
     max_probes: int = 128
-    """Probes of a layer and batch, at most."""
+    """Largest number of probes per layer and batch."""
     relative_error: float | None = 0.1
     """Probes are added until the standard error is this share of κ, for every layer."""
     route: Literal["layerwise", "joint"] = "layerwise"
-    """A product a layer and probe, or one for all layers, noisier but compiled once."""
+    """Route to κ: one product per layer and probe, or one for all layers, noisier but compiled once."""
     checkpoint_every: int = 500
-    """Steps; each measurement leaves a checkpoint too."""
+    """Steps between two checkpoints; each measurement leaves a checkpoint too."""
     folder: Path = Path("runs/layer_flatness")
 
     may_differ = frozenset({"data_dir", "seed", "seeds"})
@@ -116,11 +116,11 @@ MODELS = {
     "resnet": ("A ResNet-18", Config(model="resnet", width=8, depth=0, **_COSTLY)),
     "vit": ("A vision transformer", Config(model="vit", width=32, depth=2, **_COSTLY)),
 }
-"""What can be trained, with the options that are its own."""
+"""These networks can be trained; each has its own defaults."""
 
 
 def main(config: Config) -> None:
-    """Runs every seed, draws the figures, and prints the last profile."""
+    """Run every seed, draw the figures, and print the last profile."""
     run = config.open_run()
     seeds = config.all_seeds
     started = time.monotonic()
@@ -132,7 +132,7 @@ def main(config: Config) -> None:
 
 
 def train(config: Config, seed: int, run: RunFolder) -> None:
-    """Trains one seed from where it was left to its end, and measures along the way."""
+    """Train one seed from its last checkpoint to its end, and measure on the way."""
     train_set, test_set = images.load(config.data, config.data_dir, seed)
     train_set = train_set.some(config.num_train, seed)
     network, state = initial(config, seed, train_set)
@@ -148,7 +148,7 @@ def train(config: Config, seed: int, run: RunFolder) -> None:
 
 
 def initial(config: Config, seed: int, train_set: Images) -> tuple[Classifier, State]:
-    """The network; its parameters, running statistics and the optimizer's state."""
+    """Return the network, and its parameters, running statistics and optimizer state."""
     _, size, _, channels = train_set.pixels.shape
     rngs = nnx.Rngs(seed)
     match config.model:
@@ -178,7 +178,7 @@ def optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def measuring(config: Config, network: Classifier, seed: int, train_set: Images, test_set: Images):
-    """Loss and accuracy on both parts, and the profile on a fixed part of what is trained on."""
+    """Return how to measure loss and accuracy on both parts, and the profile on a fixed part of the training set."""
 
     def loss(params: State, pixels: jax.Array, labels: jax.Array, rest: State) -> jax.Array:
         return cross_entropy(network.model(params, rest)(network.inputs(pixels)), labels).mean()
@@ -206,7 +206,7 @@ def measuring(config: Config, network: Classifier, seed: int, train_set: Images,
 
 
 def report(config: Config, run: RunFolder, curves: list[list[Record]]) -> None:
-    """The table of the last profile, the figures, and the summary; over the seeds, if there are several."""
+    """Write the table of the last profile, the figures and the summary, over the seeds if there are several."""
     steps = [record["step"] for record in curves[0]]
     profiles: list[Profile] = [
         over_seeds([from_record(record["profile"]) for record in at_step]) for at_step in zip(*curves, strict=True)

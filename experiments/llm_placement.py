@@ -1,10 +1,10 @@
-"""Where should a language model be flat? λκ at the head, at one block or at all of them, beside SAM and nothing.
+"""Compare where a language model should be flat: λκ at the head, one block or all of them, beside SAM and nothing.
 
     python experiments/llm_placement.py                                         # 25 to 40 minutes on 2 cores
     python experiments/llm_placement.py --width 256 --depth 6 --steps 5000 --seeds 3 --name larger
 
 All arms have the same number of steps; what a step costs is told. Each is tuned on the same number of strengths by the
-loss on held-out files, with a seed that is then left alone, and trained anew with others in the best. A seed decides
+loss on held-out files, with a seed that is not used again, and trained anew with others in the best. A seed decides
 what of the text is held out, files and whole modules, the tokens, the initial weights, the batches and the probes; arms
 share all of that, and are compared with the plain one seed by seed.
 
@@ -52,53 +52,53 @@ class Config(SeedOptions):
     """Compare where relative flatness is best regularised in a small language model."""
 
     text: tuple[Path, ...] = ()
-    """Files or folders; by default the standard library of Python."""
+    """Files or folders of text; by default Python's standard library."""
     pattern: str = "*"
-    """Which files of the folders, by name."""
+    """Pattern for the names of the folders' files to read."""
     arms: tuple[Arm, ...] = ("plain", "head", "block", "blocks", "sam")
-    """What to compare; plain is one of them."""
+    """Arms to compare; plain is one of them."""
     head_strengths: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2)
-    """λ of κ of the head."""
+    """Strengths λ of κ of the head."""
     block_strengths: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2)
-    """λ of the sum of κ of the kernels of the middle block."""
+    """Strengths λ of the sum of κ over the kernels of the middle block."""
     blocks_strengths: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3)
-    """λ of the sum of κ of the kernels of all blocks."""
+    """Strengths λ of the sum of κ over the kernels of all blocks."""
     sam_strengths: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1)
-    """ρ of SAM."""
+    """Radii ρ of SAM."""
     probe_share: float = 0.25
-    """Of a batch's sequences, on which κ of kernels is estimated, by one direction a step."""
+    """Share of a batch's sequences on which κ of kernels is estimated, by one direction per step."""
     vocab_size: int = 1024
-    """Byte pairs."""
+    """Number of tokens in the vocabulary, of byte pairs."""
     width: int = 64
-    """Of the residual stream."""
+    """Width of the residual stream."""
     depth: int = 3
-    """Blocks."""
+    """Number of decoder blocks."""
     heads: int = 4
-    """Of attention."""
+    """Number of attention heads per block."""
     context: int = 64
-    """Tokens of a sequence."""
+    """Number of tokens per sequence."""
     batch_size: int = 8
-    """Sequences a step."""
+    """Number of sequences per step."""
     steps: int = 600
-    """Of training."""
+    """Number of training steps."""
     learning_rate: float = 5e-3
-    """Of AdamW, between warm-up and decay."""
+    """Learning rate of AdamW, between warm-up and decay."""
     warm_up: int = 50
-    """Steps."""
+    """Number of steps in which the learning rate rises from 0."""
     decay_share: float = 0.2
-    """Of the steps, in which the learning rate falls to 0."""
+    """Share of the steps in which the learning rate falls to 0."""
     weight_decay: float = 0.1
-    """Of AdamW, decoupled, on all matrices."""
+    """Decoupled weight decay of AdamW, on all matrices."""
     clip: float = 1.0
-    """The largest norm of a gradient."""
+    """Largest norm of a gradient; longer ones are clipped."""
     noises: tuple[float, ...] = (0.1, 0.3)
-    """Of each kernel, as a share of its norm."""
+    """Noise that each kernel gets after training, as a share of its norm."""
     draws: int = 4
-    """Of the noise."""
+    """Number of draws of the noise."""
     measure_on: int = 256
-    """Sequences of each part of the text that is held out, at most."""
+    """Largest number of sequences measured of each part of the held-out text."""
     timing_seconds: float = 20.0
-    """For the time of a step, at least so long."""
+    """Least time, in seconds, for which a step is timed."""
     folder: Path = Path("runs/llm_placement")
     seeds: int = 6
 
@@ -127,14 +127,14 @@ class Config(SeedOptions):
 
     @property
     def block(self) -> str:
-        """The one in the middle."""
+        """Return the index of the middle block."""
         return f"blocks/{self.depth // 2}"
 
     def layers(self, arm: Arm) -> tuple[str, ...]:
         return {"head": (HEAD,), "block": (self.block,), "blocks": ("blocks",)}.get(arm, ())
 
     def optimizer_of(self, arm: Arm) -> Callable[[Any], optax.GradientTransformation]:
-        """Of a strength."""
+        """Return the optimizer of an arm at a strength."""
         descent = self.descent.optimizer()
         return (lambda radius: sharpness_aware(descent, radius)) if arm == "sam" else lambda _: descent
 
@@ -146,7 +146,7 @@ class Config(SeedOptions):
 
 
 def main(config: Config) -> None:
-    """Tunes and trains whatever is not in the records yet, and reports."""
+    """Tune and train whatever is not in the records yet, and report."""
     run = config.open_run()
     started = time.monotonic()
     compare(config, run)
@@ -155,7 +155,7 @@ def main(config: Config) -> None:
 
 
 class Programs:
-    """Training and measuring as many networks at a time as there are devices, each arm compiled once."""
+    """Programs train and measure as many networks at a time as there are devices; each arm is compiled once."""
 
     def __init__(self, config: Config, run: RunFolder):
         self.config, self.run = config, run
@@ -175,7 +175,7 @@ class Programs:
         return read(self.config.text, self.config.pattern) if self.config.text else standard_library()
 
     def windows(self, seed: int) -> dict[text.Part, np.ndarray]:
-        """Of the parts of the text, as a seed cuts it."""
+        """Return the windows of all parts of the text, as a seed cuts it."""
         if seed not in self._windows:
             self._windows[seed] = self._cut(seed)
         return self._windows[seed]
@@ -201,21 +201,21 @@ class Programs:
         return Trial(np.float32(strength), np.uint32(seed), jax.tree.map(np.asarray, params), batches, *parts)
 
     def train(self, arm: Arm, several: Trial, end: int | None = None) -> State:
-        """Parameters after the step `end`."""
+        """Return the parameters after the step `end`."""
         if arm not in self._train:
             function = functools.partial(train, self.network, self.penalties[arm], self.config.optimizer_of(arm))
             self._train[arm] = self.parallel.map(function, num_split=1)
         return self._train[arm](several, self.config.steps if end is None else end)
 
     def measured(self, arm: Arm, trials: list[Trial]) -> list[Record]:
-        """Of each after its training, of at most as many as there are devices."""
+        """Train at most as many networks as there are devices, and return what is measured of each."""
         several = self.parallel.stack(trials)
         values = jax.device_get(self._measure(several, self.train(arm, several)))
         return [{name: value[i].item() for name, value in values.items()} for i in range(len(trials))]
 
 
 def compare(config: Config, run: RunFolder) -> None:
-    """Tunes each arm, trains it at its best, and times a step of each."""
+    """Tune each arm, train it at its best, and time a step of each."""
     programs = Programs(config, run)
     left = sum(max(len(config.strengths(arm)), 1) + config.seeds for arm in config.arms)
     left -= len([record for record in run.records if record["phase"] in _PHASES and record["arm"] in config.arms])
@@ -239,7 +239,7 @@ _PHASES = ("tuning", "final")
 
 
 def trials_of(config: Config, run: RunFolder, phase: str, arm: Arm) -> list[tuple[float, int]]:
-    """Strengths and seeds that have no record yet."""
+    """List the strengths and seeds that have no record yet."""
     if phase == "tuning":
         wanted = [(strength, config.seed + _TUNING) for strength in config.strengths(arm) or (0.0,)]
     else:
@@ -252,13 +252,13 @@ _TUNING = 1000
 
 
 def records_of(run: RunFolder, phase: str, arm: Arm) -> list[Record]:
-    """In the order of the strengths and seeds."""
+    """Return the records in the order of the strengths and seeds."""
     found = [record for record in run.records if (record["phase"], record["arm"]) == (phase, arm)]
     return sorted(found, key=lambda record: (record["strength"], record["seed"]))
 
 
 def best_of(run: RunFolder, arm: Arm) -> Record:
-    """By the loss on held-out files; a network that diverged comes last."""
+    """Return the best strength by the loss on held-out files; a network that diverged comes last."""
 
     def loss(record: Record) -> float:
         value = number(record["held_out"])
@@ -268,7 +268,7 @@ def best_of(run: RunFolder, arm: Arm) -> Record:
 
 
 def timed(config: Config, programs: Programs) -> list[Record]:
-    """Seconds a step of one network on one device, all of them at work; by every arm in turn."""
+    """Time a step of one network on one device, in seconds, with all devices at work and all arms in turn."""
     steps = min(_STEPS_TIMED, config.steps)
     trials = [programs.trial(0.01, config.seed)] * programs.parallel.size
     several = programs.parallel.stack(trials)
@@ -285,7 +285,7 @@ _STEPS_TIMED = 10
 
 
 def report(config: Config, run: RunFolder) -> None:
-    """The tables, the figure and the summary."""
+    """Write the tables, the figure and the summary."""
     rows = {}
     for arm in config.arms:
         (timing,) = [record for record in run.records if record["phase"] == "timing" and record["arm"] == arm]

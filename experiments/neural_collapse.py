@@ -1,14 +1,16 @@
-"""Neural collapse past zero training error: NC1 to NC4 and CDNV by epoch and by layer, and what a squared error is of.
+"""Measure neural collapse past zero training error: NC1 to NC4 and CDNV by epoch and layer, and parts of the loss.
 
     python experiments/neural_collapse.py                 # a perceptron and a ResNet-18 on digits: 6 min on 2 cores
-    python experiments/neural_collapse.py --models mlp    # the perceptron alone: 1 to 2 min
+    python experiments/neural_collapse.py --models mlp    # only the perceptron: 1 to 2 min
     python experiments/neural_collapse.py --models resnet --data cifar10 --data-dir ~/data --resnet-width 64
 
-Each network is trained with cross-entropy, and anew with half the squared error against one-hot targets, by SGD with
-momentum and weight decay λ on all parameters, its rate a tenth after a half and after three quarters of the epochs. At
-epochs of equal ratios the features of every layer of all that is trained on are streamed through moments of the
-classes, with batch normalisation as it is used after training. The head's mean squared error, with ½λ of its squared
-norm, is split into what the features and what the head cost (the central path).
+Each network is trained with cross-entropy, and anew with half the squared error against one-hot targets. Training is by
+SGD with momentum and weight decay λ on all parameters; the rate falls to a tenth after a half and again after three
+quarters of the epochs. At epochs of equal ratios, the training set's features of every layer are streamed through
+moments of the classes, with batch normalisation as it is used after training. The head's mean squared error, with ½λ of
+its squared norm, is split into what the features and what the head cost (the central path).
+
+NC1 to NC4 and CDNV are 0 in a fully collapsed network.
 
 Writes to `runs/neural_collapse/<name>/`: `config.json`, `metrics.jsonl` (a line a measurement, with all layers),
 `checkpoints/` (Orbax), `figure.png` and `summary.json`. Killed at any moment, the same command with --resume goes on,
@@ -62,41 +64,41 @@ class Config(SeedOptions):
     """Train networks past zero error, and measure how their features and heads collapse."""
 
     models: tuple[Model, ...] = get_args(Model)
-    """A perceptron of ReLU layers, and a ResNet-18."""
+    """Networks to train: a perceptron of ReLU layers, and a ResNet-18."""
     losses: tuple[Loss, ...] = get_args(Loss)
-    """What to train with."""
+    """Losses to train with."""
     data: images.Name = "digits"
-    """What to classify. All but the digits are read from `data_dir`."""
+    """Images to classify; all but the digits are read from `data_dir`."""
     data_dir: Path | None = None
-    """The folder of the data's files, as they are published."""
+    """Folder of the data's files, as they are published."""
     num_train: int | None = None
-    """How many images to train on; by default all."""
+    """Number of images to train on; by default all."""
     mlp_width: int = 128
-    """Of each hidden layer."""
+    """Width of each hidden layer of the perceptron."""
     mlp_depth: int = 4
-    """Hidden layers."""
+    """Number of hidden layers of the perceptron."""
     resnet_width: int = 8
-    """Of the first stage."""
+    """Width of the ResNet's first stage."""
     mlp_epochs: int = 500
-    """Of training."""
+    """Number of training epochs of the perceptron."""
     resnet_epochs: int = 80
-    """Of training."""
+    """Number of training epochs of the ResNet."""
     learning_rate: float = 0.05
-    """Of SGD with momentum 0.9, at first."""
+    """Initial learning rate of SGD with momentum 0.9."""
     mlp_weight_decay: float = 5e-4
-    """λ, added to the gradient, on all parameters."""
+    """Weight decay λ of the perceptron, added to the gradient, on all parameters."""
     resnet_weight_decay: float = 5e-3
-    """λ, the same."""
+    """Weight decay λ of the ResNet, added to the gradient, on all parameters."""
     batch_size: int = 128
-    """Images a step."""
+    """Number of images per step."""
     measurements: int = 16
-    """At equal ratios of the epoch, and before the first."""
+    """Number of measurements, at equal ratios of the epoch, and before the first."""
     measure_batch: int = 256
-    """Images at a time, as features are streamed."""
+    """Number of images at a time while features are streamed."""
     covariance_up_to: int = 512
-    """NC1 is of layers of at most so many features, and of what enters the head."""
+    """NC1 is measured for layers of at most this many features, and for what enters the head."""
     checkpoint_every: int = 20
-    """Epochs; each measurement leaves a checkpoint too."""
+    """Epochs between two checkpoints; each measurement leaves a checkpoint too."""
     folder: Path = Path("runs/neural_collapse")
 
     may_differ = frozenset({"data_dir", "losses", "models", "seed", "seeds"})
@@ -117,7 +119,7 @@ class Config(SeedOptions):
 
 
 def main(config: Config) -> None:
-    """Trains every network with every loss and seed, draws the figure and prints the tables."""
+    """Train every network with every loss and seed, draw the figure and print the tables."""
     run = config.open_run()
     seeds = config.all_seeds
     started = time.monotonic()
@@ -129,7 +131,7 @@ def main(config: Config) -> None:
 
 
 def train(config: Config, model: Model, seed: int, run: RunFolder) -> None:
-    """Trains one network with each loss from where it was left to its end, and measures along the way."""
+    """Train one network with each loss from its last checkpoint to its end, and measure on the way."""
     train_set, test_set = images.load(config.data, config.data_dir, seed)
     train_set = train_set.some(config.num_train, seed)
     steps_an_epoch = max(1, len(train_set.labels) // config.batch_size)
@@ -151,7 +153,7 @@ def train(config: Config, model: Model, seed: int, run: RunFolder) -> None:
 
 
 def squared_error(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """½‖z − y‖² of each sample, y one-hot."""
+    """Return ½‖z − y‖² of each sample, with y one-hot."""
     return jnp.sum((logits - jax.nn.one_hot(labels, logits.shape[1], dtype=logits.dtype)) ** 2, axis=1) / 2
 
 
@@ -167,7 +169,7 @@ def optimizer(config: Config, model: Model, num_steps: int) -> optax.GradientTra
 def initial(
     config: Config, model: Model, seed: int, train_set: Images, optimizer: optax.GradientTransformation
 ) -> tuple[Classifier, State]:
-    """The network, and the state that training starts from."""
+    """Return the network, and the state that training starts from."""
     _, height, width, channels = train_set.pixels.shape
     rngs = nnx.Rngs(seed)
     if model == "mlp":
@@ -180,11 +182,11 @@ def initial(
 
 
 _SMALL = 16
-"""Pixels; of larger images the compiler's own convolutions are the faster."""
+"""Images of this many pixels are small; for larger ones the compiler's own convolutions are faster."""
 
 
 def layer_features(model: Any, x: jax.Array) -> dict[str, jax.Array]:
-    """What leaves each layer or block, and last what enters the head."""
+    """Return what leaves each layer or block, and last what enters the head."""
     feats = {"input": x}
     if isinstance(model, MLP):
         for i, layer in enumerate(model.layers):
@@ -199,7 +201,7 @@ def layer_features(model: Any, x: jax.Array) -> dict[str, jax.Array]:
 def measuring(
     config: Config, network: Classifier, weight_decay: float, train_set: Images, test_set: Images
 ) -> Callable[[State], Record]:
-    """Collapse of what enters the head, and of every layer."""
+    """Return a measurement of the collapse of what enters the head, and of every layer."""
 
     def features(state: State, pixels: jax.Array) -> dict[str, jax.Array]:
         return layer_features(network.model(state["params"], state["rest"]), network.inputs(pixels))
@@ -255,7 +257,7 @@ def numbers(report: Any) -> Record:
 
 
 def report(config: Config, run: RunFolder, seeds: range) -> None:
-    """The tables, the figure and the summary."""
+    """Write the tables, the figure and the summary."""
     cases, summary = [], {}
     for model in config.models:
         for loss in config.losses:
@@ -289,13 +291,13 @@ _NAMES = {
 _IN_TABLE = {
     "error, trained on": lambda record: 1 - record["train_accuracy"],
     "error, held out": lambda record: 1 - record["test_accuracy"],
-    "NC1": lambda record: record["nc1"],
-    "CDNV, trained on": lambda record: record["cdnv"],
-    "CDNV, held out": lambda record: record["test_cdnv"],
-    "NC2 equinorm of means": lambda record: record["nc2_equinorm_means"],
-    "NC2 equiangularity of means": lambda record: record["nc2_equiangularity_means"],
-    "NC3": lambda record: record["nc3"],
-    "NC4": lambda record: record["nc4"],
+    "NC1, 0 is collapsed": lambda record: record["nc1"],
+    "CDNV, trained on, 0 is collapsed": lambda record: record["cdnv"],
+    "CDNV, held out, 0 is collapsed": lambda record: record["test_cdnv"],
+    "NC2 equinorm of means, 0 is collapsed": lambda record: record["nc2_equinorm_means"],
+    "NC2 equiangularity of means, 0 is collapsed": lambda record: record["nc2_equiangularity_means"],
+    "NC3, 0 is collapsed": lambda record: record["nc3"],
+    "NC4, 0 is collapsed": lambda record: record["nc4"],
     "L_NC1": lambda record: record["squared_error_nc1"],
     "L_NC2/3": lambda record: record["squared_error_nc2_and_nc3"],
     "L_⊥": lambda record: record["squared_error_perpendicular"],
@@ -303,14 +305,14 @@ _IN_TABLE = {
 
 
 def zero_error(records: list[Record]) -> int | None:
-    """The first epoch measured without an error on what is trained on."""
+    """Return the first measured epoch without an error on the training set."""
     return first_step_at_least(
         [record["epoch"] for record in records], [record["train_accuracy"] for record in records], 1.0
     )
 
 
 def table(of_seeds: list[list[Record]], fitted: list[int | None]) -> str:
-    """Medians over seeds: before training, at the first epoch measured without a training error, and at the end."""
+    """Format medians over seeds: before training, at the first epoch without a training error, and at the end."""
     at = {"at first": [records[0] for records in of_seeds]}
     if None not in fitted:
         at["at zero error"] = [

@@ -1,16 +1,17 @@
-"""Does training for flatness help? κ against the regularisers one would else use, on digits with few or wrong labels.
+"""Compare κ with the usual regularisers, on digits with few or wrong labels, to see whether flatness helps.
 
     python experiments/regularise.py                  # about half an hour on 2 cores
-    python experiments/regularise.py --models mlp     # the perceptron alone
+    python experiments/regularise.py --models mlp     # only the perceptron
 
 Two networks, a perceptron and a ResNet-18, learn from 100 images, and from 500 of which 40 % have a wrong label, by SGD
 with momentum: plainly; with weight decay, label smoothing, a penalty on confidence, SAM or ASAM; or with relative
 flatness κ of the head, or its simplified form κ̂, as part of the loss.
 
-Each method is tuned on the same number of settings, learning rate × strength, by the accuracy on validation images,
-whose labels are right, over seeds that are then left alone; the baseline, which has no strength, is given as many
-learning rates. The best setting is trained anew with 10 other seeds. A seed chooses the images to train on, the wrong
-labels, the initial weights and the batches; the test images are always the same, and nothing is tuned on them.
+Each method is tuned on the same number of settings, learning rate × strength. What counts is the accuracy on validation
+images, whose labels are right, over seeds that are not used again. The baseline has no strength, and is given as many
+learning rates as others have settings. The best setting is trained anew with 10 other seeds. A seed chooses the images
+to train on, the wrong labels, the initial weights and the batches; the test images are always the same, and nothing is
+tuned on them.
 
 Writes to `runs/regularise/<name>/`: `config.json`, `metrics.jsonl` (a line a setting, with all its seeds), `figure.png`
 and `summary.json`. Killed at any moment, the same command with --resume goes on, and ends with the same metrics.
@@ -48,7 +49,7 @@ TaskName = Literal["few", "wrong"]
 
 
 class Grid(NamedTuple):
-    """What is tried: learning rates, and strengths for each."""
+    """A grid holds the learning rates to try, and the strengths for each."""
 
     lowest_rate: float
     highest_rate: float
@@ -68,42 +69,42 @@ class Config(RunOptions):
     """Compare relative flatness as a regulariser with others, each tuned alike."""
 
     models: tuple[Model, ...] = ("mlp", "resnet")
-    """A perceptron of two hidden layers, and a ResNet-18 with batch normalisation."""
+    """Networks to train: a perceptron of two hidden layers, and a ResNet-18 with batch normalisation."""
     tasks: tuple[TaskName, ...] = ("few", "wrong")
-    """Few labels, or more of which some are wrong."""
+    """Tasks to learn: few labels, or more labels of which some are wrong."""
     methods: tuple[Method, ...] = get_args(Method)
-    """What to compare; the baseline is one of them."""
+    """Methods to compare; the baseline is one of them."""
     num_few: int = 100
-    """Images to learn from, as many of each class."""
+    """Number of images to learn from with few labels, equally many of each class."""
     num_wrong: int = 500
-    """Images to learn from when some labels are wrong."""
+    """Number of images to learn from when some labels are wrong."""
     noise: float = 0.4
-    """Share of these with a wrong label."""
+    """Share of these images with a wrong label."""
     num_validation: int = 300
-    """Images to tune on."""
+    """Number of validation images to tune on."""
     width: int = 128
-    """Of the perceptron's hidden layers."""
+    """Width of the perceptron's hidden layers."""
     resnet_width: int = 8
-    """Channels of the ResNet's first stage."""
+    """Number of channels of the ResNet's first stage."""
     steps: int = 300
-    """Of training."""
+    """Number of training steps."""
     batch_size: int = 50
-    """Images a step."""
+    """Number of images per step."""
     lowest_rate: float = 0.0
-    """The lowest learning rate tried; 0 is 0.002 of the perceptron and 0.02 of the ResNet."""
+    """Lowest learning rate to try; 0 stands for 0.002 with the perceptron and 0.02 with the ResNet."""
     highest_rate: float = 0.0
-    """The highest learning rate tried; 0 is 0.2 of both."""
+    """Highest learning rate to try; 0 stands for 0.2 with both."""
     num_rates: int = 0
-    """Learning rates, at equal ratios; 0 is 5 of the perceptron and 3 of the ResNet."""
+    """Number of learning rates, at equal ratios; 0 stands for 5 with the perceptron and 3 with the ResNet."""
     num_strengths: int = 0
-    """Strengths, at equal ratios over three decades, and for the baseline so many times as many learning rates; 0 is 7
-    of the perceptron and 4 of the ResNet."""
+    """Number of strengths, at equal ratios over three decades. The baseline gets this many times as many learning rates
+    instead. 0 stands for 7 with the perceptron and 4 with the ResNet."""
     tuning_seeds: int = 3
-    """A setting is tried with."""
+    """Number of seeds that each setting is tried with."""
     seeds: int = 10
-    """The best setting is trained with, other than those."""
+    """Number of other seeds that the best setting is trained with."""
     timing_seconds: float = 10.0
-    """For the time of a step, at least so long."""
+    """Least time, in seconds, for which a step is timed."""
     folder: Path = Path("runs/regularise")
 
     may_differ = frozenset({"methods", "models", "tasks"})
@@ -133,7 +134,7 @@ MODEL_NAMES: dict[str, str] = {"mlp": "perceptron", "resnet": "ResNet-18"}
 
 
 def main(config: Config) -> None:
-    """Tunes and trains whatever is not in the records yet, and reports."""
+    """Tune and train whatever is not in the records yet, and report."""
     run = config.open_run(grids={model: config.grid(model) for model in get_args(Model)})
     started = time.monotonic()
     for model in config.models:
@@ -143,11 +144,11 @@ def main(config: Config) -> None:
 
 
 Setting = tuple[float, float | None]
-"""A learning rate, and a strength."""
+"""A setting is a learning rate and a strength."""
 
 
 def settings(config: Config, model: Model, method: Method) -> list[Setting]:
-    """From slow to fast, and from weak to strong: as many for each method."""
+    """List the settings from slow to fast and from weak to strong, equally many for each method."""
     grid, ends = config.grid(model), REGULARISERS[method].strengths
     strengths = [None] if ends is None else np.geomspace(*ends, grid.num_strengths).tolist()
     rates = np.geomspace(grid.lowest_rate, grid.highest_rate, grid.size // len(strengths)).tolist()
@@ -155,7 +156,10 @@ def settings(config: Config, model: Model, method: Method) -> list[Setting]:
 
 
 def seeds_of(config: Config, phase: str) -> range:
-    """Those of tuning are others than the last ones, and these are others than those the networks were tried out on."""
+    """Return the seeds of a phase.
+
+    Tuning and the end have no seeds in common, nor with those that the networks were tried out on.
+    """
     first, number = (_TUNING, config.tuning_seeds) if phase == "tuning" else (_FINAL, config.seeds)
     return range(first, first + number)
 
@@ -164,7 +168,7 @@ _TUNING, _FINAL = 1000, 2000
 
 
 def compare(config: Config, model: Model, run: RunFolder) -> None:
-    """Tunes each method on each task, trains it in its best setting, and times a step of each."""
+    """Tune each method on each task, train it in its best setting, and time a step of each."""
     digits = few_labels.digits()
     of_digits = network_of(config, model, digits.pixels.shape)
     programs = Programs(of_digits, inputs(model, digits.pixels), config.steps)
@@ -204,7 +208,7 @@ def train_some(
     method: Method,
     chosen: list[tuple[Setting, int]],
 ) -> list[Record]:
-    """What comes of some settings and seeds."""
+    """Train networks of some settings and seeds, and return what is measured of them."""
     trials = [trial(config, programs.network, labels, task, setting, seed) for setting, seed in chosen]
     results = programs.run(REGULARISERS[method], trials)
     progress.done("network", len(trials), f"{describe(config, task)}, {REGULARISERS[method].name}")
@@ -219,7 +223,7 @@ def fill(
     train: Callable[[list[tuple[Setting, int]]], list[Record]],
     at_a_time: int,
 ) -> None:
-    """Adds a record of each setting that has none, once all its seeds are trained."""
+    """Add a record for each setting that has none, once all its seeds are trained."""
     seeds = seeds_of(config, key["phase"])
     done = [(record["learning_rate"], record["strength"]) for record in of_case(run, **key)]
     todo = [setting for setting in chosen if setting not in done]
@@ -237,7 +241,7 @@ def fill(
 
 
 def of_case(run: RunFolder, phase: str, model: str, task: str | None = None, method: str | None = None) -> list[Record]:
-    """The records of it, in the order of the settings."""
+    """Return the records of a case, in the order of the settings."""
     wanted = {"phase": phase, "model": model, "task": task, "method": method}
     return [
         record
@@ -256,7 +260,7 @@ def network_of(config: Config, model: Model, shape: tuple[int, ...]) -> TrainedN
 
 
 def inputs(model: Model, pixels: np.ndarray) -> np.ndarray:
-    """Of mean 0 and variance 1 over all images and pixels."""
+    """Scale the images to mean 0 and variance 1 over all images and pixels."""
     x = ((pixels - pixels.mean()) / pixels.std()).astype(np.float32)
     return x.reshape(len(x), -1) if model == "mlp" else x
 
@@ -264,7 +268,7 @@ def inputs(model: Model, pixels: np.ndarray) -> np.ndarray:
 def trial(
     config: Config, network: TrainedNetwork, labels: np.ndarray, task: TaskName, setting: Setting, seed: int
 ) -> Trial:
-    """All that a seed decides, and the setting."""
+    """Return all that a seed decides, together with the setting."""
     drawn = few_labels.draw(labels, config.drawn[task], config.num_validation, seed)
     parts = np.zeros(len(labels), np.int32)
     for place, part in enumerate(PARTS, start=1):
@@ -275,7 +279,7 @@ def trial(
 
 
 def best_of(tuned: list[Record]) -> Record:
-    """By accuracy on the validation images, the mean over seeds; of equals the slowest and weakest.
+    """Return the best setting by the mean accuracy on validation images over seeds; of equals the slowest and weakest.
 
     A setting of which a network diverged comes last.
     """
@@ -285,12 +289,12 @@ def best_of(tuned: list[Record]) -> Record:
 
 
 def over_seeds(record: Record, name: str) -> list[float]:
-    """The value of each seed."""
+    """Read the value of each seed from a record."""
     return [number(seed[name]) for seed in record["seeds"].values()]
 
 
 def time_a_step(config: Config, programs: Programs, labels: np.ndarray) -> list[Record]:
-    """Of one network on one core or device, all of them at work; by every method in turn."""
+    """Time a step of one network on one core or device, with all of them at work and every method in turn."""
     task = config.tasks[0]
     several = programs.parallel.stack(
         [trial(config, programs.network, labels, task, _TIMED_AT, seed) for seed in range(programs.parallel.size)]
@@ -315,7 +319,7 @@ _STEPS_TIMED, _TIMED_AT = 100, (1e-3, 1e-3)
 
 
 def report(config: Config, run: RunFolder) -> None:
-    """The tables, the figure and the summary."""
+    """Write the tables, the figure and the summary."""
     rows = {
         (model, task): [row(config, run, model, task, method) for method in config.methods]
         for model in config.models
@@ -366,7 +370,7 @@ def row(config: Config, run: RunFolder, model: Model, task: TaskName, method: Me
 
 
 def edge(value: float | None, tried: tuple[float | None, ...]) -> str:
-    """Whether a value is at the end of those tried, beyond which a better one may be."""
+    """Say whether a value is at the end of those tried, beyond which a better one may be."""
     if value is None:
         return ""
     return {tried[0]: "lowest", tried[-1]: "highest"}.get(value, "")

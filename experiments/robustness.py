@@ -1,4 +1,4 @@
-"""Flatness in weights is robustness in features: the rise of the loss under perturbed features against κ, for many δ.
+"""Check that flatness in weights is robustness in features: the loss under perturbed features against κ, for many δ.
 
     python experiments/robustness.py    # half a minute on 2 cores
 
@@ -25,13 +25,13 @@ from harness.results.style import plt, tidy
 
 
 def main(num_steps: int = 300, num_samples: int = 256, seed: int = 0, folder: Path = Path("runs/robustness")) -> None:
-    """Compares E_F(δ) with κ δ²/2m for orthogonal matrices, and with κ δ²/2 for normal ones.
+    """Compare E_F(δ) with κ δ²/2m for orthogonal matrices, and with κ δ²/2 for normal ones.
 
     Args:
-        num_steps: of training, by Adam on all the data.
-        num_samples: random matrices for each δ, each with both signs.
-        seed: of the network and the matrices.
-        folder: where the figure and the record go.
+        num_steps: steps of training, by Adam on all the data.
+        num_samples: number of random matrices for each δ, each taken with both signs.
+        seed: seed of the network and the matrices.
+        folder: folder for the figure and the record.
     """
     images, labels = load_digits(return_X_y=True)
     x, y = jnp.asarray(np.asarray(images) / 16, jnp.float32), jnp.asarray(labels, jnp.int32)
@@ -39,7 +39,7 @@ def main(num_steps: int = 300, num_samples: int = 256, seed: int = 0, folder: Pa
     loss = train(model, x, y, num_steps)
     head, feats = nnx.state(model.head), model.features(x)
     kappa = float(relative_flatness(head, feats, y))
-    print(f"cross-entropy {loss:.4f}, κ {kappa:.4f}")
+    print(f"cross-entropy {loss:.4f}, κ {kappa:.4f} (larger is sharper)")
 
     deltas = np.logspace(-4, 0.5, 10)
     scales = {"orthogonal": 2 * feats.shape[1], "normal": 2}
@@ -76,7 +76,7 @@ def train(model: MLP, x: jax.Array, y: jax.Array, num_steps: int) -> float:
 
 
 def draw(path: Path, rows: list[dict], scales: dict[str, int]) -> None:
-    """The ratio against δ, a curve for each kind of matrix."""
+    """Draw the ratio against δ, with a curve for each kind of matrix."""
     with plt.rc_context({"font.size": 9}):
         figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained", dpi=200)
         axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
@@ -92,7 +92,7 @@ def draw(path: Path, rows: list[dict], scales: dict[str, int]) -> None:
         axes.set(
             xscale="log",
             xlabel="δ, the size of the change of the features",
-            ylabel="rise of the loss, over what κ says",
+            ylabel="rise of the loss over what κ says (1 is as κ says)",
         )
         tidy(axes)
         axes.legend(frameon=False, title="± 2 standard errors")

@@ -1,4 +1,4 @@
-"""Does λκ in an optimizer chain steer flatness? κ at equal training loss, for λ of either sign.
+"""Steer flatness by λκ in an optimizer chain, and compare κ at equal training loss, for λ of either sign.
 
     python experiments/steering.py    # about two minutes on 2 cores
 
@@ -28,7 +28,7 @@ from harness.results.intervals import interval
 from harness.results.style import plt, tidy
 
 LOSSES = (0.3, 0.1, 0.03, 0.01, 0.003)
-"""That κ is compared at."""
+"""κ is compared at these training losses."""
 
 
 def main(
@@ -39,15 +39,15 @@ def main(
     num_train: int = 500,
     folder: Path = Path("runs/steering"),
 ) -> None:
-    """Trains, compares and draws.
+    """Train every network, compare κ, and draw the figure.
 
     Args:
-        strengths: λ, 0 among them.
-        num_seeds: of images, initial weights, and so of the intervals.
-        num_steps: of training, each on all the images.
-        learning_rate: of Adam.
-        num_train: images.
-        folder: where the figure and the record go.
+        strengths: values of λ, with 0 among them.
+        num_seeds: number of seeds, which choose images and initial weights, and which the intervals are over.
+        num_steps: steps of training, each on all the images.
+        learning_rate: learning rate of Adam.
+        num_train: number of training images.
+        folder: folder for the figure and the record.
     """
     if 0 not in strengths:
         raise SystemExit(f"--strengths is {strengths}, wanted 0 among them, to compare with")
@@ -60,7 +60,7 @@ def main(
     plain = strengths.index(0.0)
 
     rows: list[dict[str, Any]] = []
-    print("κ over that of λ = 0 at the same training loss (95 % interval over seeds)")
+    print("κ (larger is sharper) over that of λ = 0 at the same training loss (95 % interval over seeds)")
     print(f"{'λ':>8} " + " ".join(f"{f'loss {level:g}':>22}" for level in LOSSES) + "   loss, test accuracy at the end")
     for i, strength in enumerate(strengths):
         cells = []
@@ -84,7 +84,7 @@ def main(
 def train(
     strengths: jax.Array, seed: int, num_steps: int, learning_rate: float, num_train: int
 ) -> dict[str, np.ndarray]:
-    """Loss and κ on the training images, and test accuracy, a row a strength, all from the same start."""
+    """Train from one start at every strength; return training loss, κ and test accuracy, with a row per strength."""
     data, test = images.load("digits", None, seed)
     (x, y), (x_test, y_test) = (
         (jnp.asarray(part.pixels.reshape(len(part.labels), -1) / 255, jnp.float32), jnp.asarray(part.labels))
@@ -120,7 +120,7 @@ def train(
 
 
 def at_loss(loss: np.ndarray, kappa: np.ndarray, level: float) -> float:
-    """κ when the loss first falls to a level, on a line between the logarithms around it; NaN if it never does."""
+    """Return κ where the loss first falls to a level, interpolated between logarithms; NaN if it never does."""
     below = np.flatnonzero(loss <= level)
     if len(below) == 0 or below[0] == 0:
         return np.nan
@@ -131,9 +131,9 @@ def at_loss(loss: np.ndarray, kappa: np.ndarray, level: float) -> float:
 
 
 def draw(folder: Path, strengths: tuple[float, ...], loss: np.ndarray, kappa: np.ndarray) -> None:
-    """κ against the loss, a curve a seed, a colour a strength: red is sharp, blue is flat.
+    """Draw κ against the loss, a curve per seed and a colour per strength: red is sharp, blue is flat.
 
-    Losses above those of the start are left out: of a run that lost what it had learned.
+    Losses above the initial ones are left out: they belong to runs that lost what they had learned.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ranks = {strength: i for i, strength in enumerate(sorted(set(map(abs, strengths)) - {0.0}), start=1)}
@@ -145,7 +145,12 @@ def draw(folder: Path, strengths: tuple[float, ...], loss: np.ndarray, kappa: np
             for seed in range(len(loss)):
                 label = f"λ = {strength:g}" if seed == 0 else None
                 axes.plot(loss[seed, i], kappa[seed, i], color=colour, linewidth=0.8, alpha=0.8, label=label)
-        axes.set(xscale="log", yscale="log", xlabel="cross-entropy of the training images", ylabel="κ of the head")
+        axes.set(
+            xscale="log",
+            yscale="log",
+            xlabel="cross-entropy of the training images",
+            ylabel="κ of the head (larger is sharper)",
+        )
         axes.set_xlim(1.1 * np.max(loss[:, :, 0]), np.min(loss) / 1.5)
         learned = loss <= np.max(loss[:, :, 0])
         axes.set_ylim(np.min(kappa[learned]) / 2, 2 * np.max(kappa[learned]))

@@ -1,10 +1,10 @@
-"""Trains a small language model on local text, with relative flatness κ of its head measured at every step.
+"""Train a small language model on local text, and measure relative flatness κ of its head at every step.
 
     python experiments/train_lm.py                               # Python's own sources: a few minutes on 2 cores
     python experiments/train_lm.py --strength 0.01               # with λκ of the head in the loss
     python experiments/train_lm.py --strength 1e-3 --layers blocks/2 --name block-2      # of a block's kernels
     python experiments/train_lm.py --text ~/books --pattern '*.txt' --name books
-    python experiments/train_lm.py --model-devices 2             # of all devices so many hold a part of the parameters
+    python experiments/train_lm.py --model-devices 2             # split the parameters over 2 of all devices
 
 κ of the head is a by-product of the loss. That of other kernels is estimated by one random direction a step on a
 quarter of the batch, for which the step takes two to five times as long. By default the text is the standard library,
@@ -44,64 +44,64 @@ class Config(RunOptions):
     """Train a small language model, and measure relative flatness of its head at every step."""
 
     text: tuple[Path, ...] = ()
-    """Files or folders; by default the standard library of Python."""
+    """Files or folders of text; by default Python's standard library."""
     pattern: str = "*"
-    """Which files of the folders, by name."""
+    """Pattern for the names of the folders' files to read."""
     held_out_share: float = 0.05
-    """Of the files of modules that are trained on."""
+    """Share of files to hold out, among those of modules that are trained on."""
     transfer_share: float = 0.1
-    """Of the modules: topmost folders, or files in none."""
+    """Share of modules to hold out: topmost folders, or files in none."""
     modules: tuple[str, ...] = ()
-    """To be held out by name, instead of by chance."""
+    """Modules to hold out by name, instead of by chance."""
     split_seed: int = 0
-    """Of what is held out."""
+    """Seed that chooses what is held out."""
     vocab_size: int = 2048
-    """Byte pairs."""
+    """Number of tokens in the vocabulary, of byte pairs."""
     width: int = 128
-    """Of the residual stream."""
+    """Width of the residual stream."""
     depth: int = 4
-    """Blocks."""
+    """Number of decoder blocks."""
     heads: int = 4
-    """Of attention."""
+    """Number of attention heads per block."""
     key_value_heads: int = 0
-    """Shared by the heads of attention; 0 is as many."""
+    """Number of heads of keys and values, which attention heads share; 0 stands for as many as attention heads."""
     untied: bool = False
-    """The head is not the token embedding."""
+    """Give the head its own weights, instead of those of the token embedding."""
     context: int = 128
-    """Tokens of a sequence."""
+    """Number of tokens per sequence."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """That the network computes in; parameters are in float32. In bfloat16 κ of kernels, the head's apart, is
-    biased, by 2 % to a third in trials."""
+    """Number type that the network computes in; parameters are in float32. In bfloat16 κ of kernels other than the
+    head's is biased, by 2 % to a third in trials."""
     batch_size: int = 16
-    """Sequences a step."""
+    """Number of sequences per step."""
     steps: int = 1000
-    """Of training."""
+    """Number of training steps."""
     learning_rate: float = 3e-3
-    """Of AdamW, between warm-up and decay."""
+    """Learning rate of AdamW, between warm-up and decay."""
     warm_up: int = 50
-    """Steps."""
+    """Number of steps in which the learning rate rises from 0."""
     decay_share: float = 0.2
-    """Of the steps, in which the learning rate falls to 0."""
+    """Share of the steps in which the learning rate falls to 0."""
     weight_decay: float = 0.1
-    """Of AdamW, decoupled, on all matrices."""
+    """Decoupled weight decay of AdamW, on all matrices."""
     clip: float = 1.0
-    """The largest norm of a gradient."""
+    """Largest norm of a gradient; longer ones are clipped."""
     strength: float = 0.0
-    """λ of κ."""
+    """Strength λ of κ in the loss."""
     layers: tuple[str, ...] = (HEAD,)
-    """Which are regularised, by name: head, blocks/1/perceptron/down/kernel, or all below blocks/1."""
+    """Layers to regularise, by name: head, blocks/1/perceptron/down/kernel, or all below blocks/1."""
     probe_share: float = 0.25
-    """Of a batch's sequences, on which κ of other layers than the head is estimated."""
+    """Share of a batch's sequences on which κ of other layers than the head is estimated."""
     measure_every: int = 50
-    """Steps from one measurement on held-out text to the next."""
+    """Steps between two measurements on held-out text."""
     measure_on: int = 64
-    """Sequences of each part of it, at most."""
+    """Largest number of sequences measured of each part of the held-out text."""
     checkpoint_every: int = 200
-    """Steps from one checkpoint to the next; step 0 and the last have one too."""
+    """Steps between two checkpoints; step 0 and the last have one too."""
     model_devices: int = 1
-    """Devices that the parameters are split among; the others split the batch."""
+    """Number of devices to split the parameters among; the others split the batch."""
     seed: int = 0
-    """Of the initial weights, the batches and the probes."""
+    """Seed of the initial weights, the batches and the probes."""
     folder: Path = Path("runs/train_lm")
 
     may_differ = frozenset({"model_devices"})
@@ -135,7 +135,7 @@ class Config(RunOptions):
 
 
 def main(config: Config) -> None:
-    """Reads the text, trains, draws the figure and says what came of it."""
+    """Read the text, train, draw the figure and report the results."""
     started = time.monotonic()
     documents = read(config.text, config.pattern) if config.text else standard_library()
     shares = text.Shares(config.held_out_share, config.transfer_share, config.split_seed)
@@ -153,7 +153,7 @@ def main(config: Config) -> None:
 
 
 def held_out_files(parts: dict[text.Part, list[Document]]) -> dict[str, list[str]]:
-    """The names of the files that are held out, by which a diagnosis finds them again."""
+    """List the files that are held out, by which a diagnosis finds them again."""
     return {part: [each.name for each in parts[part]] for part in parts if part != "train"}
 
 
@@ -164,7 +164,7 @@ def describe(parts: dict[text.Part, list[Document]], windows: dict[text.Part, np
 
 
 def train(config: Config, run: RunFolder, tokenizer: text.Tokenizer, windows: dict[text.Part, np.ndarray]) -> None:
-    """From where it was left to its end, with a record of every step, of the network before it."""
+    """Train from the last checkpoint to the end, with a record of every step, measured of the network before it."""
     placed = placement(config.model_devices, config.batch_size)
     decoder, params = network(config.model, config.seed, config.dtype)
     chosen = penalty(params, config.layers if config.strength else (), config.probe_share)
@@ -212,7 +212,7 @@ def train(config: Config, run: RunFolder, tokenizer: text.Tokenizer, windows: di
 
 
 def draw(path: Path, config: Config, records: list[Record]) -> None:
-    """Loss and κ over the steps, of each batch and of held-out text."""
+    """Draw loss and κ over the steps, of each batch and of held-out text."""
     batches = [record for record in records if "loss" in record]
     measured = [record for record in records if "held_out_loss" in record]
     with plt.rc_context({"font.size": 9}):
@@ -232,13 +232,13 @@ def draw(path: Path, config: Config, records: list[Record]) -> None:
     plt.close(figure)
 
 
-_LABELS = ("loss, nats a token", "κ of the head")
+_LABELS = ("loss, nats a token", "κ of the head (larger is sharper)")
 
 
 def report(summary: Record) -> str:
     def of(part: str) -> str:
         loss, kappa = (number(summary[f"{part}_{name}"]) for name in ("loss", "kappa"))
-        return f"loss {loss:.4f} (perplexity {np.exp(loss):.2f}), κ of the head {kappa:.4g}"
+        return f"loss {loss:.4f} (perplexity {np.exp(loss):.2f}), κ of the head {kappa:.4g} (larger is sharper)"
 
     return f"files held out:   {of('held_out')}\nmodules held out: {of('transfer')}"
 

@@ -1,1 +1,1 @@
-"""What the experiments share: tasks, the record of a run, figures."""
+"""The experiments share their tasks, the records of their runs, and their figures here."""

@@ -1,6 +1,6 @@
-"""Diagnosis of language models: flatness, collapse and geometry of checkpoints, in a record and on one page.
+"""Diagnose language models: flatness, collapse and geometry of checkpoints, in a record and on one page.
 
-The parts are each a start, what a batch adds, and what is made of all in the end. They need the extras `experiments`
+Each part has a start, what a batch adds, and what all batches say at the end. The parts need the extras `experiments`
 and `llm`.
 """
 

@@ -1,7 +1,7 @@
-"""Neural collapse over the vocabulary: a class is a next token, a feature what enters the head before it.
+"""Measure neural collapse over the vocabulary: a class is a next token, a feature what enters the head before it.
 
-Which tokens come next how often is known from the text alone, so that only the classes that have enough are kept in
-memory; each block of the text has moments of its own, and the standard error is that of leaving one out.
+The text tells how often each token comes next, so that only the classes that have enough samples are kept in memory.
+Each block of the text has moments of its own, and the standard error is that of leaving one block out.
 """
 
 import functools
@@ -28,12 +28,12 @@ METRICS = ("cdnv", "nc3", "unc3", "gnc2_mean_means", "gnc2_variation_means", "gn
 
 
 class Classes(NamedTuple):
-    """Tokens that come next often enough."""
+    """Classes are the tokens that come next often enough."""
 
     tokens: np.ndarray
-    """(C,), which they are."""
+    """Tokens (C,) that are the classes."""
     places: np.ndarray
-    """(d,), of each token of the vocabulary among them, or −100."""
+    """Place (d,) of each token of the vocabulary among the classes, or −100."""
     num_seen: int
     vocab_size: int
 
@@ -51,12 +51,12 @@ class Classes(NamedTuple):
         return cls(tokens, places, int(np.count_nonzero(counts)), vocab_size)
 
     def labels(self, labels: np.ndarray) -> np.ndarray:
-        """Places among the classes; −100 for tokens that are none of them, and for padding."""
+        """Return places among the classes; −100 stands for tokens that are none of them, and for padding."""
         return np.where(labels == IGNORED_LABEL, IGNORED_LABEL, self.places[np.maximum(labels, 0)])
 
 
 def collapse_part(network: PlacedDecoder, text: Text, classes: Classes, min_count: int) -> Part:
-    """All that moments tell."""
+    """Build the part that measures all that moments tell."""
     blocks = text.blocks
     num_blocks = int(blocks[-1]) + 1
 
@@ -99,7 +99,7 @@ def collapse_part(network: PlacedDecoder, text: Text, classes: Classes, min_coun
 
 
 def decisions_part(network: PlacedDecoder, text: Text, classes: Classes, moments: ClassMoments, min_count: int) -> Part:
-    """NC4, of the same tokens that the means are of, which are taken as given."""
+    """Build the part for NC4, on the tokens that the means are of; the means are taken as given."""
     by_sequence = BySequence(text)
     of_vocabulary = among_vocabulary(merged(split(moments)), classes)
 
@@ -116,12 +116,12 @@ def decisions_part(network: PlacedDecoder, text: Text, classes: Classes, moments
 
 
 def split(moments: ClassMoments) -> list[ClassMoments]:
-    """Of each block."""
+    """Split moments into those of each block."""
     return [jax.tree.map(operator.itemgetter(block), moments) for block in range(len(moments.counts))]
 
 
 def merged(moments: list[ClassMoments]) -> ClassMoments:
-    """The moments of all blocks together."""
+    """Merge the moments of all blocks."""
     return functools.reduce(_merged, moments)
 
 
@@ -130,21 +130,21 @@ _merged = jax.jit(ClassMoments.merge)
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _with_batch(moments: ClassMoments, block: jax.Array, feats: jax.Array, labels: jax.Array) -> ClassMoments:
-    """With a batch in one of the blocks."""
+    """Update the moments of one of the blocks by a batch."""
     updated = jax.tree.map(lambda leaf: leaf[block], moments).update(feats, labels)
     return jax.tree.map(lambda leaf, own: leaf.at[block].set(own), moments, updated)
 
 
 @jax.jit
 def rows_of(head: HeadParams, tokens: jax.Array) -> HeadParams:
-    """The head of some tokens alone."""
+    """Return the head of some tokens only."""
     read = linear_head(head)
     rows = jnp.take(read.matrix, tokens, axis=read.rows_axis)
     return {"kernel" if read.rows_axis else "embedding": rows}
 
 
 def among_vocabulary(moments: ClassMoments, classes: Classes) -> ClassMoments:
-    """With a class a token of the vocabulary, most of them empty."""
+    """Return moments with a class per token of the vocabulary; most of them are empty."""
     empty = ClassMoments.init(classes.vocab_size, moments.num_features, dtype=moments.dtype)
     return jax.tree.map(lambda all_, some: all_.at[classes.tokens].set(some) if some.ndim else some, empty, moments)
 
@@ -153,7 +153,7 @@ def among_vocabulary(moments: ClassMoments, classes: Classes) -> ClassMoments:
 def _decisions(
     moments: ClassMoments, head: HeadParams, feats: jax.Array, labels: jax.Array, min_count: int
 ) -> dict[str, jax.Array]:
-    """Of each sequence."""
+    """Count the disagreeing tokens and all tokens of each sequence."""
     of_one = functools.partial(nc4, min_count=min_count)
     sums = jax.vmap(lambda feats, labels: of_one(moments, head, feats, labels))(feats, labels)
     return sums._asdict()

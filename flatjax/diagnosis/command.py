@@ -1,4 +1,4 @@
-"""The command that diagnoses checkpoints of language models: its options, its stages, its record and its page."""
+"""The command diagnoses checkpoints of language models: it has options, stages, a record and a page."""
 
 import dataclasses
 import hashlib
@@ -40,66 +40,68 @@ class Config(RunOptions):
     """Diagnose checkpoints of language models on a text."""
 
     checkpoints: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Hugging Face folders, hub names (or name@revision), runs of train_lm.py, or `checkpoints/<step>` in one."""
+    """Checkpoints: Hugging Face folders, hub names (or name@revision), runs of train_lm.py, or `checkpoints/<step>` in
+    one."""
     text: tuple[Path, ...] = ()
-    """Files of text, or folders of them; by default a part of the text of the first run."""
+    """Files or folders of text; by default a part of the text of the first run."""
     split: Literal["held_out", "transfer", "train"] = "held_out"
-    """Which part, if there is no --text: held out by file, by whole modules, or what was trained on."""
+    """Part of the run's text to read without --text: held out by file, by whole modules, or trained on."""
     steps: tuple[int, ...] = ()
-    """Of the runs' checkpoints; by default all."""
+    """Steps of the runs' checkpoints to diagnose; by default all."""
     parts: tuple[Name, ...] = get_args(Name)
-    """What to measure."""
+    """Parts of the diagnosis to measure."""
     context: int = 256
-    """Tokens a sequence."""
+    """Number of tokens per sequence."""
     max_tokens: int = 65_536
-    """At most so many are predicted, in sequences evenly spaced over the text."""
+    """Largest number of tokens to predict, in sequences evenly spaced over the text."""
     batch_size: int = 8
-    """Sequences at a time."""
+    """Number of sequences at a time."""
     blocks: int = 8
-    """Of consecutive sequences, that standard errors are over."""
+    """Number of blocks of consecutive sequences, which standard errors are taken over."""
     min_count: int = 10
-    """Of a next token, to be a class whose collapse is measured: the mean of few samples is itself spread."""
+    """Least count of a next token whose collapse is measured as a class: the mean of few samples is itself spread."""
     radii: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
-    """Relative changes ε of logits, that sharpness is under."""
+    """Relative changes ε of the logits, under which sharpness is measured."""
     fit_range: tuple[int, int] = (11, 98)
-    """Of the eigenvalues that α-ReQ is fitted to; none has a smaller width."""
+    """First and last eigenvalue that α-ReQ is fitted to; no stream may have a smaller width."""
     layers: tuple[str, ...] = ("blocks",)
-    """Patterns of the paths of kernels that κ is estimated of, as "blocks/*/perceptron" or "token_embedding"."""
+    """Patterns for the paths of kernels whose κ is estimated, as "blocks/*/perceptron" or "token_embedding"."""
     profile_sequences: int = 16
-    """Evenly spaced among those read."""
+    """Number of sequences that κ of the layers is measured on, evenly spaced among those read."""
     profile_batch: int = 2
-    """Of them at a time."""
+    """Number of these sequences per batch."""
     num_probes: int = 4
-    """Of such a batch, at least; even, and at least 4."""
+    """Least number of probes per such batch; even, and 4 or more."""
     max_probes: int = 16
-    """Of such a batch, at most."""
+    """Largest number of probes per such batch."""
     relative_error: float | None = None
     """Probes are added until their standard error is this share of κ, for every layer."""
     windows: int = 8
-    """At whose last tokens the Jacobians of the blocks are taken."""
+    """Number of windows at whose last tokens the Jacobians of the blocks are taken."""
     window_context: int = 64
-    """Tokens that such a token sees, itself included."""
+    """Number of tokens that such a last token sees, itself included."""
     directions: int = 10
-    """Singular vectors of each Jacobian that are compared."""
+    """Number of singular vectors that are compared between Jacobians."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """That the network computes in; what is measured of it is summed in float32. In bfloat16 κ of kernels is biased, by
+    """Number type that the network computes in; measures are summed in float32. In bfloat16 κ of kernels is biased, by
     2 % to a third in trials."""
     tensor_parallel: int = 0
-    """Devices that share the head and the blocks; the others share the sequences. 0 is 2 if it divides them, or 1."""
+    """Number of devices that share the head and the blocks; the others share the sequences. 0 stands for 2 if it
+    divides them, else 1."""
     save_every: float = 60.0
-    """Seconds of work that may be lost, or a batch."""
+    """Seconds of work that may be lost when killed, or one batch if that is longer."""
     seed: int = 0
-    """Of the probes and of the Jacobians' first guesses."""
+    """Seed of the probes and of the Jacobians' first guesses."""
     folder: Path = Path("runs/diagnose_llm")
     redraw: bool = False
-    """Make the page anew, of what was measured."""
+    """Make the page anew from what was measured."""
 
     # The content of the text may not differ: its digest is recorded.
     may_differ = frozenset({"checkpoints", "redraw", "save_every", "split", "steps", "tensor_parallel", "text"})
 
     @property
     def default_name(self) -> str:
-        """The name of the first checkpoint."""
+        """Return the name of the first checkpoint."""
         return Path(self.checkpoints[0]).resolve().name
 
     def __post_init__(self):
@@ -124,7 +126,7 @@ class Config(RunOptions):
 
 
 def main(config: Config) -> None:
-    """Diagnoses every checkpoint that is not yet, and writes the record and the page after each."""
+    """Diagnose every checkpoint that is not diagnosed yet, and write the record and the page after each."""
     if config.redraw:
         print(f"the page is {render.redraw(config.folder / config.run_name)}")
         return
@@ -156,25 +158,25 @@ def main(config: Config) -> None:
 
 
 def digest_of_documents(documents: list[Document]) -> str:
-    """A short name for the content of a text, whatever its files are called."""
+    """Return a short name for the content of a text, whatever its files are called."""
     return hashlib.sha256("\0".join(each.text for each in documents).encode()).hexdigest()[:16]
 
 
 def known_by(source: Source, text: Text) -> str:
-    """What a checkpoint's records are known by: its weights, and the tokens that its tokenizer makes of the text."""
+    """Return what a checkpoint's records are known by: its weights and its tokens of the text."""
     return hashlib.sha256(f"{source.digest()} {digest_of_tokens(text)}".encode()).hexdigest()[:16]
 
 
 def digest_of_tokens(text: Text) -> str:
-    """A short name for the tokens that a checkpoint is diagnosed on."""
+    """Return a short name for the tokens that a checkpoint is diagnosed on."""
     return hashlib.sha256(np.ascontiguousarray(text.sequences).tobytes()).hexdigest()[:16]
 
 
 def check(config: Config, source: Source, text: Text) -> None:
-    """That the options fit a checkpoint and its text.
+    """Check that the options fit a checkpoint and its text.
 
     Raises:
-        SystemExit: they do not.
+        SystemExit: the options do not fit.
     """
     decoder, largest = source.config(), text.sequences.max()
     if decoder.positions == "learned" and config.context > decoder.context:
@@ -194,10 +196,10 @@ def check(config: Config, source: Source, text: Text) -> None:
 
 
 def mesh_of(config: Config) -> Mesh:
-    """Of all devices.
+    """Build the mesh of all devices.
 
     Raises:
-        SystemExit: they cannot be shared as asked for.
+        SystemExit: the devices cannot be shared as the options ask.
     """
     number = jax.device_count()
     model = config.tensor_parallel or (2 if number % 2 == 0 else 1)
@@ -211,7 +213,7 @@ def mesh_of(config: Config) -> Mesh:
 
 
 class Texts:
-    """The sequences of tokens that each checkpoint is diagnosed on, the same where the tokenizer is."""
+    """Texts are the sequences of tokens that each checkpoint is diagnosed on; equal tokenizers give the same ones."""
 
     def __init__(self, config: Config, documents: list[Document]):
         self.config, self.documents = config, documents
@@ -232,20 +234,20 @@ class Texts:
 
 
 def part_of(config: Config, text: Text) -> Text:
-    """What the profile is of, in whole batches."""
+    """Return the part of the text that the profile is measured on, in whole batches."""
     size = min(config.profile_batch, len(text.sequences))
     number = max(1, min(config.profile_sequences, len(text.sequences)) // size) * size
     return Text(evenly(text.sequences, number), size, number)
 
 
 def windows_of(config: Config, text: Text) -> Text:
-    """Beginnings of sequences, one at a time."""
+    """Return the beginnings of sequences, one at a time."""
     length = min(config.window_context, text.sequences.shape[1] - 1)
     return Text(evenly(text.sequences, config.windows)[:, : length + 1], 1, config.windows)
 
 
 def planned(config: Config, text: Text) -> dict[str, int]:
-    """How many sequences of each kind there are to read of a checkpoint."""
+    """Return how many sequences of each kind there are to read for a checkpoint."""
     return {
         "sequence": len(text.sequences),
         "classified sequence": len(text.sequences) * ("collapse" in config.parts),
@@ -255,7 +257,7 @@ def planned(config: Config, text: Text) -> dict[str, int]:
 
 
 def costs(config: Config) -> dict[str, float]:
-    """About how long each kind takes, in forward passes on a sequence, until it is seen how long it takes."""
+    """Estimate the cost of each kind, in forward passes on a sequence, until its time is seen."""
     return {
         "sequence": 6.0,
         "classified sequence": 3.0,
@@ -273,7 +275,7 @@ def diagnose(
     diagnoses: Diagnoses,
     progress: Progress,
 ) -> None:
-    """All parts of one checkpoint, in stages that each read the text anew."""
+    """Measure all parts of one checkpoint, in stages that each read the text anew."""
     model = source.load(jnp.dtype(config.dtype), mesh)
     network = PlacedDecoder(*nnx.split(model, nnx.Param), mesh)
     settings, decoder = config.parts, model.config
@@ -327,7 +329,7 @@ def diagnose(
 
 
 def describe(network: PlacedDecoder, decoder: object, text: Text) -> Record:
-    """The model, and what it is diagnosed on."""
+    """Describe the model, and what it is diagnosed on."""
     return {
         "num_parameters": sum(leaf.size for leaf in jax.tree.leaves(network.params)),
         "config": dataclasses.asdict(decoder),  # pyrefly: ignore
@@ -341,7 +343,7 @@ def describe(network: PlacedDecoder, decoder: object, text: Text) -> Record:
 
 
 def cost(network: PlacedDecoder, text: Text, spent: Record, diagnoses: Diagnoses, digest: str) -> Record:
-    """Of each part on all batches in forward passes on all tokens; and apart, compiling and what is done in the end."""
+    """Return the cost of each part in forward passes on all tokens; compiling and what comes at the end stand apart."""
     batches = [[network.placed(each) for each in text.batch(index)] for index in range(min(text.num_batches, 5))]
     seconds = []
     for batch in [batches[0], *batches]:
@@ -369,7 +371,7 @@ def cost(network: PlacedDecoder, text: Text, spent: Record, diagnoses: Diagnoses
 
 
 def write(config: Config, diagnoses: Diagnoses, called: list[Called], documents: list[Document]) -> None:
-    """What was measured so far, in the order of steps, as JSON and as a page."""
+    """Write what was measured so far, in the order of steps, as JSON and as a page."""
     diagnoses.call(called)
     checkpoints = []
     for each, parts in diagnoses.whole():

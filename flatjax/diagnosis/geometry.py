@@ -1,4 +1,4 @@
-"""Geometry of the residual stream by layer: how many directions it fills, from its spectrum over all tokens."""
+"""Measure the residual stream by layer: how many directions it fills, from its spectrum over all tokens."""
 
 import functools
 import operator
@@ -21,12 +21,12 @@ METRICS = ("rankme", "rankme_of_variances", "participation_ratio", "alpha_req")
 
 
 def layer_names(depth: int) -> list[str]:
-    """Of the stream before the first block, after each, and normalised for the head."""
+    """Name the stream before the first block, after each block, and normalised for the head."""
     return ["embedding", *(f"block {i}" for i in range(depth)), "head"]
 
 
 def geometry_part(network: PlacedDecoder, text: Text, fit_range: tuple[int, int]) -> Part:
-    """Of each layer a spectrum a block of text."""
+    """Build the part that measures a spectrum per layer and block of text."""
     blocks, config = text.blocks, network.model.config
     num_blocks, num_layers = int(blocks[-1]) + 1, config.depth + 2
 
@@ -100,7 +100,7 @@ def _with_batch(
 
 
 def _geometry(spectra: FeatureSpectrum, fit_range: tuple[int, int]) -> RepresentationGeometry:
-    """On the host, a layer an entry."""
+    """Return the measures on the host, with an entry per layer."""
     return jax.device_get(_of_layers(spectra, fit_range))
 
 

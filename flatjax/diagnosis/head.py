@@ -1,4 +1,4 @@
-"""The head on every token, exact for the tokens and without all logits: loss, κ and κ̂, and logit sharpness."""
+"""Measure the head on every token, exactly and without all logits in memory: loss, κ and κ̂, and logit sharpness."""
 
 import functools
 from typing import Any
@@ -20,7 +20,7 @@ _EXACT = "exact for these tokens; the standard error is of these tokens as a sam
 
 
 def head_part(network: PlacedDecoder, text: Text) -> Part:
-    """Loss, perplexity, κ and κ̂."""
+    """Build the part that measures loss, perplexity, κ and κ̂."""
     by_sequence = BySequence(text)
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("loss", "kappa", "trace", "squared_feature_norm"), ())
 
@@ -46,7 +46,7 @@ def head_part(network: PlacedDecoder, text: Text) -> Part:
 
 
 def sharpness_part(network: PlacedDecoder, text: Text, radii: tuple[float, ...]) -> Part:
-    """How the loss rises under the worst change of the logits, by its relative size."""
+    """Build the part that measures how the loss rises under the worst change of the logits, by its relative size."""
     by_sequence = BySequence(text)
 
     def update(state: Any, read: Read) -> Any:
@@ -66,7 +66,7 @@ def sharpness_part(network: PlacedDecoder, text: Text, radii: tuple[float, ...])
 
 @functools.partial(jax.jit, static_argnums=3)
 def _rises(head: HeadParams, feats: jax.Array, labels: jax.Array, radii: tuple[float, ...]) -> dict[str, jax.Array]:
-    """(b, radii)."""
+    """Return the rises of the loss (b, radii)."""
 
     def rise(feats: jax.Array, labels: jax.Array, radius: float) -> jax.Array:
         return head_logit_sharpness(head, feats, labels, radius=radius).rise
@@ -77,7 +77,7 @@ def _rises(head: HeadParams, feats: jax.Array, labels: jax.Array, radii: tuple[f
 
 @jax.jit
 def of_sequences(head: HeadParams, feats: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
-    """Means over the tokens of each sequence (b,), of ℓ, ‖φ‖² v and ‖φ‖² tr G."""
+    """Return means over the tokens of each sequence (b,), of ℓ, ‖φ‖² v and ‖φ‖² tr G."""
     flat = feats.reshape(-1, feats.shape[-1])
     flat = flat.astype(computing_dtype(flat))
     with jax.default_matmul_precision("highest"):
@@ -98,5 +98,5 @@ def of_sequences(head: HeadParams, feats: jax.Array, labels: jax.Array) -> dict[
 
 @jax.jit
 def kappa_of_batch(head: HeadParams, feats: jax.Array, labels: jax.Array) -> jax.Array:
-    """Of a batch without padding."""
+    """Return κ of a batch without padding."""
     return jnp.mean(of_sequences(head, feats, labels)["kappa"])

@@ -1,4 +1,4 @@
-"""Residual Jacobians of the blocks at some tokens: whether the blocks stretch the stream along the same directions."""
+"""Compare the blocks' residual Jacobians at some tokens: do they stretch the stream along the same directions."""
 
 from typing import Any
 
@@ -24,10 +24,10 @@ _ITERATIONS = 4
 
 
 def check_depth(depth: int) -> None:
-    """That there are blocks to compare.
+    """Check that there are blocks to compare.
 
     Raises:
-        SystemExit: there are not.
+        SystemExit: there are too few blocks.
     """
     if depth < 2:
         raise SystemExit(
@@ -36,7 +36,7 @@ def check_depth(depth: int) -> None:
 
 
 def jacobians_part(network: PlacedDecoder, text: Text, num_directions: int, seed: int) -> Part:
-    """Of each window the last token, which sees all of it; the window is all that the blocks are run on."""
+    """Build the part that reads each window's last token, which sees all of it; the blocks run on nothing else."""
     depth, width = network.model.config.depth, network.model.config.width
     check_depth(depth)
     top = min(num_directions, width)

@@ -1,4 +1,4 @@
-"""Relative flatness of the layers, on a part of the text, with probes; of the head exactly."""
+"""Measure relative flatness of the layers on a part of the text, with probes; that of the head is exact."""
 
 import fnmatch
 import functools
@@ -20,9 +20,9 @@ from flatjax.run.records import Record
 
 
 def layers_named(params: Any, patterns: tuple[str, ...], *, tied: bool) -> list[Layer]:
-    """Those whose path fits a pattern, from the first block on; a tied embedding is read as the head that it is.
+    """Return the layers whose path fits a pattern, from the first block on.
 
-    Of the parameters no more is read than their shapes.
+    A tied embedding is read as the head that it is. Only the shapes of the parameters are read.
 
     Raises:
         SystemExit: a pattern fits none.
@@ -48,7 +48,7 @@ def profile_part(
     max_probes: int,
     relative_error: float | None,
 ) -> Part:
-    """κ of each batch, with the error of its probes."""
+    """Build the part that measures κ of each batch, with the error of its probes."""
     key, loss = jax.random.key(seed), loss_of(network.graphdef)
     names = [short(layer.path) for layer in layers]
     shape = text.num_batches, len(layers)
@@ -102,7 +102,7 @@ def profile_part(
 
 
 def batch_reader(network: PlacedDecoder, text: Text) -> Any:
-    """Tokens and labels of batch after batch, which fill it."""
+    """Return a reader of tokens and labels in batch after batch; all batches are full."""
 
     def read(index: int) -> tuple[int, jax.Array, jax.Array]:
         tokens, labels = text.batch(index)
@@ -113,7 +113,7 @@ def batch_reader(network: PlacedDecoder, text: Text) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def loss_of(graphdef: nnx.GraphDef) -> Any:
-    """One function for all checkpoints of a structure, so that they are compiled once."""
+    """Return one function for all checkpoints of a structure, so that they are compiled once."""
 
     def loss(params: Any, tokens: jax.Array, labels: jax.Array) -> jax.Array:
         logits = nnx.merge(graphdef, params)(tokens)

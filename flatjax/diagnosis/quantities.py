@@ -1,8 +1,8 @@
-"""Numbers with their standard errors, as JSON holds them.
+"""Numbers stand with their standard errors, as JSON holds them.
 
-What the text makes uncertain is told by the jackknife: with G blocks of consecutive sequences, and θ_g what comes out
-without block g, the standard error is √((G − 1)/G · Σ_g (θ_g − θ̄)²). Of a mean over sequences it is that of batch
-means. Texts next to each other are alike, which a block has within it; blocks are taken to be independent.
+The jackknife tells how uncertain the text makes a number. With G blocks of consecutive sequences, and θ_g the number
+without block g, the standard error is √((G − 1)/G · Σ_g (θ_g − θ̄)²). For a mean over sequences this is the error of
+batch means. Neighbouring texts are alike; they share a block, and the blocks are taken to be independent.
 """
 
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ import numpy as np
 from flatjax.run.records import Record, plain
 
 BLOCKS, PROBES, WINDOWS, NONE = "blocks of text", "probes", "windows of text", "none"
-"""What a standard error is over."""
+"""A standard error is over one of these."""
 
 
 Numbers = np.ndarray | np.floating
-"""An array, or one number of NumPy: what its reductions return of an array of one axis."""
+"""Numbers are an array, or one number of NumPy, which its reductions return for an array of one axis."""
 
 
 def quantity(value: Any, error: Any, over: str, num_tokens: int, **more: Any) -> Record:
-    """A number, or a list of one a layer."""
+    """Return a number, or a list of one per layer."""
     return {
         "value": plain(value),
         "standard_error": plain(error),
@@ -32,7 +32,7 @@ def quantity(value: Any, error: Any, over: str, num_tokens: int, **more: Any) ->
 
 
 def jackknife_error(reduced: Sequence[Any] | np.ndarray) -> Numbers:
-    """Of what comes out without each block; NaN of one block alone."""
+    """Return the standard error from values without each block; it is NaN for a single block."""
     values = np.asarray(reduced, float)
     number = len(values)
     if number < 2:
@@ -41,7 +41,7 @@ def jackknife_error(reduced: Sequence[Any] | np.ndarray) -> Numbers:
 
 
 def ratio(sums: np.ndarray, totals: np.ndarray, blocks: np.ndarray) -> tuple[Numbers, Numbers]:
-    """Σ sums / Σ totals over sequences (n, ...), and its standard error over the blocks they are in."""
+    """Return Σ sums / Σ totals over sequences (n, ...), and its standard error over the blocks they are in."""
     of_blocks = [(sums[blocks == each].sum(axis=0), totals[blocks == each].sum(axis=0)) for each in np.unique(blocks)]
     total, weight = (np.sum(each, axis=0) for each in zip(*of_blocks, strict=True))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -50,6 +50,6 @@ def ratio(sums: np.ndarray, totals: np.ndarray, blocks: np.ndarray) -> tuple[Num
 
 
 def mean(values: np.ndarray, blocks: np.ndarray) -> tuple[Numbers, Numbers]:
-    """Over sequences (n, ...), and its standard error over blocks."""
+    """Return the mean over sequences (n, ...), and its standard error over blocks."""
     values = np.asarray(values, float)
     return ratio(values, np.ones(len(values)), blocks)

@@ -1,4 +1,4 @@
-"""What is read of a network: texts in batches, and of each batch the residual stream and what enters the head."""
+"""Read a network: texts in batches, and for each batch the residual stream and what enters the head."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ from flatjax.samples import IGNORED_LABEL
 
 
 class PlacedDecoder(NamedTuple):
-    """A decoder, as its structure and its parameters."""
+    """A placed decoder has its structure and its parameters, which are on the devices."""
 
     graphdef: nnx.GraphDef
     params: Any
@@ -31,16 +31,16 @@ class PlacedDecoder(NamedTuple):
         return nnx.to_pure_dict(self.model.head_params())
 
     def placed(self, array: np.ndarray) -> jax.Array:
-        """Its first axis split among devices along "data", if it can be."""
+        """Split an array's first axis among devices along "data", if it can be."""
         along = "data" if len(array) % self.mesh.shape["data"] == 0 else None
         return jax.device_put(array, NamedSharding(self.mesh, PartitionSpec(along)))
 
 
 class Text(NamedTuple):
-    """n sequences of t tokens and the one after them, in batches; each batch is in one of several blocks."""
+    """A text is n sequences of t tokens and the one after them, in batches; each batch is in one of several blocks."""
 
     sequences: np.ndarray
-    """(n, t + 1)."""
+    """Sequences (n, t + 1) of tokens."""
     batch_size: int
     num_blocks: int
 
@@ -50,17 +50,17 @@ class Text(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """That are predicted."""
+        """Return the number of tokens that are predicted."""
         return self.sequences[:, 1:].size
 
     @property
     def blocks(self) -> np.ndarray:
-        """Of each sequence, which block it is in."""
+        """Return the block that each sequence is in."""
         batches = np.arange(len(self.sequences)) // self.batch_size
         return batches * min(self.num_blocks, self.num_batches) // self.num_batches
 
     def batch(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and labels (b, t); a last batch is filled up with what counts nowhere."""
+        """Return tokens and labels (b, t); a last batch is filled up with what counts nowhere."""
         chosen = self.sequences[index * self.batch_size : (index + 1) * self.batch_size]
         missing = self.batch_size - len(chosen)
         tokens = np.concatenate([chosen[:, :-1], np.zeros_like(chosen[:1, :-1]).repeat(missing, axis=0)])
@@ -68,30 +68,30 @@ class Text(NamedTuple):
         return tokens, labels
 
     def size(self, index: int) -> int:
-        """Sequences of a batch that count."""
+        """Return how many sequences of a batch count."""
         places = self.places(index)
         return places.stop - places.start
 
     def places(self, index: int) -> slice:
-        """Of the sequences of a batch among all."""
+        """Return the places of a batch's sequences among all."""
         return slice(index * self.batch_size, min((index + 1) * self.batch_size, len(self.sequences)))
 
 
 class Read(NamedTuple):
-    """A batch, and what the network makes of it."""
+    """A reading is a batch, and what the network makes of it."""
 
     index: int
     labels: np.ndarray
-    """(b, t)."""
+    """Labels (b, t) of the batch."""
     labels_on_device: jax.Array
     stream: jax.Array
-    """(blocks + 1, b, t, m)."""
+    """Residual stream (blocks + 1, b, t, m) of the batch."""
     feats: jax.Array
-    """(b, t, m), what enters the head."""
+    """Features (b, t, m) that enter the head."""
 
 
 def reader(network: PlacedDecoder, text: Text) -> Any:
-    """Of batch after batch."""
+    """Return a reader of batch after batch."""
 
     def read(index: int) -> Read:
         tokens, labels = text.batch(index)
@@ -103,7 +103,7 @@ def reader(network: PlacedDecoder, text: Text) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(graphdef: nnx.GraphDef, params: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The residual stream, and what enters the head."""
+    """Return the residual stream, and what enters the head."""
     model = nnx.merge(graphdef, params)
     stream = model.stream(tokens)
     return stream, model.norm(stream[-1])
@@ -111,17 +111,17 @@ def forward(graphdef: nnx.GraphDef, params: Any, tokens: jax.Array) -> tuple[jax
 
 @functools.partial(jax.jit, static_argnums=0)
 def mean_loss(graphdef: nnx.GraphDef, params: Any, tokens: jax.Array, labels: jax.Array) -> jax.Array:
-    """A forward pass as it is in training or use, logits and all: what costs are in units of."""
+    """Run a forward pass as in training or use, logits and all; costs are in units of it."""
     return cross_entropy(nnx.merge(graphdef, params)(tokens), labels).mean()
 
 
 class BySequence(NamedTuple):
-    """Numbers of each sequence, as a part's state: `{name: (n, ...)}` on the host."""
+    """A part's state can be numbers of each sequence: `{name: (n, ...)}` on the host."""
 
     text: Text
 
     def put(self, values: Mapping[str, np.ndarray], index: int, of_batch: Mapping[str, jax.Array]) -> dict[str, Any]:
-        """With those of a batch; sequences that fill it up are left out."""
+        """Return the numbers with those of a batch; sequences that fill it up are left out."""
         places = self.text.places(index)
         changed = {}
         for name, each in jax.device_get(dict(of_batch)).items():
@@ -134,11 +134,11 @@ class BySequence(NamedTuple):
 
 
 def tokens_of(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
-    """All texts one after another, each with the token of an end behind it, if there is one of a usual name."""
+    """Return the tokens of all texts one after another, each with the token of an end if one has a usual name."""
     ends = [each for name in _ENDS if (each := tokenizer.token_to_id(name)) is not None][:1]
     encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
     return np.concatenate([np.array([*each.ids, *ends], np.int32) for each in encoded])
 
 
 _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
-"""Of a text: GPT-2, Pythia and Qwen, Llama 3, and older ones."""
+"""A text ends with one of these tokens: GPT-2, Pythia and Qwen, Llama 3, and older ones."""

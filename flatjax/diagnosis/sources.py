@@ -1,4 +1,4 @@
-"""Where a language model is read from: a Hugging Face folder or hub name, or a run of train_lm with its checkpoints."""
+"""A language model is read from a Hugging Face folder or hub name, or from a run of train_lm with its checkpoints."""
 
 import functools
 import hashlib
@@ -27,23 +27,23 @@ T = TypeVar("T")
 
 
 class Source(NamedTuple):
-    """A checkpoint, not yet read."""
+    """A source is a checkpoint that is not yet read."""
 
     name: str
     step: int | None
-    """Of its training, where that is known."""
+    """Step of its training, where that is known."""
     config: Callable[[], DecoderConfig]
     digest: Callable[[], str]
-    """What its weights are known by, whatever they are called: it is of a sample of them."""
+    """Digest of a sample of its weights, which are known by it whatever they are called."""
     load: Callable[[DTypeLike, Mesh], Decoder]
     tokenizer: Callable[[], Tokenizer]
 
 
 def find(places: Sequence[str], steps: Sequence[int] = ()) -> list[Source]:
-    """All checkpoints of the places given, those of a run by their steps.
+    """Find all checkpoints of the places given, with those of a run by their steps.
 
     Raises:
-        SystemExit: there is none, or none of a step.
+        SystemExit: there is no checkpoint, or none of a step.
     """
     sources = [source for place in places for source in _at(place, steps)]
     if not sources:
@@ -68,7 +68,10 @@ def _at(place: str, steps: Sequence[int]) -> list[Source]:
 
 
 def _published(place: str) -> Source:
-    """In a folder, or on a hub by its name; there name@revision too, as many are of the steps of one training."""
+    """Find a published model in a folder, or on a hub by its name or name@revision.
+
+    Many revisions on a hub are the steps of one training.
+    """
     name, _, revision = (place, "", "") if Path(place).exists() else place.partition("@")
     found = re.search(r"step[-_]?(\d+)", revision)
 
@@ -87,7 +90,7 @@ def _published(place: str) -> Source:
 
 
 def _or_exit(load: Callable[[], T]) -> T:
-    """The errors of loading say all there is to say."""
+    """Exit with the error of loading, which says all there is to say."""
     try:
         return load()
     except (FileNotFoundError, ImportError, ValueError) as error:
@@ -113,7 +116,7 @@ def _of_run(run: Path, step: int) -> Source:
 
 
 def load_checkpoint(run: Path, step: int, *, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Decoder:
-    """The decoder that a run of train_lm left after a step, on the mesh, or on one device."""
+    """Load the decoder that a run of train_lm left after a step, on the mesh, or on one device."""
     config = DecoderConfig(**json.loads((run / "config.json").read_text())["model"])
     model = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graph, params = nnx.split(model, nnx.Param)
@@ -127,7 +130,7 @@ def load_checkpoint(run: Path, step: int, *, dtype: Any = jnp.float32, mesh: Mes
 
 
 def digest_of_files(folder: Path) -> str:
-    """Of their names, their sizes and a sample of their bytes."""
+    """Hash the files' names, their sizes and a sample of their bytes."""
     found = hashlib.sha256()
     for file in sorted(each for each in folder.rglob("*") if each.is_file()):
         size = file.stat().st_size
@@ -137,7 +140,7 @@ def digest_of_files(folder: Path) -> str:
 
 
 def documents_of_run(place: str, part: str) -> list[Document]:
-    """A part of the text that a run was given, as it is now: what was held out by file or module, or trained on.
+    """Return a part of the text that a run was given, as it is now: held out by file or module, or trained on.
 
     Raises:
         SystemExit: there is no run, or its text is gone.

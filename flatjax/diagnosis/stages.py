@@ -1,8 +1,8 @@
-"""How a diagnosis goes on: in stages, each reading batch after batch, with parts that take up what was read.
+"""A diagnosis goes on in stages; each reads batch after batch, and its parts take up what was read.
 
-A part is a state, how a batch changes it, and what is made of it in the end, so that streaming, saving and resuming are
-written here once. The state is on disk at the end of a stage and, within one, as often as the time asks for it: what
-is killed goes on from there, to the same numbers.
+A part is a first state, how a batch changes it, and what the last state says. Streaming, saving and resuming are
+therefore written here once. The state is on disk at the end of a stage and, within a stage, as often as the time asks
+for it. A killed run goes on from there, to the same numbers.
 """
 
 import time
@@ -19,44 +19,44 @@ from flatjax.run.progress import Progress
 from flatjax.run.records import Record
 
 State = Any
-"""A tree of arrays."""
+"""A state is a tree of arrays."""
 
 
 class Part(NamedTuple):
-    """One thing that is measured."""
+    """A part is one thing that is measured."""
 
     init: Callable[[], State]
     update: Callable[[State, Any], State]
-    """With what was read of a batch; the old state may be gone."""
+    """Update the state by what was read of a batch; the old state may be gone."""
     finish: Callable[[State], Record]
 
 
 class Stage(NamedTuple):
-    """Parts that read the same batches."""
+    """A stage holds parts that read the same batches."""
 
     name: str
     kind: str
-    """Of progress, which counts sequences."""
+    """Kind of progress, which counts sequences."""
     text: Text
     read: Callable[[int], Any]
     parts: Mapping[str, Part]
 
 
 class Done(NamedTuple):
-    """What a stage has come to."""
+    """A stage has come this far."""
 
     states: dict[str, State]
     seconds: dict[str, np.ndarray]
-    """Of each part and batch, "reading" among the parts; the first after a start has compilation in it."""
+    """Seconds of each part and batch, with "reading" among the parts; the first after a start has compilation in it."""
 
 
 class Saves:
-    """The states of stages on the disk, from which at most so many seconds of work are lost, or a batch.
+    """Saves keep the states of stages on the disk, so that at most a given time of work is lost, or a batch.
 
     Args:
-        folder: of all stages; it is made when something is saved.
-        seconds: that may be lost.
-        before: called before anything is saved.
+        folder: folder of all stages; it is made when something is saved.
+        seconds: seconds of work that may be lost.
+        before: function that is called before anything is saved.
     """
 
     def __init__(self, folder: Path, seconds: float, before: Callable[[], object] = lambda: None):
@@ -64,7 +64,7 @@ class Saves:
         self._since = time.monotonic()
 
     def latest(self, stage: str, start: State) -> tuple[int, State]:
-        """How many batches are done, and the state after them; it has the structure of the one given."""
+        """Return how many batches are done, and the state after them, with the structure of the one given."""
         if not (self.folder / stage).is_dir():
             return 0, start
         with checkpointer(self.folder / stage) as checkpoints:
@@ -72,7 +72,7 @@ class Saves:
         return max(done, 0), state
 
     def is_due(self, next_seconds: float) -> bool:
-        """Whether too much would be lost in the next batch, if it takes so long."""
+        """Say whether too much would be lost in the next batch, if it takes so long."""
         return bool(time.monotonic() - self._since + next_seconds > self.seconds)
 
     def save(self, stage: str, done: int, state: State) -> None:
@@ -83,7 +83,7 @@ class Saves:
 
 
 def run_stage(stage: Stage, saves: Saves, progress: Progress) -> Done:
-    """From where it was left to its end."""
+    """Run a stage from where it stopped to its end."""
     names, text = ["reading", *stage.parts], stage.text
     start = {
         "states": {name: part.init() for name, part in stage.parts.items()},
@@ -104,12 +104,15 @@ def run_stage(stage: Stage, saves: Saves, progress: Progress) -> Done:
 
 
 def usual_seconds(seconds: np.ndarray) -> float:
-    """Of a batch that nothing is compiled for."""
+    """Return the seconds of a batch that nothing is compiled for."""
     return float(np.median(seconds[1:] if len(seconds) > 1 else seconds))
 
 
 def seconds_of(done: Done, stage: Stage) -> dict[str, tuple[float, float]]:
-    """Of reading and of each part, on all batches, without compilation; and how much longer it took with it."""
+    """Return the seconds of reading and of each part on all batches, and how much more compilation took.
+
+    The former are without compilation.
+    """
     seconds = {}
     for name, each in done.seconds.items():
         computing = usual_seconds(each) * stage.text.num_batches

@@ -1,4 +1,4 @@
-"""Local files of text, and the windows of their tokens that a model reads."""
+"""Read local files of text, and cut their tokens into the windows that a model reads."""
 
 import sysconfig
 from collections.abc import Sequence
@@ -9,7 +9,10 @@ import numpy as np
 
 
 class Document(NamedTuple):
-    """A file of text; its module is the topmost folder below the one given, or the file where there is none."""
+    """A document is a file of text.
+
+    Its module is the topmost folder below the one given, or the file itself where there is none.
+    """
 
     name: str
     module: str
@@ -17,7 +20,10 @@ class Document(NamedTuple):
 
 
 def standard_library() -> list[Document]:
-    """Python's own, without its tests, and without tables and help texts, which no one wrote as a program."""
+    """Read Python's standard library, but no tests, tables or help texts.
+
+    No one wrote the tables and help texts as programs.
+    """
     folder = Path(sysconfig.get_paths()["stdlib"])
     documents = read([folder], "*.py")
     return [
@@ -31,9 +37,9 @@ _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "en
 
 
 def read(paths: Sequence[Path], pattern: str = "*") -> list[Document]:
-    """The files given, and those of the pattern in the folders given; what is not UTF-8 in these is left out.
+    """Read the files given, and those matching the pattern in folders given, where what is not UTF-8 is left out.
 
-    Of several folders each is the topmost of its files.
+    If several folders are given, each of them is the topmost folder of its files.
 
     Raises:
         SystemExit: there is no such file or folder, or a file that is given is not UTF-8.
@@ -61,11 +67,14 @@ def read(paths: Sequence[Path], pattern: str = "*") -> list[Document]:
 
 
 _LEFT_OUT_OF_ALL = {"site-packages", "dist-packages", "__pycache__", ".git"}
-"""Of the standard library's folder the first may hold other people's packages: read, they would be thrown away."""
+"""These folders are not read. The first may hold other people's packages in the standard library's folder."""
 
 
 def windows(tokens: np.ndarray, context: int) -> np.ndarray:
-    """(n, context + 1): inputs but for the last column, labels but for the first; each label is in one window alone."""
+    """Cut tokens into windows (n, context + 1).
+
+    Inputs are all but the last column, labels all but the first. Each label is in a single window.
+    """
     number = (len(tokens) - 1) // context
     if number < 1:
         raise SystemExit(f"{len(tokens)} tokens of text are no window of --context {context} and a label")
@@ -73,5 +82,5 @@ def windows(tokens: np.ndarray, context: int) -> np.ndarray:
 
 
 def evenly(rows: np.ndarray, number: int) -> np.ndarray:
-    """So many of the rows, or all, from first to last."""
+    """Return as many of the rows as asked for, or all, evenly from first to last."""
     return rows[np.linspace(0, len(rows) - 1, min(number, len(rows))).round().astype(int)]

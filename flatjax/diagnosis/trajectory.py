@@ -1,4 +1,4 @@
-"""The way of a token through the blocks: how straight, how even and how exponential, and how long it is by layer."""
+"""Measure the way of a token through the blocks: how straight, even and exponential it is, and how long by layer."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ _CONVENTION = "median over the tokens of a sequence, mean over the sequences"
 
 
 def trajectory_part(network: PlacedDecoder, text: Text) -> Part:
-    """The median token's way of each sequence; of one block there is no spacing."""
+    """Build the part for the median token's way in each sequence; a single block has no spacing."""
     by_sequence = BySequence(text)
     depth = network.model.config.depth
     shapes = {"line_shape": (), "growth_rate": (), "norms": (depth + 1,)}
@@ -40,7 +40,7 @@ def trajectory_part(network: PlacedDecoder, text: Text) -> Part:
 
 @jax.jit
 def _of_sequences(stream: jax.Array) -> dict[str, jax.Array]:
-    """(b,), and of norms (b, blocks + 1)."""
+    """Return scores (b,), and norms (b, blocks + 1)."""
     num_blocks = len(stream) - 1
     norms = jnp.linalg.norm(stream.astype(computing_dtype(stream)), axis=-1)
     of_tokens = {

@@ -1,1 +1,1 @@
-"""What a long computation leaves behind and shows: its folder, checkpoints, progress, options and tables."""
+"""Run long computations, with a folder, checkpoints, progress, options and tables for each."""

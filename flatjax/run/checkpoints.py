@@ -1,4 +1,4 @@
-"""Checkpoints of a run, by their steps, each written wholly or not at all."""
+"""A run's checkpoints are kept by their steps, and each is written wholly or not at all."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,10 @@ from orbax.checkpoint import v1 as ocp
 
 
 def checkpointer(folder: Path, *, keep: int | None = 2) -> ocp.training.Checkpointer:
-    """To be used in a `with` statement; it keeps the last so many, or all if that is None."""
+    """Open a folder of checkpoints for a `with` statement.
+
+    It keeps as many of the last checkpoints as it is told, or all of them if that is None.
+    """
     policies = ocp.training.preservation_policies
     return ocp.training.Checkpointer(
         folder.resolve(),
@@ -18,15 +21,21 @@ def checkpointer(folder: Path, *, keep: int | None = 2) -> ocp.training.Checkpoi
 
 
 def load_latest(checkpoints: ocp.training.Checkpointer, state: Any) -> tuple[int, Any]:
-    """The last checkpoint's step and state, which has the structure of the one given; that one and −1 if none is."""
+    """Load the last checkpoint's step and state, which has the structure of the one given.
+
+    Without a checkpoint, return the state given and −1.
+    """
     if not checkpoints.latest:
         return -1, state
     return checkpoints.latest.step, checkpoints.load(checkpoints.latest, abstract_state=state)
 
 
 def load_part(folder: Path, step: int, part: Any) -> Any:
-    """Of the checkpoint of a step that much: `part` is a tree of arrays or shapes, with their shardings, of the state's
-    structure where it goes, and other branches are not read."""
+    """Load only a part of the checkpoint of a step.
+
+    `part` is a tree of arrays or shapes, with their shardings, placed as in the state's structure. Other branches are
+    not read.
+    """
     context = ocp.Context()
     context.pytree.loading.partial_load = True  # before it is entered, after which it is fixed
     with context:

@@ -1,4 +1,4 @@
-"""Options of the command line: those that every run has, and what a value must be."""
+"""Define the options that every run has, and check values from the command line."""
 
 import dataclasses
 import math
@@ -14,54 +14,54 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """The options of every run: where it is kept, and whether it goes on."""
+    """These options are of every run: where it is kept, and whether it goes on."""
 
     name: str | None = None
-    """The name of the run's folder; by default it says what is run."""
+    """Name of the run's folder; by default it says what is run."""
     folder: Path = Path("runs")
-    """The folder that the runs' folders are in."""
+    """Folder that holds the folders of all runs."""
     resume: bool = False
-    """Continue the run of this name where it was left."""
+    """Continue the run of this name where it stopped."""
 
     may_differ: ClassVar[frozenset[str]] = frozenset()
-    """Further options that may differ when a run is resumed, as they add to its records or change none of them."""
+    """These options may differ too when a run is resumed: they add to its records, or change none of them."""
 
     @property
     def default_name(self) -> str:
-        """The name of the run's folder where none is given."""
+        """Return the name of the run's folder where none is given."""
         raise NotImplementedError
 
     @property
     def run_name(self) -> str:
-        """The name of the run's folder."""
+        """Return the name of the run's folder."""
         return self.name or self.default_name
 
     def recorded(self) -> Record:
-        """The options that a run must have again to be resumed."""
+        """Return the options that a run must have again to be resumed."""
         left_out = {"name", "folder", "resume"} | self.may_differ
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in left_out}
 
     def open_run(self, **more: Any) -> RunFolder:
-        """The folder of the run, with what more decides its records.
+        """Open the folder of the run, with what more decides its records.
 
         Raises:
-            SystemExit: it holds a run that is not to be resumed, or another one.
+            SystemExit: the folder holds a run that is not to be resumed, or another one.
         """
         return RunFolder(self.folder / self.run_name, self.recorded() | more, resume=self.resume)
 
 
 @dataclasses.dataclass(frozen=True)
 class SeedOptions(RunOptions):
-    """The options of a run of several seeds."""
+    """These options are of a run of several seeds."""
 
     seed: int = 0
-    """The first seed: of the data that is drawn, the initial weights, the batches and the probes."""
+    """First seed; it decides what data is drawn, the initial weights, the batches and the probes."""
     seeds: int = 1
-    """How many seeds to run, from `seed` on."""
+    """Number of seeds to run, from `seed` on."""
 
     @property
     def all_seeds(self) -> range:
-        """Every seed of the run."""
+        """Return every seed of the run."""
         return range(self.seed, self.seed + self.seeds)
 
 
@@ -70,7 +70,7 @@ def variant_of(variants: Mapping[str, tuple[str, T]], arguments: Sequence[str]) 
 
     Args:
         variants: a description and the default options of each, by the name that stands first on the command line.
-        arguments: of the command line. Where they name no variant, the first is meant.
+        arguments: arguments of the command line. If they name no variant, the first is meant.
     """
     extras = optional("tyro", use="options are read with", extras="experiments").extras
     names_none = not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"))
@@ -80,7 +80,7 @@ def variant_of(variants: Mapping[str, tuple[str, T]], arguments: Sequence[str]) 
 
 
 def check_least(config: Any, least: int, *names: str, or_zero: bool = False) -> None:
-    """Ends the program at an option below the least that is wanted, 0 being, `or_zero`, a choice of its own."""
+    """End the program if an option is below the least value wanted; 0 is a choice of its own with `or_zero`."""
     for name in names:
         value = getattr(config, name)
         if value < least and not (or_zero and value == 0):
@@ -90,7 +90,7 @@ def check_least(config: Any, least: int, *names: str, or_zero: bool = False) -> 
 
 
 def check_above_0(config: Any, *names: str) -> None:
-    """Ends the program at an option that is, or has, a number that is not finite and above 0; None is a choice."""
+    """End the program if an option has a number that is not finite and above 0; None is a choice."""
     for name in names:
         value = getattr(config, name)
         for each in value if isinstance(value, tuple) else (value,):
@@ -99,15 +99,17 @@ def check_above_0(config: Any, *names: str) -> None:
 
 
 def check_not_empty(config: Any, *names: str) -> None:
-    """Ends the program at an option that has nothing."""
+    """End the program if an option is empty."""
     for name in names:
         if not getattr(config, name):
             raise SystemExit(f"--{name.replace('_', '-')} is empty, wanted one at least")
 
 
 def check_heads(width: int, heads: int, key_value_heads: int = 0) -> None:
-    """Ends the program at heads of attention that do not share a width evenly, or have an odd one; of 0 there are as
-    many of keys and values."""
+    """End the program if attention heads do not share a width evenly, or have an odd one.
+
+    With 0 heads of keys and values there are as many as attention heads.
+    """
     if heads < 1 or width % heads:
         raise SystemExit(f"--heads is {heads}, wanted a divisor of --width, {width}")
     if width // heads % 2:

@@ -1,4 +1,4 @@
-"""A bar for work of several kinds, as steps and measurements, which take different times."""
+"""Show the progress of work of several kinds, as steps and measurements, which take different times."""
 
 import statistics
 import time
@@ -10,12 +10,12 @@ tqdm = optional("tqdm", use="progress is shown with", extras="experiments").tqdm
 
 
 class Progress:
-    """Shows which share of all the work is done, and the time that is left at the median pace of each kind.
+    """A bar shows which share of all the work is done, and the time that is left at each kind's median pace.
 
     Args:
-        description: of the work.
-        total: pieces of each kind, those that were done before included.
-        costs: how long a piece of each kind takes, in any unit, as far as is known before; all the same by default.
+        description: name of the work.
+        total: number of pieces of each kind, those that were done before included.
+        costs: time for a piece of each kind, in any unit, as far as it is known before; all the same by default.
     """
 
     def __init__(self, description: str, total: Mapping[str, int], costs: Mapping[str, float] | None = None):
@@ -38,7 +38,7 @@ class Progress:
         return self._bar.n / self._bar.total if self._bar.total else 1.0
 
     def done(self, kind: str, number: int = 1, note: str = "") -> None:
-        """That so much of a kind was done since the last call."""
+        """Tell the bar that a number of pieces of a kind were done since the last call."""
         now = time.monotonic()
         self._paces[kind].append((now - self._since) / number)
         self._since = now
@@ -48,14 +48,14 @@ class Progress:
         self._bar.set_postfix_str(", ".join(filter(None, [left, of_kind, note])))
 
     def were_done(self, pieces: Mapping[str, int]) -> None:
-        """Takes so many pieces of some kinds off the work: they were done before, or are not needed."""
+        """Take pieces of some kinds off the work: they were done before, or are not needed."""
         self._since = time.monotonic()
         for kind, number in pieces.items():
             self._advance(kind, number)
 
     @property
     def seconds_left(self) -> float:
-        """A kind that nothing was done of yet counts by its cost, and nothing if none is known."""
+        """Return the time left; a kind not seen yet counts by its cost, or as nothing if no cost is known."""
         return sum(number * self._pace(kind) for kind, number in self.left.items())
 
     def _advance(self, kind: str, number: int) -> None:

@@ -1,4 +1,4 @@
-"""The record of a run: a folder with its configuration, its metrics a line a measurement, and its summary."""
+"""A run's record is a folder with its configuration, its metrics (a line per measurement), and its summary."""
 
 import dataclasses
 import json
@@ -33,19 +33,19 @@ def plain(value: Any) -> Any:
 
 
 def number(value: float | str | None) -> float:
-    """The number that a record holds: NaN where it is null, and an infinity where it is named."""
+    """Return the number that a record holds: NaN where it is null, and an infinity where it is named."""
     return math.nan if value is None else float(value)
 
 
 class RunFolder:
-    """`config.json`, `metrics.jsonl` and `summary.json` in a folder that is never overwritten in silence.
+    """A run's folder has `config.json`, `metrics.jsonl` and `summary.json`, and is never overwritten in silence.
 
     Nothing is written before there is something to keep, so that what fails before leaves nothing behind.
     """
 
     def __init__(self, folder: Path, config: Record, *, resume: bool):
         self.folder, self._config = folder, plain(config)
-        """Which may not be there yet: `path` is."""
+        """The folder may not be there yet: `path` is."""
         self._config_file, self._metrics_file = folder / "config.json", folder / "metrics.jsonl"
         if self._config_file.exists():
             self._check_goes_on(resume)
@@ -54,7 +54,7 @@ class RunFolder:
 
     @property
     def path(self) -> Path:
-        """The folder to write to, which is made if it is not there."""
+        """Return the folder to write to, which is made if it is not there."""
         if not self._config_file.exists():
             # No configuration is no run: it is written first.
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -73,14 +73,14 @@ class RunFolder:
             )
 
     def append(self, record: Record) -> None:
-        """Adds a line to `metrics.jsonl`, at once."""
+        """Add a line to `metrics.jsonl`, at once."""
         record = json.loads(_to_json(record))
         self.records.append(record)
         with (self.path / self._metrics_file.name).open("a") as file:
             file.write(_to_json(record) + "\n")
 
     def keep(self, wanted: Callable[[Record], bool]) -> None:
-        """Drops the records that are not `wanted`: those measured after the last checkpoint are measured again."""
+        """Drop the records that are not `wanted`: those measured after the last checkpoint are measured again."""
         self.records = [record for record in self.records if wanted(record)]
         text = "".join(_to_json(record) + "\n" for record in self.records)
         if self._metrics_file.exists():
@@ -90,7 +90,7 @@ class RunFolder:
         _write(self.path / "summary.json", summary)
 
     def _whole_records(self) -> list[Record]:
-        """What a run that was killed has left: its last line may be cut short."""
+        """Return what a killed run has left: its last line may be cut short."""
         if not self._metrics_file.exists():
             return []
         return [
@@ -99,6 +99,7 @@ class RunFolder:
 
 
 def _to_json(record: Record) -> str:
+    """Convert to JSON, which has no NaN and no infinity: null and a string stand for them."""
     return json.dumps(plain(record), allow_nan=False)
 
 
@@ -107,14 +108,14 @@ def _write(file: Path, record: Record) -> None:
 
 
 def _replace(file: Path, text: str) -> None:
-    """Writes all or nothing."""
+    """Write the whole file or nothing."""
     draft = file.with_suffix(".draft")
     draft.write_text(text)
     draft.replace(file)
 
 
 def write_record(file: Path, rows: list[dict[str, Any]]) -> None:
-    """The rows, with what they were measured on."""
+    """Write the rows, with the machine and versions they were measured on."""
     device = jax.devices()[0]
     machine = {"jax": jax.__version__, "platform": device.platform, "device": device.device_kind}
     record = machine | {"processor": platform.machine(), "rows": rows}

@@ -1,11 +1,11 @@
-"""Tables of text."""
+"""Format tables of text."""
 
 import unicodedata
 from collections.abc import Sequence
 
 
 def aligned(cells: Sequence[Sequence[str]]) -> str:
-    """A line a row, the first column to the left and the others to the right."""
+    """Format a line per row, with the first column to the left and the others to the right."""
     widths = [max(map(_width, column)) for column in zip(*cells, strict=True)]
     lines = []
     for name, *others in cells:
@@ -16,5 +16,5 @@ def aligned(cells: Sequence[Sequence[str]]) -> str:
 
 
 def _width(text: str) -> int:
-    """The hat of κ̂ takes no place of its own."""
+    """Return the width of a text; the hat of κ̂ takes no place of its own."""
     return sum(not unicodedata.combining(letter) for letter in text)

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+import grokking
+
 from .processes import fail, finish, kill_when, metrics, starter
 
 SMALL = "--modulus 7 --width 16 --heads 2 --train-share 0.8 --learning-rate 1e-2 --weight-decay 0.1 --max-steps 80 "
@@ -62,3 +64,38 @@ def test_a_finished_run_is_neither_overwritten_nor_trained_again(uninterrupted, 
 
 def test_an_interval_that_a_run_could_not_resume_at_is_an_error(start, tmp_path):
     assert "multiple of --measure-every" in fail(start(tmp_path, "--checkpoint-every", "12"))
+
+
+def curve(step: int) -> dict:
+    """A record of a network that fits at step 10 and generalizes at 100. NCC falls before κ, which ends on a spike."""
+    kappa, ncc = (1.0 if step >= 90 else 100.0), (1.0 if step >= 40 else 100.0)
+    kappa = 50.0 if step == 200 else kappa
+    parts = ("train", "held_out")
+    return {"step": step, "train_accuracy": float(step >= 10), "held_out_accuracy": float(step >= 100)} | {
+        f"{part}_{name}": value for part in parts for name, value in (("relative_flatness", kappa), ("ncc", ncc))
+    }
+
+
+def test_the_summary_tells_the_median_after_generalization_from_the_last_value():
+    summary = grokking.summarise([curve(step) for step in range(0, 210, 10)])
+    assert summary["median_after_generalization"]["train_relative_flatness"] == 1
+    assert summary["last"]["train_relative_flatness"] == 50
+    assert summary["held_out_accuracy_99"] == 100
+
+
+def test_the_conclusion_is_one_sentence_of_shares_of_the_way_to_generalization():
+    config = grokking.Config()
+    summary = grokking.summarise([curve(step) for step in range(0, 210, 10)])
+    sentence = "ollapse (NCC) was half-way down at 40 % of the way to generalization, κ at 90 %."
+    assert grokking.conclusion(config, [summary]) == f"C{sentence}"
+    assert grokking.conclusion(config, [summary] * 3) == f"In the median over 3 seeds, c{sentence}"
+    never = grokking.summarise([curve(step) for step in range(0, 90, 10)])
+    assert grokking.conclusion(config, [summary, never]).startswith("In the median over the 1 of 2 that generalized,")
+    assert "No network generalized" in grokking.conclusion(config, [never])
+    assert "40 %" in grokking.report(config, {"0": summary}).splitlines()[-1]
+
+
+def test_the_end_is_a_measurement_and_known_once_the_network_generalizes():
+    config = grokking.Config(max_steps=1001, measure_every=10, checkpoint_every=10, train_on=0.55)
+    assert grokking.last_step(config, [curve(0)]) == 1010
+    assert grokking.last_step(config, [curve(step) for step in range(0, 110, 10)]) == 160

@@ -1,1 +1,1 @@
-"""What the benchmarks share: timings in turn, what is timed, and what it is compared with."""
+"""The benchmarks share timings in turn, what is timed, and what it is compared with."""

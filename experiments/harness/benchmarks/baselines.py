@@ -1,4 +1,4 @@
-"""What the package is measured against: the loss itself, written plainly and in tiles, and the published algorithm."""
+"""The package is measured against the plain loss, the loss in tiles, and the published algorithm."""
 
 from functools import partial
 
@@ -10,13 +10,13 @@ Params = dict[str, jax.Array]
 
 
 def cross_entropy(params: Params, feats: jax.Array, labels: jax.Array) -> jax.Array:
-    """What a training loop computes."""
+    """Compute the cross-entropy as a training loop does."""
     logits = feats @ params["kernel"] + params["bias"][None, :]
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def tiled_cross_entropy(params: Params, feats: jax.Array, labels: jax.Array, *, tile_size: int) -> jax.Array:
-    """The loss alone without its logits in memory, at the 4 products of matrices that this takes with its gradient."""
+    """Compute only the loss, without its logits in memory: with its gradient this takes 4 products of matrices."""
     return _tiled_cross_entropy(tile_size, params, feats, labels)
 
 
@@ -71,7 +71,7 @@ def _tile_indices(tile_size, params):
 
 
 def _tile(tile_size, params, feats, i):
-    """A tile's kernel, columns, which of them are new (a last tile overlaps the one before), and logits."""
+    """Return a tile's kernel, columns, which of them are new (a last tile overlaps the one before), and logits."""
     start = jnp.minimum(i * tile_size, len(params["bias"]) - tile_size)
     columns = start + jnp.arange(tile_size, dtype=start.dtype)
     fresh = columns >= i * tile_size
@@ -81,7 +81,7 @@ def _tile(tile_size, params, feats, i):
 
 
 def weight_by_weight(params: Params, feats: jax.Array, labels: jax.Array) -> jax.Array:
-    """The published algorithm: a backward pass through the gradient a weight, then the traces of the row blocks.
+    """Run the published algorithm: a backward pass through the gradient per weight, then the traces of the row blocks.
 
     It is kinder than the published code in that it is compiled, and never holds the whole Hessian.
     """
@@ -93,7 +93,7 @@ def weight_by_weight(params: Params, feats: jax.Array, labels: jax.Array) -> jax
         ]
 
     def contribution(index: jax.Array) -> jax.Array:
-        """Of the weight w_sk to Σ_s' ⟨w_s, w_s'⟩ Tr H_{s,s'}: its Hessian row at the same feature k of every row s'."""
+        """Return what the weight w_sk adds to Σ_s' ⟨w_s, w_s'⟩ Tr H_{s,s'}: its Hessian row at feature k of all s'."""
         feature, output = jnp.divmod(index, kernel.shape[1])
         hessian_row = jax.grad(gradient_entry)(kernel, feature, output)
         return hessian_row[feature] @ (kernel.T @ kernel[:, output])

@@ -1,4 +1,4 @@
-"""A call of every public function, to count what compiles and to time what a call costs."""
+"""Call every public function, to count what compiles and to time what a call costs."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,24 +14,27 @@ from flatjax.flatness import head_logit_sharpness
 
 
 class Call(NamedTuple):
-    """A function, the arrays it is given and its static options."""
+    """A call is a function, the arrays it is given and its static options."""
 
     function: Callable[..., Any]
     arrays: tuple[Any, ...]
     options: Mapping[str, Any] = MappingProxyType({})
     can_be_jitted: bool = True
-    """False for a loop over batches on the host, and for what raises by values."""
+    """Whether `jax.jit` can take it: a loop over batches on the host cannot, nor what raises by values."""
 
     def __call__(self) -> Any:
         return self.function(*self.arrays, **self.options)
 
     def jitted(self) -> Callable[[], Any]:
-        """The same call in a `jax.jit` of the caller's."""
+        """Return the same call inside a `jax.jit` of the caller."""
         return partial(jax.jit(partial(self.function, **self.options)), *self.arrays)
 
 
 def public_calls(*, num_samples: int, num_features: int, num_classes: int) -> dict[str, Call]:
-    """By name, in modules as they are imported; of functions of a whole network, one of a hidden layer and a head."""
+    """Return the calls by name, in modules as imported.
+
+    Functions of a whole network are given one of a hidden layer and a head.
+    """
     keys, f32 = jax.random.split(jax.random.key(0), 5), jnp.float32
     hidden = jax.random.normal(keys[0], (num_features, num_features), f32) / num_features**0.5
     kernel = jax.random.normal(keys[1], (num_features, num_classes), f32)

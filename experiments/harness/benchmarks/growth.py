@@ -1,4 +1,4 @@
-"""How a cost grows with a size: the exponent of the power law that fits best, in a table and a figure."""
+"""A cost grows with a size by the exponent of the power law that fits best, shown in a table and a figure."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from harness.results.style import plt, tidy
 
 
 class Growth(NamedTuple):
-    """What several functions cost at each of some sizes."""
+    """A growth holds what several functions cost at each of some sizes."""
 
     size: str
     cost: str
@@ -20,7 +20,7 @@ class Growth(NamedTuple):
 
 
 def exponent(sizes: Sequence[int], costs: Sequence[float]) -> tuple[float, float]:
-    """The slope of log cost on log size by least squares, and its standard error, NaN of two sizes."""
+    """Return the slope of log cost on log size by least squares, and its standard error, which is NaN for two sizes."""
     x, y = np.log(sizes), np.log(costs)
     x = x - x.mean()
     slope = x @ y / (x @ x)
@@ -31,7 +31,7 @@ def exponent(sizes: Sequence[int], costs: Sequence[float]) -> tuple[float, float
 
 
 def report_growth(path: Path, growths: Sequence[Growth], title: str) -> list[dict[str, Any]]:
-    """Prints the exponents, draws the figure, and returns what to record."""
+    """Print the exponents, draw the figure, and return what to record."""
     rows = []
     for measured in growths:
         for name, costs in measured.costs.items():
@@ -47,7 +47,7 @@ def report_growth(path: Path, growths: Sequence[Growth], title: str) -> list[dic
 
 
 def draw_growth(path: Path, growths: Sequence[Growth], title: str) -> None:
-    """A panel each, on log axes, the exponents in the legend."""
+    """Draw a panel per growth on log axes, with the exponents in the legend."""
     columns = 2
     rows = -(-len(growths) // columns)
     with plt.rc_context({"font.size": 9}):

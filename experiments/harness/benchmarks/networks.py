@@ -1,4 +1,4 @@
-"""Networks of several kinds with losses and data to match, for what is measured of all of them."""
+"""Networks of several kinds come with losses and data to match, for what is measured of all of them."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,14 +15,14 @@ from flatjax.models import MLP, Decoder, DecoderConfig, ResNet18, Transformer
 
 
 class LossProblem(NamedTuple):
-    """A pure loss, its parameters, and batches of a task that the network can learn."""
+    """A problem is a pure loss with a network's parameters, and batches of a task that the network can learn."""
 
     loss_fn: Callable[..., jax.Array]
     params: Any
     batches: list[tuple[jax.Array, jax.Array]]
 
     def trained(self, num_steps: int, learning_rate: float = 1e-3) -> "LossProblem":
-        """By Adam, on the batches in turn."""
+        """Train the network by Adam, on the batches in turn."""
         optimizer = optax.adam(learning_rate)
 
         @jax.jit
@@ -37,7 +37,7 @@ class LossProblem(NamedTuple):
 
 
 def perceptron(seed: int = 0, *, batch_size: int = 256, num_batches: int = 2, width: int = 512) -> LossProblem:
-    """Four layers on handwritten digits."""
+    """Build a perceptron of four layers on handwritten digits."""
     model = MLP((64, width, width, width, 10), rngs=nnx.Rngs(seed))
     return _network(model, _digits(batch_size, num_batches, lambda images: images.reshape(len(images), -1)))
 
@@ -45,7 +45,7 @@ def perceptron(seed: int = 0, *, batch_size: int = 256, num_batches: int = 2, wi
 def resnet(
     seed: int = 0, *, batch_size: int = 32, num_batches: int = 2, width: int = 64, size: int = 32
 ) -> LossProblem:
-    """ResNet-18 on handwritten digits, enlarged; its batch statistics, untrained, are held fixed."""
+    """Build ResNet-18 on enlarged handwritten digits; its batch statistics are untrained and held fixed."""
     model = ResNet18(10, channels_in=1, width=width, rngs=nnx.Rngs(seed))
     model.eval()
     data = _digits(
@@ -66,7 +66,7 @@ def transformer(
     context: int = 32,
     vocab_size: int = 64,
 ) -> LossProblem:
-    """Pre-layer normalisation and attention, on the task to say each token again two places later."""
+    """Build a transformer with pre-layer normalisation, on the task to say each token again two places later."""
     model = Transformer(
         vocab_size=vocab_size, num_outputs=vocab_size, context=context, width=width, depth=depth, normalise=True,
         rngs=nnx.Rngs(seed),
@@ -85,7 +85,7 @@ def decoder(
     vocab_size: int = 64,
     is_stacked: bool = False,
 ) -> LossProblem:
-    """The transformer's task for a decoder, its blocks one by one or as one stack that is scanned over."""
+    """Build a decoder on the transformer's task, its blocks one by one or as one stack that is scanned over."""
     config = DecoderConfig(vocab_size=vocab_size, width=width, depth=depth, num_heads=4, tied=False)
     model = Decoder(config, rngs=nnx.Rngs(seed))
     network = _network(model, repeated_tokens(seed, batch_size, num_batches, context, vocab_size))
@@ -113,7 +113,7 @@ def decoder(
 def repeated_tokens(
     seed: int, batch_size: int, num_batches: int, context: int, vocab_size: int
 ) -> list[tuple[jax.Array, jax.Array]]:
-    """Random tokens, and as labels each again two places later."""
+    """Return random tokens, and as labels each token again two places later."""
     rng = np.random.default_rng(seed)
     drawn = [jnp.asarray(rng.integers(0, vocab_size, (batch_size, context))) for _ in range(num_batches)]
     return [(tokens, jnp.roll(tokens, 2, axis=1)) for tokens in drawn]

@@ -1,4 +1,4 @@
-"""Timings of several functions side by side, in turn, so that a machine's moods fall on all of them alike."""
+"""Time several functions side by side, in turn, so that a machine's moods fall on all of them equally."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 
 class Timing(NamedTuple):
-    """Seconds a call, and the ratio to the reference, round by round: the median, and its quartiles."""
+    """A timing is seconds per call, and the ratio to the reference by round: the median, and its quartiles."""
 
     seconds: float
     ratio: float
@@ -20,7 +20,7 @@ class Timing(NamedTuple):
 def side_by_side(
     calls: Mapping[str, Callable[[], Any]], *, reference: str, min_seconds: float = 3.0, min_rounds: int = 5
 ) -> dict[str, Timing]:
-    """Runs every call in turn, round after round, until `min_seconds` and `min_rounds` have passed.
+    """Run every call in turn, round after round, until `min_seconds` and `min_rounds` have passed.
 
     The bar counts the calls of the fewest rounds.
     """
@@ -61,7 +61,7 @@ def _seconds(call: Callable[[], Any], repeats: int) -> float:
 
 
 def temporary_memory(function: Callable, arguments: tuple[Any, ...]) -> int:
-    """Bytes, beside the arguments and the results, as compiled."""
+    """Return the bytes that a compiled call needs beside its arguments and results."""
     analysis = jax.jit(function).lower(*arguments).compile().memory_analysis()
     if analysis is None:
         raise RuntimeError(f"the {jax.default_backend()} backend of jax does not say what memory it takes")

@@ -1,4 +1,4 @@
-"""What PyTorch libraries measure, as they do it: Hessian-vector products by curvlinops, and sums by classes."""
+"""Measure as PyTorch libraries do: Hessian-vector products by curvlinops, and sums by classes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 def curvlinops_calls(
     kernels: Sequence[np.ndarray], biases: Sequence[np.ndarray], x: np.ndarray, y: np.ndarray, num_probes: int
 ) -> dict[str, Callable[[], Any]]:
-    """The gradient, and the products of the Hessian with several vectors at once, of a ReLU network's cross-entropy.
+    """Return the gradient and the Hessian's products with several vectors, of a ReLU network's cross-entropy.
 
     Raises:
         ImportError: PyTorch or curvlinops is not installed.
@@ -35,7 +35,7 @@ def curvlinops_calls(
 
 
 def one_hot_update(feats: np.ndarray, labels: np.ndarray, num_classes: int) -> Callable[[], Any]:
-    """Counts and sums of the features by classes, as products with one-hot labels.
+    """Compute counts and sums of the features by classes, as products with one-hot labels.
 
     Raises:
         ImportError: PyTorch is not installed.

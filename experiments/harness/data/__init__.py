@@ -1,1 +1,1 @@
-"""What is learned: images, equations and text, and the order in which training takes them."""
+"""Networks learn from images, equations and text, in an order that is decided here."""

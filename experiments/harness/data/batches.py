@@ -1,4 +1,4 @@
-"""Which samples a step of training takes."""
+"""A step of training takes its samples from here."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def batch_at(key: jax.Array, step: jax.Array, num_samples: int, batch_size: int) -> jax.Array:
-    """Indices of the batch of a step: each epoch goes through a random order in whole batches.
+    """Return the indices of a step's batch: each epoch goes through a random order in whole batches.
 
     An epoch's order follows from its number alone, so that a resumed run needs to know the step and no more.
     """
@@ -16,7 +16,7 @@ def batch_at(key: jax.Array, step: jax.Array, num_samples: int, batch_size: int)
 
 
 def all_batches(train: np.ndarray, batch_size: int, num_steps: int, seed: int) -> np.ndarray:
-    """Indices (steps, batch): each epoch goes through a random order in whole batches."""
+    """Return indices (steps, batch): each epoch goes through a random order in whole batches."""
     if batch_size > len(train):
         raise SystemExit(f"--batch-size is {batch_size}, wanted at most the {len(train)} images trained on")
     rng = np.random.default_rng((seed, 1))
@@ -29,6 +29,6 @@ def all_batches(train: np.ndarray, batch_size: int, num_steps: int, seed: int) -
 
 
 def shuffled_epochs(size: int, wanted: int, seed: int) -> np.ndarray:
-    """Indices, each epoch in a random order."""
+    """Return indices that go through each epoch in a random order."""
     rng = np.random.default_rng(seed)
     return np.concatenate([rng.permutation(size) for _ in range(-(-wanted // size))])[:wanted]

@@ -1,4 +1,4 @@
-"""Handwritten digits to be learned from few labels, or from labels some of which are wrong."""
+"""Handwritten digits are learned from few labels, or from labels some of which are wrong."""
 
 from typing import Literal, NamedTuple
 
@@ -10,33 +10,33 @@ from harness.data.images import NUM_CLASSES, Images
 Part = Literal["train", "validation", "test"]
 
 NUM_TEST = 797
-"""The same images whatever is drawn, so that nothing is ever tuned on them."""
+"""The test images are the same whatever is drawn, so that nothing is ever tuned on them."""
 
 
 class Task(NamedTuple):
-    """How many images to learn from, as many of each class, and the share of them with a wrong label."""
+    """A task is how many images to learn from, equally many of each class, and the share with a wrong label."""
 
     num_train: int
     noise: float
 
 
 class Draw(NamedTuple):
-    """Labels (n,) of all images, wrong for some of those trained on, and the indices of each part."""
+    """A draw holds the labels (n,) of all images, wrong for some of the training set, and the indices of each part."""
 
     labels: np.ndarray
     parts: dict[Part, np.ndarray]
 
 
 def digits() -> Images:
-    """All 1797 of them in random order, one order for all."""
+    """Return all 1797 digits in a random order, which is the same for all."""
     pool, test = images.load("digits", None, seed=0)
     return Images(*(np.concatenate(each) for each in zip(test, pool, strict=True)))
 
 
 def draw(labels: np.ndarray, task: Task, num_validation: int, seed: int) -> Draw:
-    """Chooses what is trained on, what is validated on, and which labels are wrong.
+    """Choose the training and validation images, and which labels are wrong.
 
-    A wrong label is any of the other classes, each as likely. Those of validation and test are right.
+    A wrong label is any of the other classes, each equally likely. The labels of validation and test are right.
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(np.arange(NUM_TEST, len(labels)))

@@ -1,4 +1,4 @@
-"""Images of ten classes: scikit-learn's digits, and MNIST, Fashion-MNIST and CIFAR-10 from files as they are published.
+"""Load images of ten classes: scikit-learn's digits, or MNIST, Fashion-MNIST and CIFAR-10 from files as published.
 
 MNIST, Fashion-MNIST   train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-…; each plain or with .gz
 CIFAR-10               data_batch_1 … 5 and test_batch (Python), or data_batch_1.bin … and test_batch.bin (binary),
@@ -20,19 +20,19 @@ NUM_CLASSES = 10
 
 
 class Images(NamedTuple):
-    """Pixels (n, height, width, channels) from 0 to 255, and labels (n,)."""
+    """Images are pixels (n, height, width, channels) from 0 to 255, with labels (n,)."""
 
     pixels: np.ndarray
     labels: np.ndarray
 
     def some(self, number: int | None, seed: int) -> "Images":
-        """So many at random, or all, in random order."""
+        """Choose this many at random, or all, in random order."""
         chosen = np.random.default_rng(seed).permutation(len(self.labels))[:number]
         return Images(self.pixels[chosen], self.labels[chosen])
 
 
 def load(name: Name, folder: Path | None, seed: int) -> tuple[Images, Images]:
-    """What is to be trained on and what is to be tested on, as published; of the digits a random fifth, by the seed."""
+    """Load the training and test images as published; of the digits, a random fifth by the seed is for testing."""
     if name == "digits":
         return _digits(seed)
     if folder is None:
@@ -77,7 +77,10 @@ def _either(folder: Path, name: str, source: str) -> Path:
 
 
 def _read_idx(file: Path, num_axes: int) -> np.ndarray:
-    """Two zero bytes, 8 for bytes, the number of axes; the sizes in four bytes each, the highest first; the bytes."""
+    """Read an IDX file.
+
+    It has two zero bytes, 8 for bytes, the number of axes, the sizes in four bytes each (highest first), and the bytes.
+    """
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     except (OSError, EOFError) as error:
@@ -97,7 +100,7 @@ _TRAINED_ON = [f"data_batch_{i}" for i in range(1, 6)]
 
 
 def _cifar(folder: Path) -> tuple[Images, Images]:
-    """By whichever of the two formats has its first file in one of the folders."""
+    """Read CIFAR-10 in whichever of the two formats has its first file in one of the folders."""
     for place in (folder, folder / "cifar-10-batches-py", folder / "cifar-10-batches-bin"):
         for suffix in ("", ".bin"):
             if (place / f"data_batch_1{suffix}").is_file():
@@ -115,7 +118,7 @@ def _joined(parts: list[Images]) -> Images:
 
 
 def _read_cifar(file: Path) -> Images:
-    """Each image 3072 bytes: red, then green, then blue, row by row; in the binary files after a byte for the label."""
+    """Read images of 3072 bytes: red, then green, then blue, row by row; in binary files after a byte for the label."""
     if not file.is_file():
         raise SystemExit(f"{file} is missing; it is at {_SOURCES['cifar10']}")
     if file.suffix == ".bin":
@@ -134,7 +137,10 @@ def _read_cifar(file: Path) -> Images:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """A pickle may run any program; one of CIFAR-10 names arrays alone, in the NumPy of its time or of now."""
+    """An unpickler that loads only arrays, as any pickle may run a program.
+
+    The pickles of CIFAR-10 name only arrays, in the NumPy of their time or of now.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         reconstruct = np.ndarray(0).__reduce__()[0]

@@ -1,18 +1,21 @@
-"""Modular arithmetic: every equation `<x> <op> <y> = <x ∘ y>` mod p, split into seen and held-out ones."""
+"""Split every equation `<x> <op> <y> = <x ∘ y>` mod p of modular arithmetic into seen and held-out ones."""
 
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 Operation = Literal["add", "subtract", "multiply", "divide", "quadratic"]
-"""x + y, x − y, x · y, x / y (y ≠ 0) and x² + xy + y²."""
+"""The operations are x + y, x − y, x · y, x / y (y ≠ 0) and x² + xy + y²."""
 
 CONTEXT = 4
-"""Tokens of an equation's left side: x, the operation, y, the equals sign."""
+"""An equation's left side has these tokens: x, the operation, y, the equals sign."""
 
 
 class Equations(NamedTuple):
-    """Left sides (n, 4) as tokens, numbers 0 … p − 1, p the operation, p + 1 the equals sign; and right sides (n,)."""
+    """Equations are left sides (n, 4) as tokens, and right sides (n,).
+
+    Tokens 0 … p − 1 are numbers, p is the operation, and p + 1 the equals sign.
+    """
 
     tokens: np.ndarray
     labels: np.ndarray
@@ -23,7 +26,7 @@ def vocab_size(modulus: int) -> int:
 
 
 def equations(operation: Operation, modulus: int) -> Equations:
-    """All equations of the operation, in lexicographic order."""
+    """Return all equations of the operation, in lexicographic order."""
     if modulus < 2 or (operation == "divide" and any(modulus % k == 0 for k in range(2, int(modulus**0.5) + 1))):
         raise ValueError(f"modulus is {modulus}, wanted 2 or more, and a prime for division")
     x, y = (grid.ravel() for grid in np.meshgrid(np.arange(modulus), np.arange(modulus), indexing="ij"))
@@ -42,7 +45,7 @@ def equations(operation: Operation, modulus: int) -> Equations:
 
 
 def split(all_equations: Equations, train_share: float, seed: int) -> tuple[Equations, Equations]:
-    """A random `train_share` of the equations, and the others."""
+    """Split the equations into a random `train_share` and the others."""
     n = len(all_equations.labels)
     num_train = round(train_share * n)
     if not 2 <= num_train < n:

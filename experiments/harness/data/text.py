@@ -1,7 +1,8 @@
-"""Local text as tokens: what is trained on, files held out, and whole modules held out.
+"""Read local text as tokens: what is trained on, files held out, and whole modules held out.
 
-A file is held out by chance, and its neighbours are trained on; of a module, a top-level folder or file, all files are,
-so that its topic is new: the loss there is transfer. Both follow from a hash of the name and a seed.
+A file is held out by chance, while its neighbours are trained on. A module, which is a top-level folder or file, is
+held out with all its files, so that its topic is new: the loss there is transfer. Both follow from a hash of the name
+and a seed.
 """
 
 import hashlib
@@ -15,23 +16,26 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from flatjax.diagnosis.text import Document, windows
 
 Part = Literal["train", "held_out", "transfer"]
-"""`held_out` is of modules that are trained on, `transfer` is not."""
+"""`held_out` is of modules that are trained on, `transfer` is of others."""
 
 END_OF_TEXT = "<|endoftext|>"
 
 
 class Shares(NamedTuple):
-    """Of what is trained on, and how it is drawn."""
+    """Shares of the text are held out, and drawn by a seed."""
 
     held_out: float = 0.05
-    """Of files."""
+    """Share of the files that is held out."""
     transfer: float = 0.1
-    """Of modules."""
+    """Share of the modules that is held out."""
     seed: int = 0
 
 
 def part_of(document: Document, shares: Shares, modules: Sequence[str] = ()) -> Part:
-    """By its name alone, so that it stays where it is whatever else there is; `modules` are held out by name."""
+    """Return the part of a document by its name only, which stays the same whatever else there is.
+
+    `modules` are held out by name.
+    """
     is_new = document.module in modules if modules else _chance("module", document.module, shares) < shares.transfer
     if is_new:
         return "transfer"
@@ -39,13 +43,13 @@ def part_of(document: Document, shares: Shares, modules: Sequence[str] = ()) -> 
 
 
 def _chance(kind: str, name: str, shares: Shares) -> float:
-    """Uniform in [0, 1)."""
+    """Return a number that is uniform in [0, 1)."""
     digest = hashlib.sha256(f"{shares.seed}/{kind}/{name}".encode()).digest()
     return int.from_bytes(digest[:7], "big") / 2**56
 
 
 def split(documents: Iterable[Document], shares: Shares, modules: Sequence[str] = ()) -> dict[Part, list[Document]]:
-    """Every part of the documents, none of them empty.
+    """Return every part of the documents; none of them is empty.
 
     Raises:
         SystemExit: a part is empty, or there is no module of a name given.
@@ -63,7 +67,7 @@ def split(documents: Iterable[Document], shares: Shares, modules: Sequence[str] 
 
 
 def train_tokenizer(documents: Iterable[Document], vocab_size: int) -> Tokenizer:
-    """Byte pairs, so that no text has an unknown token."""
+    """Train a tokenizer of byte pairs, so that no text has an unknown token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -86,19 +90,19 @@ _BYTES_AND_END = 257
 
 
 def saved_or_trained_tokenizer(file: Path, documents: Iterable[Document], vocab_size: int) -> Tokenizer:
-    """That of the file, or one that is not left there yet."""
+    """Return the tokenizer of the file, or train one that is not saved there yet."""
     return Tokenizer.from_file(str(file)) if file.exists() else train_tokenizer(documents, vocab_size)
 
 
 def save_tokenizer(tokenizer: Tokenizer, file: Path) -> None:
-    """Wholly or not at all."""
+    """Save the tokenizer wholly or not at all."""
     draft = file.with_suffix(".draft")
     tokenizer.save(str(draft))
     draft.replace(file)
 
 
 def cached_tokenizer(file: Path, documents: Iterable[Document], vocab_size: int) -> Tokenizer:
-    """That of the file, or one trained and left there."""
+    """Return the tokenizer of the file, or train one and save it there."""
     tokenizer = saved_or_trained_tokenizer(file, documents, vocab_size)
     if not file.exists():
         save_tokenizer(tokenizer, file)
@@ -106,12 +110,12 @@ def cached_tokenizer(file: Path, documents: Iterable[Document], vocab_size: int)
 
 
 def encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> np.ndarray:
-    """All documents one after another, each with the token of an end behind it."""
+    """Return all documents as tokens, one after another, each with the token of an end behind it."""
     end = [tokenizer.token_to_id(END_OF_TEXT)]
     encoded = tokenizer.encode_batch([each.text for each in documents], add_special_tokens=False)
     return np.concatenate([np.array(each.ids + end, np.int32) for each in encoded])
 
 
 def corpus(documents: Mapping[Part, Sequence[Document]], tokenizer: Tokenizer, context: int) -> dict[Part, np.ndarray]:
-    """The windows of each part."""
+    """Return the windows of each part."""
     return {part: windows(encode(tokenizer, documents[part]), context) for part in documents}

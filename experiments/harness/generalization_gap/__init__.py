@@ -1,1 +1,1 @@
-"""What belongs to `generalization_gap.py` alone."""
+"""Only `generalization_gap.py` uses this folder."""

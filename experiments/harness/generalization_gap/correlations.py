@@ -1,4 +1,4 @@
-"""Rank correlations of several measures with an outcome, with bootstrap intervals, also given a third quantity."""
+"""Rank correlations of several measures with an outcome have bootstrap intervals, also given a third quantity."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ from scipy import stats
 
 
 class Correlation(NamedTuple):
-    """A coefficient, and the 2.5 % and 97.5 % points of its bootstrap distribution."""
+    """A correlation is a coefficient, with the 2.5 % and 97.5 % points of its bootstrap distribution."""
 
     value: float
     low: float
@@ -20,12 +20,12 @@ Coefficient = Callable[[np.ndarray, np.ndarray], float]
 
 
 def kendall(x: np.ndarray, y: np.ndarray) -> float:
-    """τ_b, ties counted."""
+    """Compute Kendall's τ_b, with ties counted."""
     return float(stats.kendalltau(x, y).statistic)
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """ρ."""
+    """Compute Spearman's rank correlation ρ."""
     x, y = (stats.rankdata(each) - (len(each) + 1) / 2 for each in (x, y))
     norm = math.sqrt(float(x @ x) * float(y @ y))
     return float(x @ y) / norm if norm else math.nan
@@ -35,7 +35,7 @@ COEFFICIENTS: Mapping[str, Coefficient] = {"kendall": kendall, "spearman": spear
 
 
 def partial(of_both: float, of_x: float, of_y: float) -> float:
-    """A coefficient of x and y given z, from those of (x, y), (x, z) and (y, z); NaN where z says all of either."""
+    """Return a coefficient of x and y given z from those of the pairs; NaN where z determines x or y."""
     left = (1 - of_x**2) * (1 - of_y**2)
     return (of_both - of_x * of_y) / math.sqrt(left) if left > 1e-12 else math.nan
 
@@ -43,7 +43,7 @@ def partial(of_both: float, of_x: float, of_y: float) -> float:
 def correlations(
     measures: Mapping[str, np.ndarray], outcome: np.ndarray, given: str, *, num_resamples: int, seed: int
 ) -> dict[str, dict[str, Correlation]]:
-    """Of each measure: by each coefficient, and by it given the measure `given`.
+    """Correlate each measure with the outcome, by each coefficient, and by it given the measure `given`.
 
     Nothing is dropped: where a measure or the outcome is NaN for one network, so are its correlations. Networks are
     resampled with replacement, the same for all measures.

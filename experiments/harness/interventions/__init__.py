@@ -1,1 +1,1 @@
-"""What belongs to `interventions.py` alone: arms, their training, and what came of them."""
+"""Only `interventions.py` uses this folder: arms, their training, and what came of them."""

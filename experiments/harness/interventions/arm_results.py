@@ -1,4 +1,4 @@
-"""What came of each arm, beside its baseline and the controls of its size: a table, and a summary."""
+"""A result shows what came of an arm, beside its baseline and the controls of its size: a table, and a summary."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,27 +14,27 @@ from harness.interventions.outcomes import FITTED, Ratio, Seed, answers, at_the_
 from harness.results.intervals import Effect, Interval, effect, interval
 
 AT_THE_CEILING = 0.95
-"""Of it, and above."""
+"""Shares of the ceiling at and above this count as at the ceiling."""
 NOT_HELD = 1.25
-"""A held arm's median of max(q/q*, q*/q) above which it is said not to be held."""
+"""A held arm is said not to be held if its median of max(q/q*, q*/q) is above this."""
 
 
 class ArmResult(NamedTuple):
-    """An arm's seeds, and its effects."""
+    """A result has an arm's seeds, and its effects."""
 
     arm: Arm
     seeds: list[Seed]
     answers: bool
     held_out: Effect | None
-    """Final held-out accuracy, less that of the baseline; None of a baseline."""
+    """Final held-out accuracy less that of the baseline; None for a baseline."""
     delay: Ratio | None
-    """To that of the baseline."""
+    """Ratio of its delay to that of the baseline."""
     beside_controls: dict[str, Effect]
-    """Final held-out accuracy, less that of each control of the same size."""
+    """Final held-out accuracy less that of each control of the same size."""
     share_of_ceiling: float | None
-    """The largest of the seeds at the end; of a pushed arm."""
+    """Largest share of the ceiling that a seed has at the end, for a pushed arm."""
     off_level: float | None
-    """Of a held arm: the median of max(q/q*, q*/q) over seeds and the second half of the time it was held."""
+    """Median of max(q/q*, q*/q) over seeds and the second half of the time that a held arm was held."""
     remarks: list[str]
 
 
@@ -46,7 +46,7 @@ def arm_results(
     bounds: Bounds,
     resolution: int,
 ) -> list[ArmResult]:
-    """Of the records of each arm's seeds."""
+    """Return the results from the records of each arm's seeds."""
     seeds = {arm.name: [outcome(records) for records in of_arms[arm.name]] for arm in arms}
     results = []
     for arm in arms:
@@ -80,7 +80,7 @@ def arm_results(
 
 
 def is_pushed(arm: Arm) -> bool:
-    """To the end."""
+    """Say whether an arm is pushed until the end."""
     return arm.rule.quantity is not None and not arm.rule.is_held and arm.rule.control is None and arm.until is None
 
 
@@ -110,7 +110,7 @@ def remarks(seeds: Sequence[Seed], share_of_ceiling: float | None, off_level: fl
 
 
 def table(results: Sequence[ArmResult]) -> str:
-    """A row an arm, and what the columns are."""
+    """Format a row per arm, and a legend of the columns."""
     cells = [
         ["", "train, %", "held out, %", "less baseline, %", "d", "delay", "n", "× baseline's", "κ", "κ̂", "NCC",
          "train loss", "of ceiling", ""]
@@ -146,7 +146,8 @@ _EXPLAINED = """
 train: the lowest of {} seeds at the end. ±: 95 % intervals over seeds, of differences paired by seed; d: the mean of
 these over their standard deviation. delay: median of the steps from 99 % of what is trained on to 99 % of what is held
 out, ≥ if not all seeds got there (n did); × baseline's: the geometric mean of the ratios, with its 95 % interval, or ≥
-or ≤ a bound. κ, κ̂, NCC, loss: medians, of what is trained on, at the end. of ceiling: the highest of the
+or ≤ a bound. κ, κ̂, NCC, loss: medians, of what is trained on, at the end; larger κ and κ̂ are sharper, and an NCC of 0
+is collapsed (it is a spread of the classes, not the accuracy of nearest class centres). of ceiling: the highest of the
 seeds, as a share of what the bounds allow."""
 
 
@@ -179,7 +180,7 @@ def _ratio(ratio: Ratio | None) -> str:
 
 
 def to_summary(results: Sequence[ArmResult]) -> Record:
-    """By the names of the arms, with a number a seed for what a table shows but one of."""
+    """Return numbers by the names of the arms, with one per seed where a table shows only one of them."""
     return {
         each.arm.name: {
             "arm": each.arm,

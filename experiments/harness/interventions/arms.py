@@ -1,6 +1,6 @@
-"""The arms of an intervention: what is added to which network's loss, from when and until when.
+"""The arms of an intervention say what is added to which network's loss, from when and until when.
 
-What is added is a quantity, what holds it at a level, or a control of the same size.
+An arm adds a quantity, what holds it at a level, or a control of the same size.
 """
 
 from collections.abc import Sequence
@@ -23,21 +23,21 @@ SYMBOLS: dict[str, str] = {"kappa": "κ", "simplified_kappa": "κ̂", "ncc": "NC
 RECORDED: dict[str, str] = {
     "kappa": "relative_flatness", "simplified_kappa": "simplified_relative_flatness", "ncc": "ncc"
 }  # fmt: skip
-"""A quantity's name in the records."""
+"""Quantities have these names in the records."""
 
 
 class Rule(NamedTuple):
-    """What is compiled once: what is added to the loss."""
+    """A rule says what is added to the loss. It is compiled once."""
 
     quantity: Quantity | None = None
     is_held: bool = False
-    """Strength · (log q − log level)² is added, else strength · q, with NCC_ε for NCC."""
+    """Whether strength · (log q − log level)² is added, or strength · q, where NCC_ε stands for NCC."""
     control: Control | None = None
-    """Its gradient is added, in the size that the gradient of strength · q would have at the same parameters."""
+    """The control's gradient is added, in the size that strength · q's gradient would have at the same parameters."""
 
 
 class Arm(NamedTuple):
-    """A rule with its strength and level between two steps; before and after them there is no intervention."""
+    """An arm is a rule with its strength and level between two steps; outside of these there is no intervention."""
 
     name: str
     rule: Rule
@@ -46,25 +46,25 @@ class Arm(NamedTuple):
     since: int = 0
     until: int | None = None
     control_of: str | None = None
-    """The arm whose term this one's matches in size."""
+    """Name of the arm whose term this arm's term matches in size."""
 
     @property
     def folder(self) -> str:
-        """The name as a file may have it."""
+        """Return the name as a file may have it."""
         return "".join(letter if letter.isalnum() else "-" for letter in self.name)
 
     def rule_at(self, step: int) -> Rule:
-        """What is minimised in the step after."""
+        """Return the rule for what is minimised in the step after `step`."""
         is_on = self.since <= step and (self.until is None or step < self.until)
         return self.rule if is_on else BASELINE.rule
 
 
 BASELINE = Arm("baseline", Rule())
-"""Nothing is added: it is also the arm that is unplugged from the start."""
+"""The baseline adds nothing to the loss. It is also the arm that is unplugged from the start."""
 
 
 def pushed(quantity: Quantity, strength: float, *, until: int | None = None, since: int = 0) -> Arm:
-    """Against flatness or collapse at a negative strength, as q is then driven up, and towards them at a positive."""
+    """List the arms that drive flatness or collapse up, at a negative strength, or down, at a positive one."""
     where = "against" if strength < 0 else "towards"
     what = f"{where} {SYMBOLS[quantity]}, λ = {abs(strength):g}"
     name = what if until is None else f"{what}, unplugged at {until}"
@@ -72,7 +72,7 @@ def pushed(quantity: Quantity, strength: float, *, until: int | None = None, sin
 
 
 def controls(arm: Arm) -> list[Arm]:
-    """Each in the size of the arm's term."""
+    """List the controls, each in the size of the arm's term."""
     return [
         arm._replace(
             name=f"{control.replace('_', ' ')} as {arm.name}",
@@ -85,13 +85,13 @@ def controls(arm: Arm) -> list[Arm]:
 
 
 def held(quantity: Quantity, levels: Sequence[float], strength: float, since: int) -> list[Arm]:
-    """Each at a level."""
+    """List the arms that hold a quantity, one for each level."""
     rule = Rule(quantity, is_held=True)
     return [Arm(f"{SYMBOLS[quantity]} held at {level:g}", rule, strength, level, since) for level in levels]
 
 
 def measured(quantity: Quantity, head: Head, feats: jax.Array, labels: jax.Array, num_classes: int) -> jax.Array:
-    """κ and κ̂ at temperature 1, and NCC, of the features that the network uses."""
+    """Measure κ and κ̂ at temperature 1, and NCC, of the features that the network uses."""
     if quantity == "ncc":
         return neural_collapse(head, feats, labels, num_classes=num_classes).ncc
     metric = relative_flatness if quantity == "kappa" else simplified_relative_flatness
@@ -99,7 +99,7 @@ def measured(quantity: Quantity, head: Head, feats: jax.Array, labels: jax.Array
 
 
 def distance_from_level(value: jax.Array, level: jax.Array) -> jax.Array:
-    """(log q − log q*)², whose gradient 2(log q − log q*) ∇q/q does not vanish with q.
+    """Return (log q − log q*)², whose gradient 2(log q − log q*) ∇q/q does not vanish with q.
 
     NaN or infinite where q is, where it is not positive, and where it has underflowed: never a plausible number.
     """
@@ -107,7 +107,7 @@ def distance_from_level(value: jax.Array, level: jax.Array) -> jax.Array:
 
 
 def control_of(control: Control, params: Any, logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """What the control's gradient is of; its size is to be that of another term."""
+    """Return what the control's gradient is of; its size is to be that of another term."""
     if control == "weight_decay":
         return 0.5 * optax.tree.norm(params, squared=True)
     if control == "confidence_penalty":
@@ -116,5 +116,8 @@ def control_of(control: Control, params: Any, logits: jax.Array, labels: jax.Arr
 
 
 def of_size(direction: Any, like: Any) -> Any:
-    """A gradient with the direction of one and the Euclidean norm of another; NaN of one that has no direction."""
+    """Return a gradient with the direction of one and the norm of another; NaN if the one has no direction.
+
+    Norms are Euclidean.
+    """
     return optax.tree.scale(optax.tree.norm(like) / optax.tree.norm(direction), direction)

@@ -1,4 +1,4 @@
-"""What a decade more of a quantity does, where it is held, and how much of it the baseline has as it generalizes."""
+"""A dose response is what a decade more of a held quantity does, and how much the baseline has as it generalizes."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,23 +14,23 @@ from harness.results.intervals import Interval, interval
 
 
 class DoseResponse(NamedTuple):
-    """Of a quantity, over the levels whose arms fit their training set; intervals over seeds."""
+    """A quantity's dose response is over the levels whose arms fit their training set, with intervals over seeds."""
 
     quantity: Quantity
     levels: list[float]
     held_out: Interval
     """Final held-out accuracy that a decade adds: the slope of a line through a seed's levels."""
     log_delay: Interval | None
-    """The same of the delay's logarithm, one that had not ended counting as if it had; None where no network
-    generalized."""
+    """Slope of the delay's logarithm in the same way; a delay that had not ended counts as if it had. It is None where
+    no network generalized."""
     at_generalization: list[float]
-    """The quantity of the baseline's training set as it generalizes, of seeds that do."""
+    """Value of the quantity on the baseline's training set as it generalizes, for the seeds that do."""
 
 
 def dose_responses(
     results: Sequence[ArmResult], baseline: Sequence[Sequence[Record]], resolution: int
 ) -> list[DoseResponse]:
-    """Of every quantity that is held at two levels or more."""
+    """Return the dose response of every quantity that is held at two levels or more."""
     found = []
     for quantity in QUANTITIES:
         arms = [
@@ -62,7 +62,7 @@ def _slopes(levels: Sequence[float], values: Sequence[Sequence[float]] | np.ndar
 
 
 def dose_response_table(found: Sequence[DoseResponse]) -> str:
-    """A row a quantity; empty where none is held at two levels."""
+    """Format a row per quantity; the table is empty where none is held at two levels."""
     if not found:
         return ""
     cells = [["a decade more, held", "of levels", "held out, %", "× delay", "baseline's as it generalizes"]]

@@ -1,4 +1,4 @@
-"""Figures of interventions: every arm over training, what a level does, and the delay of generalization by arm."""
+"""Figures of interventions show every arm over training, what a level does, and the delay of generalization by arm."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,15 +17,15 @@ from harness.results.style import plt, tidy
 
 _PANELS = {
     "accuracy": "accuracy (dashed: trained on)",
-    "relative_flatness": "κ, trained on",
-    "ncc": "NCC, trained on",
+    "relative_flatness": "κ, trained on (larger is sharper)",
+    "ncc": "NCC, trained on (0 is collapsed)",
 }
 _STYLE = {"font.size": 9}
 _ANSWERS, _DOES_NOT, _BASELINE = "#0b4f8a", "#d1600f", "0.35"
 
 
 def groups_of(arms: Sequence[Arm]) -> dict[str, list[Arm]]:
-    """A column of the figure each, with the baseline in it."""
+    """Group the arms by the figure's columns, with the baseline in each."""
     groups: dict[str, list[Arm]] = {}
     for arm in arms:
         if arm.rule.quantity is None:
@@ -44,7 +44,7 @@ def groups_of(arms: Sequence[Arm]) -> dict[str, list[Arm]]:
 
 
 def draw_training(folder: Path, arms: Sequence[Arm], of_arms: Mapping[str, Any], title: str) -> None:
-    """`training-held.png`, `training-pushed.png` and `training-controls.png`, each of the arms that there are."""
+    """Draw `training-held.png`, `training-pushed.png` and `training-controls.png`, each if it has arms."""
     kinds: dict[str, list[Arm]] = {}
     for arm in arms:
         if arm.rule.quantity is not None:
@@ -55,7 +55,7 @@ def draw_training(folder: Path, arms: Sequence[Arm], of_arms: Mapping[str, Any],
 
 
 def _draw_curves(path: Path, arms: Sequence[Arm], of_arms: Mapping[str, Any], title: str) -> None:
-    """Medians over seeds, with bands from the lowest to the highest; a column a group, a colour an arm."""
+    """Draw medians over seeds, with bands from the lowest to the highest: a column per group and a colour per arm."""
     groups = groups_of(arms)
     with plt.rc_context(_STYLE):
         figure, all_axes = plt.subplots(
@@ -99,7 +99,7 @@ def _short(arm: Arm) -> str:
 def _curve(
     axes: Any, runs: Sequence[Sequence[Record]], key: str, colour: Any, label: str | None, *, dashed: bool = False
 ) -> None:
-    """From the second measurement on: a log axis has no 0. A network that diverged is not drawn from then on."""
+    """Draw a curve from the second measurement on, as a log axis has no 0, until the network diverges."""
     steps = np.array([record["step"] for record in runs[0]])[1:]
     values = np.array([[number(record[key]) for record in run] for run in runs])[:, 1:]
     some = np.isfinite(values).any(axis=0)
@@ -114,7 +114,7 @@ def _curve(
 
 
 def draw_dose_response(path: Path, results: Sequence[ArmResult], title: str) -> None:
-    """Against the level held: the delay, the final held-out accuracy, and the training loss; a point a seed."""
+    """Draw delay, final held-out accuracy and training loss against the level held, with a point per seed."""
     held = [q for q in QUANTITIES if any(each.arm.rule.is_held and each.arm.rule.quantity == q for each in results)]
     if not held:
         return
@@ -157,12 +157,12 @@ _LABELS = ("delay of generalization, steps", "held-out accuracy at the end", "tr
 
 
 def generalizes(results: Sequence[ArmResult]) -> bool:
-    """Any network did: else there is no delay to draw."""
+    """Say whether any network generalized; else there is no delay to draw."""
     return any(not seed.is_censored for each in results for seed in each.seeds)
 
 
 def _mean(values: Sequence[float], *, is_log: bool) -> tuple[float, float, float]:
-    """And how far its interval reaches below and above."""
+    """Return the mean, and how far its interval reaches below and above."""
     if not is_log:
         mean, reach = interval(values)
         return mean, reach, reach
@@ -185,7 +185,7 @@ def _seeds(column: Sequence[Any], each: ArmResult, colour: str) -> None:
 
 
 def draw_delays(path: Path, results: Sequence[ArmResult], title: str) -> None:
-    """A row an arm, a point a seed, to the right of it where it never generalized."""
+    """Draw a row per arm and a point per seed; a network that never generalized stands at the right of its row."""
     has_delays = generalizes(results)
     with plt.rc_context(_STYLE):
         figure, panels = plt.subplots(

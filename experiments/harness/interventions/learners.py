@@ -1,4 +1,4 @@
-"""What is to be learned, and by what network: the samples of each seed, and its initial weights."""
+"""A learner says what is to be learned by what network: the samples of each seed, and its initial weights."""
 
 import functools
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Params = dict[str, Any]
 
 
 class Samples(NamedTuple):
-    """What is trained on and what is held out; with an axis in front, those of several seeds."""
+    """Samples are the training set and the held-out set; with an axis in front, those of several seeds."""
 
     train_x: Any
     train_y: Any
@@ -25,19 +25,19 @@ class Samples(NamedTuple):
 
 
 class Learner(NamedTuple):
-    """A network with a linear head under `params["head"]`, and what it learns."""
+    """A learner is a network with a linear head under `params["head"]`, and what it learns."""
 
     num_classes: int
     features: Callable[[Params, jax.Array], jax.Array]
-    """What enters the head: (parameters, inputs (n, ...)) to (n, m)."""
+    """Function from parameters and inputs (n, ...) to what enters the head, (n, m)."""
     start: Callable[[int], Params]
-    """A seed's initial parameters."""
+    """Function from a seed to its initial parameters."""
     samples: Callable[[int], Samples]
-    """A seed's."""
+    """Function from a seed to its samples."""
 
 
 def modular_addition(modulus: int, train_share: float, width: int, depth: int = 1, num_heads: int = 4) -> Learner:
-    """x + y mod p by a transformer without normalisation, a seed being a split and a start."""
+    """Learn x + y mod p by a transformer without normalisation, where a seed is a split and a start."""
 
     def model(seed: int) -> Transformer:
         options: dict[str, Any] = {"width": width, "depth": depth, "num_heads": num_heads, "rngs": nnx.Rngs(seed)}
@@ -55,7 +55,7 @@ def modular_addition(modulus: int, train_share: float, width: int, depth: int = 
 def image_classification(
     name: images.Name, folder: Path | None, num_train: int, num_held_out: int, width: int, depth: int
 ) -> Learner:
-    """Images by a perceptron, a seed being a choice of images and a start."""
+    """Learn images by a perceptron, where a seed is a choice of images and a start."""
 
     def samples(seed: int) -> Samples:
         parts = images.load(name, folder, seed)

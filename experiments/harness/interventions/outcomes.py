@@ -1,4 +1,4 @@
-"""What an arm did, seed by seed, and how far that is from another arm's: paired differences with 95 % intervals."""
+"""An effect tells what an arm did by seed beside another arm: paired differences with 95 % intervals."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,25 +11,28 @@ from harness.results.intervals import interval
 
 FITTED = GENERALIZED = 0.99
 _AT_THE_END = 5
-"""Measurements, of which what stands at the end is the median: one may fall into a spike of the optimizer."""
+"""The value at the end is the median of this many measurements, as one may fall into a spike of the optimizer."""
 
 
 class Seed(NamedTuple):
-    """What came of one seed under one arm. Numbers are NaN of a network that diverged."""
+    """The outcome of one seed under one arm has NaN for the numbers of a network that diverged."""
 
     fitted: int | None
-    """The step at which 99 % of what is trained on is right."""
+    """Step at which 99 % of the training set is right."""
     generalized: int | None
-    """The step at which 99 % of what is held out is right."""
+    """Step at which 99 % of the held-out set is right."""
     last: int
     diverged: int | None
-    """The step at which the loss was found not to be finite."""
+    """Step at which the loss was found not to be finite."""
     end: dict[str, float]
-    """Every quantity's median over the last five measurements."""
+    """Median of every quantity over the last five measurements."""
 
     @property
     def delay(self) -> float | None:
-        """From the one to the other; where the other never came, at least `last - fitted`: see `is_censored`."""
+        """Return the steps from fitting to generalizing.
+
+        A seed that never generalized has at least `last - fitted`: see `is_censored`.
+        """
         if self.fitted is None or self.diverged is not None:
             return None
         return max(0, (self.last if self.generalized is None else self.generalized) - self.fitted)
@@ -40,12 +43,12 @@ class Seed(NamedTuple):
 
 
 def generalized_at(records: Sequence[Record]) -> int | None:
-    """The first step at which 99 % of what is held out is right, in one seed's records."""
+    """Return the first step at which 99 % of the held-out set is right, in one seed's records."""
     return _first(records, lambda record: number(record["held_out_accuracy"]) >= GENERALIZED)
 
 
 def diverged_at(records: Sequence[Record]) -> int | None:
-    """The first step at which the loss is not finite."""
+    """Return the first step at which the loss is not finite."""
     return _first(records, lambda record: not math.isfinite(number(record["train_loss"])))
 
 
@@ -54,7 +57,7 @@ def _first(records: Sequence[Record], holds: Callable[[Record], bool]) -> int | 
 
 
 def outcome(records: Sequence[Record]) -> Seed:
-    """Of one seed's records, in the order of steps."""
+    """Return the outcome of one seed's records, which are in the order of steps."""
     diverged = diverged_at(records)
     last = {
         name: [number(record[name]) for record in records[-_AT_THE_END:]]
@@ -78,24 +81,24 @@ def at_the_end(seeds: Sequence[Seed], name: str) -> list[float]:
 
 
 def answers(seeds: Sequence[Seed]) -> bool:
-    """The training set is fitted in every seed: else the arm says nothing of generalization."""
+    """Say whether the training set is fitted in every seed; else the arm says nothing of generalization."""
     return all(seed.end["train_accuracy"] >= FITTED for seed in seeds)
 
 
 class Ratio(NamedTuple):
-    """A geometric mean of ratios, its 95 % interval, and whether it is but a bound, as some seed never got there."""
+    """A ratio is a geometric mean with its 95 % interval; it is only a bound where some seed never got there."""
 
     ratio: float
     low: float
     high: float
     bound: str
-    """"≥" where some of the arm never generalized, "≤" where some of the reference did not, "?" of both, else ""."""
+    """Bound: "≥" if some of the arm never generalized, "≤" if some of the reference did not, "?" if both, else ""."""
 
 
 def delay_ratio(seeds: Sequence[Seed], reference: Sequence[Seed], resolution: int) -> Ratio | None:
-    """Of the delays of generalization, paired by seed; None where a network never fitted or diverged.
+    """Return the ratio of delays of generalization, paired by seed; None if a network never fitted or diverged.
 
-    A delay counts `resolution` at least, the steps from one measurement to the next.
+    A delay counts as `resolution` at least: the steps between two measurements.
     """
     delays = [[seed.delay for seed in of_arm] for of_arm in (seeds, reference)]
     if any(delay is None for of_arm in delays for delay in of_arm):

@@ -1,4 +1,4 @@
-"""Several networks trained in one program, that differ in their seed: the same intervention on each."""
+"""Train several networks in one program that differ in their seed, under the same intervention."""
 
 import functools
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ State = dict[str, Any]
 
 
 class Setting(NamedTuple):
-    """How all networks are trained and bounded."""
+    """A setting says how all networks are trained and bounded."""
 
     optimizer: optax.GradientTransformation
     steps_at_a_time: int
     batch_size: int
-    """Samples a step; 0 is all."""
+    """Samples per step; 0 stands for all."""
     bounds: Bounds
 
     def softened_ncc(self, feats: jax.Array, labels: jax.Array, num_classes: int) -> jax.Array:
@@ -33,14 +33,14 @@ class Setting(NamedTuple):
 
 
 class SeedData(NamedTuple):
-    """What a seed brings; with an axis in front, several."""
+    """A seed brings its samples and its number; an axis in front stands for several seeds."""
 
     samples: Samples
     seed: Any
 
 
 class SeedTrainer:
-    """The networks of some seeds, split among the devices, under one rule."""
+    """The networks of some seeds are split among the devices, under one rule."""
 
     def __init__(self, learner: Learner, setting: Setting, rule: Rule, seeds: Sequence[int]):
         self.learner, self.setting, self.rule, self.num_seeds = learner, setting, rule, len(seeds)
@@ -57,17 +57,17 @@ class SeedTrainer:
         return self._parallel.stack(starts)
 
     def advance(self, state: State, first_step: int, strength: float, level: float) -> State:
-        """By `steps_at_a_time`."""
+        """Advance all networks by `steps_at_a_time`."""
         return self._advance(state, self._data, np.int32(first_step), np.float32(strength), np.float32(level))
 
     def measure(self, state: State) -> list[dict[str, float]]:
-        """A seed each."""
+        """Measure all networks, with an entry per seed."""
         values = jax.device_get(self._measure(state, self._data))
         return [{name: float(each[i]) for name, each in values.items()} for i in range(self.num_seeds)]
 
 
 def bounded(setting: Setting, params: Any) -> Params:
-    """With the head projected on its ball."""
+    """Return the parameters with the head projected on its ball."""
     return params | {"head": setting.bounds.head(params["head"])}
 
 
@@ -86,7 +86,7 @@ def advance(
     strength: Any,
     level: Any,
 ) -> State:
-    """Some steps of training of one network."""
+    """Train one network for some steps."""
     x, y = data.samples.train_x, data.samples.train_y
 
     def one_step(state: State, step: jax.Array) -> tuple[State, None]:
@@ -113,7 +113,7 @@ def gradient(
     strength: Any,
     level: Any,
 ) -> Params:
-    """Of the loss and of what the rule adds."""
+    """Return the gradient of the loss and of what the rule adds."""
 
     def loss(params: Params) -> jax.Array:
         return cross_entropy(logits_of(params["head"], setting.bounds.features(learner.features(params, x))), y).mean()
@@ -143,7 +143,7 @@ def gradient(
 
 
 def measure(learner: Learner, setting: Setting, state: State, data: SeedData) -> dict[str, jax.Array]:
-    """Of all that is trained on, and of all that is held out; accuracy is NaN of a network that diverged."""
+    """Measure the whole training and held-out sets; accuracy is NaN for a network that diverged."""
     params, samples = state["params"], data.samples
     results: dict[str, jax.Array] = {"head_norm": jnp.linalg.norm(params["head"]["kernel"])}
     for part, x, y in (

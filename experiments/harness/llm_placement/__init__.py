@@ -1,1 +1,1 @@
-"""What belongs to `llm_placement.py` alone."""
+"""Only `llm_placement.py` uses this folder."""

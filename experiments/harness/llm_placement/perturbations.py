@@ -1,4 +1,4 @@
-"""What is done to a trained network's kernels to see how much its loss minds: noise, and rounding to few bits."""
+"""Perturb a trained network's kernels to see how much its loss minds: by noise, or by rounding to few bits."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from flatjax.layers import find_layers
 
 
 def with_noise(params: Tree, key: jax.Array, size: jax.Array) -> Tree:
-    """Each kernel W with Gaussian noise of the expected squared norm (size · ‖W‖_F)²."""
+    """Add Gaussian noise of the expected squared norm (size · ‖W‖_F)² to each kernel W."""
     leaves, changed = leaves_by_path(params), {}
     for i, path in enumerate(find_layers(params)):
         kernel = leaves[path]
@@ -18,7 +18,7 @@ def with_noise(params: Tree, key: jax.Array, size: jax.Array) -> Tree:
 
 
 def rounded(params: Tree, bits: int) -> Tree:
-    """Each kernel to 2 · 2^(bits − 1) − 1 levels, as many below 0 as above, as far apart as its outputs each need.
+    """Round each kernel to 2 · 2^(bits − 1) − 1 levels, as many below 0 as above, as far apart as each output needs.
 
     An embedding's rows are its outputs: they are rows of the head, where that is tied.
     """

@@ -1,4 +1,4 @@
-"""What came of the arms of a placement beside the plain one: tables and a figure."""
+"""Compare the arms of a placement with the plain one, in tables and a figure."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ _KAPPAS = {"kappa_of_head": "κ of head", "kappa_of_blocks": "κ of blocks"}
 
 
 def quantities(noises: Sequence[float]) -> dict[str, str]:
-    """What is compared, lower being better, and its name."""
+    """Return what is compared, where lower is better, with its name."""
     return (
         {"held_out": "held out", "transfer": "transfer"}
         | {f"noise_{size:g}": f"noise {size:g}" for size in noises}
@@ -28,7 +28,7 @@ def row_of(
     tried: Sequence[Record],
     timing: Record,
 ) -> Record:
-    """Means with intervals, differences from plain seed by seed, what was tried, and the time of a step."""
+    """Return means with intervals, differences from plain by seed, the strengths tried, and the time of a step."""
     measured = [*names, *_KAPPAS]
     strengths = [each["strength"] for each in tried]
     return {
@@ -48,12 +48,12 @@ def _values(records: Sequence[Record], name: str) -> list[float]:
 
 
 def edge(value: float, tried: Sequence[float]) -> str:
-    """An arrow towards what was not tried, where the best is the first or last of what was."""
+    """Return an arrow towards what was not tried, if the best is the first or last of what was."""
     return "" if len(tried) < 2 else {min(tried): " ↓", max(tried): " ↑"}.get(value, "")
 
 
 def table(names: Mapping[str, str], rows: Mapping[str, Record], seeds: int, steps: int) -> str:
-    """Means, differences, and what was tried."""
+    """Format means, differences, and the strengths tried as a table."""
     heads = [*names.values(), *_KAPPAS.values()]
     means = [["", "λ or ρ", *heads, "ms a step"]]
     differences = [["less plain, seed by seed", *names.values()]]
@@ -73,7 +73,8 @@ def table(names: Mapping[str, str], rows: Mapping[str, Record], seeds: int, step
     gains = [row["less_plain"][name] for row in rows.values() if row["less_plain"] for name in names]
     return (
         f"{aligned(means)}\n\n{aligned(differences)}\n\n{aligned(tried)}\n\n"
-        "Loss in nats a token, on files and on modules held out; then by how much that on files rises. ± is a 95 % "
+        "Loss in nats a token (lower is better), on files and on modules held out; then by how much that "
+        "on files rises. Larger κ is sharper. ± is a 95 % "
         f"interval over {seeds} seeds.\n*: the interval leaves out 0: {sum(map(is_clear, gains))} of {len(gains)} do; "
         f"if no arm did anything, {0.05 * len(gains):.1f} would.\n"
         "↓ and ↑: the lowest and the highest strength tried was the best, by the loss on held-out files. All arms have "
@@ -87,7 +88,7 @@ def _plus_minus(values: Interval, sign: str = "") -> str:
 
 
 def draw(path: Path, names: Mapping[str, str], rows: Mapping[str, Record], seeds: int) -> None:
-    """A panel a quantity: the difference from plain with its interval, by arm."""
+    """Draw a panel per quantity: the difference from plain with its interval, by arm."""
     arms = [arm for arm in rows if rows[arm]["less_plain"]]
     if not arms:
         return
@@ -111,7 +112,8 @@ def draw(path: Path, names: Mapping[str, str], rows: Mapping[str, Record], seeds
             axes.margins(y=0.2)
         all_axes[0, 0].invert_yaxis()
         figure.suptitle(
-            f"Loss less that of plain training, nats a token, {seeds} seeds (orange: the interval leaves out 0)",
+            f"Loss less that of plain training, nats a token (lower is better), {seeds} seeds\n"
+            "(orange: the interval leaves out 0)",
             fontsize=10,
         )
         figure.savefig(path)

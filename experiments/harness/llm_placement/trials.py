@@ -1,4 +1,4 @@
-"""Small decoders trained and measured alike, but for what is added to the loss: one network on one device."""
+"""Train and measure small decoders alike, except for what is added to the loss, with one network on one device."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,17 +15,17 @@ _PROBES = 16
 
 
 class Trial(NamedTuple):
-    """A network to be trained; with an axis in front of all of them, several."""
+    """A trial is a network to be trained; with an axis in front of all fields, several."""
 
     strength: Any
     seed: Any
     params: Any
     batches: Any
-    """(steps, batch, context + 1), tokens."""
+    """Tokens of the batches (steps, batch, context + 1)."""
     held_out: Any
-    """(n, context + 1), of files of modules that are trained on."""
+    """Held-out tokens (n, context + 1) of files from modules that are trained on."""
     transfer: Any
-    """(n, context + 1), of modules that are not."""
+    """Held-out tokens (n, context + 1) of modules that are not trained on."""
 
 
 def train(
@@ -35,7 +35,7 @@ def train(
     trial: Trial,
     end: jax.Array,
 ) -> State:
-    """The parameters after the first `end` of its batches, with the optimizer of its strength."""
+    """Return the parameters after the first `end` of the trial's batches, with the optimizer of its strength."""
     optimizer, key = optimizer_of(trial.strength), jax.random.key(trial.seed)
 
     def step(i: jax.Array, state: State) -> State:
@@ -49,7 +49,7 @@ def train(
 def measure(
     network: DecoderNetwork, probe: Penalty, noises: Sequence[float], draws: int, trial: Trial, params: State
 ) -> dict[str, jax.Array]:
-    """Losses, κ of the head and of what is probed on held-out files, and by how much the loss rises there."""
+    """Measure losses, κ of the head and of what is probed on held-out files, and how much the loss rises there."""
     key = jax.random.key(trial.seed)
 
     def loss(params: State) -> jax.Array:

@@ -1,1 +1,1 @@
-"""What belongs to `neural_collapse.py` alone."""
+"""Only `neural_collapse.py` uses this folder."""

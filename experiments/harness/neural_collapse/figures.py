@@ -1,4 +1,4 @@
-"""Figures of neural collapse: by epoch, and by layer at several epochs."""
+"""Figures of neural collapse show measures by epoch, and by layer at several epochs."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -12,14 +12,14 @@ from harness.results.style import plt, tidy
 
 
 class Case(NamedTuple):
-    """One kind of network, trained in one way with several seeds."""
+    """A case is one kind of network, trained in one way with several seeds."""
 
     name: str
     runs: list[list[Record]]
     fitted: list[int | None]
-    """The epoch at which the training error is 0, of each seed."""
+    """Epoch of each seed at which the training error is 0."""
     squared_error: bool
-    """What is trained with, so that its parts are shown."""
+    """Whether the squared error is trained with, so that its parts are shown."""
 
 
 _DEEP, _WARM, _GREEN, _VIOLET = COLOURS["train"], COLOURS["held_out"], "#2f7d4f", "#7b4fa3"
@@ -42,14 +42,14 @@ _CURVES: dict[str, list[tuple[str, str, str, str]]] = {
     ],
 }
 _LABELS = {
-    "variability": "spread of the classes",
-    "geometry": "distance to the frame",
+    "variability": "spread of the classes\n(0 is collapsed)",
+    "geometry": "distance to the frame\n(0 is collapsed)",
     "squared error": "part of the squared error",
 }
 
 
 def draw(path: Path, cases: list[Case], title: str) -> None:
-    """A column a case: errors and NC4, the metrics by epoch, CDNV by layer, and the parts of the squared error.
+    """Draw a column per case: errors and NC4, the metrics by epoch, CDNV by layer, and the parts of the squared error.
 
     The dashed line is where the training error becomes 0. With several seeds, curves are medians with ranges; by layer
     they are those of the first seed.
@@ -71,7 +71,9 @@ def draw(path: Path, cases: list[Case], title: str) -> None:
             all_axes[0, column].set_title(case.name, fontsize=9)
         for row, axes in zip(rows, all_axes, strict=True):
             shown = [each for each in axes if each.get_visible()]
-            shown[0].set_ylabel({"error": "share of the images", "layers": "CDNV by layer"}.get(row) or _LABELS[row])
+            shown[0].set_ylabel(
+                {"error": "share of the images", "layers": "CDNV by layer\n(0 is collapsed)"}.get(row) or _LABELS[row]
+            )
             shown[0].tick_params(labelleft=True)
             for each in shown if row == "layers" else shown[:1]:
                 each.legend(frameon=False, fontsize=6.5)
@@ -104,7 +106,7 @@ def _errors(record: Record) -> Record:
 
 
 def _draw_layers(axes: Axes, records: list[Record]) -> None:
-    """From the input on; at the start, and at some epochs, the later the darker."""
+    """Draw layers from the input on, at the start and at some epochs: the later, the darker."""
     chosen = sorted({*np.linspace(0, len(records) - 1, min(6, len(records))).round().astype(int)})
     for place, i in enumerate(chosen):
         layers = records[i]["layers"]

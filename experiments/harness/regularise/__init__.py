@@ -1,1 +1,1 @@
-"""What belongs to `regularise.py` alone."""
+"""Only `regularise.py` uses this folder."""

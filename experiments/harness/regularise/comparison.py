@@ -1,4 +1,4 @@
-"""Methods compared over seeds they have in common: intervals, paired differences, a table and a figure."""
+"""Compare methods over seeds they have in common: intervals, paired differences, a table and a figure."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,27 +11,27 @@ from harness.results.style import plt, tidy
 
 
 class Row(NamedTuple):
-    """A method in its best setting, on one task: intervals over seeds, but for the cost."""
+    """A row is a method in its best setting on one task; all but the cost are intervals over seeds."""
 
     name: str
     setting: Record
-    """Learning rate and strength, None of what has none."""
+    """Learning rate and strength, or None for what has none."""
     edges: Record
-    """Of each of the two "lowest" or "highest", if it is of those tried, else ""."""
+    """Each is "lowest" or "highest" if the value is that of those tried, else ""."""
     accuracy: Interval
     gain: Interval | None
-    """Of accuracy over the baseline, paired by seed; None of the baseline."""
+    """Gain in accuracy over the baseline, paired by seed; None for the baseline."""
     train_accuracy: Interval
     train_loss: Interval
     kappa: Interval
     seconds: float
-    """A step."""
+    """Seconds for a step."""
     ratio: float
-    """Of the time of a step to the baseline's, in turns."""
+    """Ratio of a step's time to the baseline's, taken in turns."""
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A row a method."""
+    """Format a table with a row per method."""
     cells = [["", "rate", "strength", "test accuracy, %", "gain, %", "train acc., %", "train loss", "κ", "ms a step"]]
     for row in rows:
         cells.append(
@@ -50,7 +50,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _setting(row: Row, key: str) -> str:
-    """With an arrow towards what was not tried."""
+    """Format the setting, with an arrow towards what was not tried."""
     arrow = {"": "", "lowest": " ↓", "highest": " ↑"}[row.edges[key]]
     return "" if row.setting[key] is None else f"{row.setting[key]:.2g}{arrow}"
 
@@ -60,7 +60,7 @@ def _gain(gain: Interval) -> str:
 
 
 def draw(path: Path, panels: Mapping[tuple[str, str], Sequence[Row]], title: str) -> None:
-    """A panel a model and task: accuracy with its interval by method, and the gain over the baseline in figures."""
+    """Draw a panel per model and task: accuracy with its interval by method, and its gain over the baseline."""
     models, tasks = (list(dict.fromkeys(names)) for names in zip(*panels, strict=True))
     height = 0.26 * max(map(len, panels.values())) + 0.75
     with plt.rc_context({"font.size": 9}):

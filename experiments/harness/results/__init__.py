@@ -1,1 +1,1 @@
-"""What is made of measurements, for two experiments or more: intervals, milestones, profiles and figures."""
+"""Two experiments or more make these of measurements: intervals, milestones, profiles and figures."""

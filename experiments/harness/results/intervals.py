@@ -1,4 +1,4 @@
-"""Confidence intervals of means over seeds, and of paired differences."""
+"""Compute confidence intervals of means over seeds, and of paired differences."""
 
 import math
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from scipy import stats
 
 
 class Interval(NamedTuple):
-    """A mean, and half the width of its 95 % confidence interval."""
+    """An interval is a mean, with half the width of its 95 % confidence interval."""
 
     mean: float
     half_width: float
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """By Student's t; its width is NaN of one value alone."""
+    """Return the interval by Student's t; its width is NaN for a single value."""
     if len(values) < 2:
         return Interval(float(np.mean(values)), math.nan)
     error = np.std(values, ddof=1) / math.sqrt(len(values))
@@ -24,19 +24,19 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def is_clear(gain: Interval) -> bool:
-    """The interval leaves out 0."""
+    """Say whether the interval leaves out 0."""
     return abs(gain.mean) > gain.half_width
 
 
 class Effect(NamedTuple):
-    """A paired difference over seeds, and the same in units of its standard deviation."""
+    """An effect is a paired difference over seeds, also given in units of its standard deviation."""
 
     difference: Interval
     standardised: float
 
 
 def effect(values: Sequence[float], reference: Sequence[float]) -> Effect:
-    """NaN where any value is: a network that diverged is not left out."""
+    """Return the effect; it is NaN where any value is, as a network that diverged is not left out."""
     differences = np.subtract(values, reference)
     spread = float(np.std(differences, ddof=1)) if len(differences) > 1 else math.nan
     mean = float(np.mean(differences))
@@ -44,4 +44,4 @@ def effect(values: Sequence[float], reference: Sequence[float]) -> Effect:
 
 
 _ROUNDING = 1e-6
-"""Of accuracies in float32: differences that spread less are the same in all seeds."""
+"""Accuracies in float32 are rounded by this: differences that spread less are the same in all seeds."""

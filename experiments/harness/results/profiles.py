@@ -1,4 +1,4 @@
-"""Relative flatness of all layers of a network: as a table, as bars, and over training."""
+"""A profile is the relative flatness of all layers of a network: as a table, as bars, and over training."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,13 +15,13 @@ from flatjax.run.records import Record, number
 from harness.results.style import plt, tidy
 
 Profile = Mapping[str, Any]
-"""By the path of the layer: value, standard_error and num_probes, as `flatjax.flatness_profile` returns them."""
+"""A profile maps a layer's path to value, standard_error and num_probes, as `flatjax.flatness_profile` returns them."""
 
 EXACT, ESTIMATED = "#0b4f8a", "#d1600f"
 
 
 def from_record(record: Record) -> dict[str, Estimate]:
-    """The profile that a line of JSON holds."""
+    """Read a profile from JSON, which has no NaN: null stands for it."""
     return {
         path: Estimate(
             np.asarray(number(each["value"])),
@@ -33,7 +33,10 @@ def from_record(record: Record) -> dict[str, Estimate]:
 
 
 def over_seeds(profiles: Sequence[Profile]) -> Profile:
-    """The mean over seeds with its standard error over them, which has that of the probes in it; one is left as is."""
+    """Return the mean over seeds with its standard error over them; a single profile is left as it is.
+
+    The error over seeds has that of the probes in it.
+    """
     if len(profiles) == 1:
         return profiles[0]
     together = {}
@@ -46,17 +49,18 @@ def over_seeds(profiles: Sequence[Profile]) -> Profile:
 
 
 def table(profile: Profile) -> str:
-    """A row a layer."""
+    """Format a table with a row per layer."""
     width = max(len("layer"), *(len(short(path)) for path in profile))
     lines = [f"{'layer':{width}}  {'κ':>11}  {'± standard error':>16}  {'measured':>12}"]
     for path, (value, error, num_probes) in profile.items():
         how = f"{int(num_probes)} probes" if num_probes else "exactly"
         lines.append(f"{short(path):{width}}  {float(value):11.4g}  {float(error):16.2g}  {how:>12}")
+    lines.append("κ is relative flatness; larger is sharper.")
     return "\n".join(lines)
 
 
 def draw_profile(path: Path, profile: Profile, title: str) -> None:
-    """A bar a layer, the input's on top, with one standard error to either side."""
+    """Draw a bar per layer, the input's on top, with one standard error to either side."""
     values, errors, num_probes = (np.array([float(x) for x in each]) for each in zip(*profile.values(), strict=True))
     places = np.arange(len(values))
     with plt.rc_context({"font.size": 9}):
@@ -84,7 +88,7 @@ def draw_profile(path: Path, profile: Profile, title: str) -> None:
 def draw_history(
     path: Path, steps: Sequence[int], profiles: Sequence[Profile], accuracies: Mapping[str, Sequence[float]], title: str
 ) -> None:
-    """Accuracies, and below them κ of every layer, the input's dark and the head's light, with a band of ± its error.
+    """Draw accuracies, and below them κ of every layer with a band of ± its error: the input's dark, the head's light.
 
     Steps are on a log axis, which has no 0: it is left out.
     """
@@ -106,7 +110,7 @@ def draw_history(
             below.fill_between(at, values - errors, values + errors, color=colour, alpha=0.25, linewidth=0)
             everything.append(values)
         _scale(below, "y", np.concatenate(everything))
-        below.set(xscale="log", xlabel="step", ylabel="relative flatness κ")
+        below.set(xscale="log", xlabel="step", ylabel="relative flatness κ (larger is sharper)")
         above.set(ylabel="accuracy", title=title)
         for axes in (above, below):
             tidy(axes)
@@ -118,7 +122,11 @@ def draw_history(
 
 
 def _scale(axes: Axes, axis: str, values: np.ndarray) -> None:
-    """Linear if the largest is at most ten times the smallest; else log, to either side of 0 if there are negatives."""
+    """Choose the scale of an axis.
+
+    It is linear if the largest is at most ten times the smallest. Else it is logarithmic, and so on either side of 0 if
+    there are negatives.
+    """
     sizes = np.abs(values[np.isfinite(values) & (values != 0)])
     if not len(sizes) or sizes.max() <= 10 * sizes.min():
         return

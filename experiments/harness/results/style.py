@@ -1,4 +1,4 @@
-"""The style of all figures: they are drawn to files, with a light grid and no frame at the top and on the right."""
+"""All figures have one style: they are drawn to files, with a light grid and no frame at the top and on the right."""
 
 from typing import Literal
 

@@ -1,1 +1,1 @@
-"""How networks are trained, for two experiments or more."""
+"""Two experiments or more train their networks with these."""

@@ -1,4 +1,4 @@
-"""Image classifiers, trained in stretches with measurements between them, and resumed where they were left."""
+"""Image classifiers are trained in stretches with measurements between them, and resumed where they stopped."""
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -17,36 +17,36 @@ from harness.data.batches import batch_at
 from harness.data.images import Images
 
 State = dict[str, Any]
-"""Parameters, running statistics, and the optimizer's state."""
+"""A state holds parameters, running statistics, and the optimizer's state."""
 
 LossOfSamples = Callable[[jax.Array, jax.Array], jax.Array]
-"""Of logits (n, d) and labels (n,) for each sample (n,)."""
+"""A loss takes logits (n, d) and labels (n,), and returns a value for each sample (n,)."""
 
 
 class Classifier(NamedTuple):
-    """A model's structure as it is trained and as it is used, which differ in batch normalisation alone."""
+    """A network is a model's structure as trained and as used; these differ only in batch normalisation."""
 
     in_training: nnx.GraphDef
     in_use: nnx.GraphDef
     mean: jax.Array
-    """(1, 1, 1, c), of the channels of what is trained on."""
+    """Mean (1, 1, 1, c) of the training set's channels."""
     deviation: jax.Array
     is_flat: bool
-    """The model takes vectors."""
+    """Whether the model takes vectors instead of images."""
 
     def inputs(self, pixels: jax.Array) -> jax.Array:
         x = (pixels.astype(jnp.float32) - self.mean) / self.deviation
         return x.reshape(len(x), -1) if self.is_flat else x
 
     def model(self, params: State, rest: State) -> Any:
-        """As it is used."""
+        """Build the model as it is used."""
         return nnx.merge(self.in_use, params, rest)
 
 
 def network_of(
     model: Any, train_set: Images, optimizer: optax.GradientTransformation, *, is_flat: bool
 ) -> tuple[Classifier, State]:
-    """The structure of a new model, and the state that training starts from."""
+    """Return the structure of a new model, and the state that training starts from."""
     model.train()
     in_training = nnx.graphdef(model)
     model.eval()
@@ -57,7 +57,7 @@ def network_of(
 
 
 def _channels(pixels: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Mean and standard deviation of each channel, from how often each of the 256 values occurs."""
+    """Return mean and standard deviation of each channel, from how often each of the 256 values occurs."""
     values = np.arange(256)
     counts = [np.bincount(channel.ravel(), minlength=256) for channel in np.moveaxis(pixels, -1, 0)]
     means = np.array([np.average(values, weights=count) for count in counts])
@@ -75,7 +75,7 @@ def training(
     batch_size: int,
     seed: int,
 ) -> Callable[[State, int, int], State]:
-    """Training from a step to another, compiled once."""
+    """Return training from a step to another, compiled once."""
     num_train = len(train_set.labels)
     batch_size = min(batch_size, num_train)
     batch_key = jax.random.fold_in(jax.random.key(seed), 0)
@@ -107,7 +107,7 @@ def training(
 def evaluating(
     network: Classifier, loss: LossOfSamples, parts: Mapping[str, Images], at_a_time: int = 500
 ) -> Callable[[State], Record]:
-    """Mean loss and accuracy of each part, as `<part>_loss` and `<part>_accuracy`."""
+    """Return mean loss and accuracy of each part, as `<part>_loss` and `<part>_accuracy`."""
 
     @jax.jit
     def sums(state: State, pixels: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
@@ -131,7 +131,7 @@ def in_batches(chosen: Images, size: int) -> Iterator[tuple[jax.Array, jax.Array
 
 
 def at_equal_ratios(last: int, number: int) -> set[int]:
-    """0, and numbers from 1 to the last at equal ratios, rounded; fewer where they meet."""
+    """Return 0, and numbers from 1 to `last` at equal ratios, rounded; those that coincide are given once."""
     return {0, *np.round(np.geomspace(1, last, number)).astype(int).tolist(), last}
 
 
@@ -145,16 +145,16 @@ def train_and_measure(
     steps_measured: Collection[int],
     checkpoint_every: int,
 ) -> None:
-    """Trains from where it was left to the last of `steps_measured`, with a record at each of them.
+    """Train from the last checkpoint to the last of `steps_measured`, with a record at each of them.
 
     Args:
-        run: which the records go to.
-        key: what the records and the checkpoints of this network are known by, as its seed.
-        state: the start.
-        train_some: from a step to another.
-        measure: of the state after a step; of what it returns, `test_accuracy` is shown.
-        steps_measured: 0 is before the first.
-        checkpoint_every: steps; each measurement leaves a checkpoint too.
+        run: folder for the records.
+        key: name of this network's records and checkpoints, as its seed.
+        state: state that training starts from.
+        train_some: trains from a step to another.
+        measure: measures the state after a step; the bar shows the `test_accuracy` that it returns.
+        steps_measured: steps to measure at; 0 is before the first.
+        checkpoint_every: steps between two checkpoints; each measurement leaves a checkpoint too.
     """
     last = max(steps_measured)
     name = "-".join(value if isinstance(value, str) else f"{kind}-{value}" for kind, value in key.items())

@@ -1,4 +1,4 @@
-"""Convolutions as products of matrices: for small images on a CPU ten times as fast as XLA's own, in a loop."""
+"""Convolutions as products of matrices are ten times as fast as XLA's own in a loop, for small images on a CPU."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from flax import nnx
 
 
 def by_products(model: nnx.Module) -> nnx.Module:
-    """The same model and function, all its convolutions computed by `convolve`."""
+    """Return the same model and function, with all convolutions computed by `convolve`."""
     for _, module in nnx.iter_graph(model):
         if isinstance(module, nnx.Conv):
             module.conv_general_dilated = convolve
@@ -16,9 +16,10 @@ def by_products(model: nnx.Module) -> nnx.Module:
 
 
 def convolve(images: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Any, **others: Any) -> jax.Array:
-    """Of images (n, h, w, c) and a kernel (height, width, c, d), without dilation or groups; padded as `jnp.pad` says.
+    """Convolve images (n, h, w, c) with a kernel (height, width, c, d), padded as in `jnp.pad`.
 
-    All patches lie side by side, in height · width times the memory of the images.
+    There is no dilation and there are no groups. All patches lie side by side, which takes height · width times the
+    memory of the images.
     """
     height, width, channels, outputs = kernel.shape
     padded = jnp.pad(images, ((0, 0), *padding, (0, 0)))

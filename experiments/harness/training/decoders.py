@@ -1,8 +1,9 @@
-"""A decoder in training: cross-entropy with κ of the head by the way, λκ of any layer in the loss, and a step.
+"""Train a decoder: cross-entropy with κ of the head on the way, λκ of any layer in the loss, and a step.
 
-κ of the head is exact. That of other kernels is ⟨v, H v⟩ for one random direction v = (W_l A_l)_l of all of them a
-step, whose mean is Σ_l κ_l; so the mean of its gradient, through H and through v, is that of Σ_l κ_l. It is taken on
-some of a batch's sequences, of which the same holds: of all of them it costs up to twelve times the rest of the step.
+κ of the head is exact. κ of other kernels is estimated by ⟨v, H v⟩, with one random direction v = (W_l A_l)_l through
+all of them a step. Its mean is Σ_l κ_l, so that the mean of its gradient, through H and through v, is the gradient of
+Σ_l κ_l. It is taken on some of a batch's sequences, for which the same holds: on all of them it costs up to twelve
+times the rest of the step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,14 +23,14 @@ from flatjax.models import Decoder, DecoderConfig, decoder_shardings
 from harness.data.text import Part
 
 State = dict[str, Any]
-"""Parameters, and the optimizer's state."""
+"""A state holds parameters and the optimizer's state."""
 
 HEAD = "head"
-"""The name of the head, tied to the embedding or not."""
+"""The head has this name, tied to the embedding or not."""
 
 
 class DecoderNetwork(NamedTuple):
-    """A decoder's structure."""
+    """A decoder network holds the decoder's structure."""
 
     graph: nnx.GraphDef
 
@@ -37,7 +38,7 @@ class DecoderNetwork(NamedTuple):
         return nnx.merge(self.graph, params)
 
     def loss_and_flatness(self, params: State, windows: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Cross-entropy of the next token, nats a token, and κ of the head, of windows (n, t + 1)."""
+        """Return the next token's cross-entropy, in nats per token, and κ of the head, on windows (n, t + 1)."""
         model = self.model(params)
         return cross_entropy_and_flatness(model.head_params(), model.features(windows[:, :-1]), windows[:, 1:])
 
@@ -47,26 +48,26 @@ class DecoderNetwork(NamedTuple):
 
 
 def network(config: DecoderConfig, seed: int, dtype: Any = jnp.float32) -> tuple[DecoderNetwork, State]:
-    """Its structure and its parameters, which are in float32; it computes in `dtype`."""
+    """Return a decoder's structure and its parameters, which are in float32; it computes in `dtype`."""
     graph, params = nnx.split(Decoder(config, dtype=dtype, rngs=nnx.Rngs(seed)), nnx.Param)
     return DecoderNetwork(graph), nnx.to_pure_dict(params)
 
 
 class Penalty(NamedTuple):
-    """Which κ is added to the loss."""
+    """A penalty says which κ is added to the loss."""
 
     of_head: bool = False
     kernels: tuple[str, ...] = ()
-    """Paths."""
+    """Paths of the penalised kernels."""
     share: float = 0.25
-    """Of a batch's sequences, that κ of the kernels is taken on; one at least."""
+    """Share of a batch's sequences that κ of the kernels is taken on; one sequence at least."""
 
 
 def penalty(params: State, names: Sequence[str], share: float = 0.25) -> Penalty:
-    """By the names of kernels, of what holds them, as `blocks/2`, or `head`.
+    """Build the penalty by the names of kernels, of what holds them, as `blocks/2`, or `head`.
 
     Raises:
-        SystemExit: there is no kernel of a name.
+        SystemExit: no kernel has one of the names.
     """
     kernels = [path for path in find_layers(params) if not path.startswith((f"{HEAD}/", "token_", "position_"))]
     chosen: list[str] = []
@@ -81,7 +82,7 @@ def penalty(params: State, names: Sequence[str], share: float = 0.25) -> Penalty
 def objective(
     network: DecoderNetwork, penalty: Penalty, params: State, windows: jax.Array, key: jax.Array, strength: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """L + λ Σκ, and what is recorded of it: L, κ of the head, and the estimate of the kernels' if that is asked for."""
+    """Return L + λ Σκ, with what is recorded: L, κ of the head, and the kernels' estimate if it is asked for."""
     loss, kappa = network.loss_and_flatness(params, windows)
     recorded = {"loss": loss, "kappa": kappa}
     added = kappa if penalty.of_head else jnp.zeros_like(kappa)
@@ -94,16 +95,16 @@ def objective(
 
 
 def probed(network: DecoderNetwork, penalty: Penalty, params: State, windows: jax.Array, key: jax.Array) -> jax.Array:
-    """Estimates Σ_l κ_l of the kernels by one random direction, on the first of the windows."""
+    """Estimate Σ_l κ_l of the kernels by one random direction, on the first of the windows."""
     some = _first(windows, max(1, round(penalty.share * len(windows))))
     layers = [find_layers(params)[path] for path in penalty.kernels]
     return sampled_flatness(network.loss, params, some, layers=layers, key=key)
 
 
 def _first(windows: jax.Array, number: int) -> jax.Array:
-    """So many of them: on a mesh as many a device, or where that is not possible all on every device.
+    """Take the first windows: on a mesh equally many per device, or all on every device where that is not possible.
 
-    Spread unevenly, what is looked up in an embedding that is split has a wrong gradient (jax 0.10.2).
+    Windows spread unevenly give an embedding that is split a wrong gradient (jax 0.10.2).
     """
     mesh, some = jax.sharding.get_abstract_mesh(), windows[:number]
     if "data" not in mesh.axis_names:
@@ -121,7 +122,7 @@ def one_step(
     key: jax.Array,
     strength: jax.Array,
 ) -> tuple[State, dict[str, jax.Array]]:
-    """And what was recorded before it, with the norm of the gradient."""
+    """Take one step, and return what was recorded before it, with the norm of the gradient."""
 
     def gradient(params: State, _: Any = None) -> tuple[State, dict[str, jax.Array]]:
         return jax.grad(objective, argnums=2, has_aux=True)(network, penalty, params, windows, key, strength)
@@ -136,16 +137,16 @@ def one_step(
 
 
 class Descent(NamedTuple):
-    """AdamW with clipped gradients, at a rate that warms up, is stable, and decays to 0: WSD."""
+    """Descend by AdamW with clipped gradients, at a rate that warms up, stays, and decays to 0 (WSD)."""
 
     steps: int
     learning_rate: float
     warm_up: int
     decay_share: float
-    """Of the steps."""
+    """Share of the steps in which the rate decays."""
     weight_decay: float
     clip: float
-    """The largest norm of a gradient."""
+    """Largest norm of a gradient."""
 
     def rate(self) -> optax.Schedule:
         decay = max(1, round(self.decay_share * self.steps))
@@ -164,17 +165,17 @@ class Descent(NamedTuple):
 
 
 def _is_matrix(params: State) -> Any:
-    """What is decayed: no scale of a normalisation, and no bias."""
+    """Say whether a parameter is decayed: no scale of a normalisation is, and no bias."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
 class Placement(NamedTuple):
-    """Where a state and its batches lie: sequences along `data`; vocabulary, heads and inner widths along `model`."""
+    """A placement splits sequences along `data`, and vocabulary, heads and inner widths along `model`."""
 
     mesh: Mesh
 
     def put(self, params: State, optimizer: optax.GradientTransformation) -> tuple[State, State]:
-        """The state that training starts from, and its shardings."""
+        """Return the state that training starts from, and its shardings."""
         of_params = decoder_shardings(params, self.mesh)
         whole = NamedSharding(self.mesh, PartitionSpec())
         start = optimizer.init(params)
@@ -189,10 +190,10 @@ class Placement(NamedTuple):
 
 
 def placement(model_devices: int, batch_size: int) -> Placement:
-    """All devices there are, so many of them along `model`.
+    """Place a state on all devices, with the given number of them along `model`.
 
     Raises:
-        SystemExit: they do not divide.
+        SystemExit: the sizes do not divide.
     """
     number = jax.device_count()
     if model_devices < 1 or number % model_devices:
@@ -208,7 +209,7 @@ def placement(model_devices: int, batch_size: int) -> Placement:
 def evaluating(
     network: DecoderNetwork, placement: Placement, parts: Mapping[Part, np.ndarray], batch_size: int
 ) -> Callable[[State], dict[str, float]]:
-    """`<part>_loss` and `<part>_kappa`, the means over whole batches."""
+    """Return `<part>_loss` and `<part>_kappa`, the means over whole batches."""
     measure = jax.jit(network.loss_and_flatness)
     batches = {
         part: [placement.batch(rows[i : i + batch_size]) for i in range(0, len(rows) - batch_size + 1, batch_size)]

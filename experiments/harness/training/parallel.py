@@ -1,4 +1,4 @@
-"""Several small networks at a time, split among the devices: on two cores they train so in half the time."""
+"""Train several small networks at a time, split among the devices: on two cores this takes half the time."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 class Parallel:
-    """The devices that share several networks, as many of each device.
+    """The devices share several networks, and each has as many as the others.
 
     Args:
         at_most: the number of networks, where there may be fewer than devices; by default every device is used.
@@ -20,7 +20,7 @@ class Parallel:
         self._mesh = jax.make_mesh((self.size,), ("network",), axis_types=(AxisType.Auto,))
 
     def stack(self, trees: Sequence[Any]) -> Any:
-        """Put trees of one structure on the devices, as many on each: the first again where there would be none."""
+        """Stack trees of one structure, as many per device; the first stands again where there would be none."""
         all_of_them = [*trees, *[trees[0]] * (-len(trees) % self.size)]
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *all_of_them)
         return jax.device_put(stacked, NamedSharding(self._mesh, PartitionSpec("network")))
@@ -29,7 +29,7 @@ class Parallel:
         """Compile a function of one network for several, whose first arguments are stacked and whose others are common.
 
         Args:
-            function: of one network.
+            function: function of one network.
             num_split: how many of its arguments are stacked.
         """
 

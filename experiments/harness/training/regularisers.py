@@ -1,4 +1,4 @@
-"""Ways to regularise behind one signature: a loss of what enters the head, and an optimizer, each of a strength."""
+"""Ways to regularise share one signature: a loss of what enters the head, and an optimizer, each for a strength."""
 
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
@@ -62,7 +62,7 @@ def _asam(optimizer: Optimizer, strength: jax.Array) -> Optimizer:
 
 
 class Regulariser(NamedTuple):
-    """What is minimised, by what optimizer, and the weakest and the strongest of the strengths to try."""
+    """A regulariser is what is minimised, by what optimizer, and the weakest and strongest of the strengths to try."""
 
     name: str
     strengths: tuple[float, float] | None
@@ -80,4 +80,5 @@ REGULARISERS: dict[Method, Regulariser] = {
     "kappa": Regulariser("κ", (3e-4, 3e-1), objective=_kappa),
     "simplified_kappa": Regulariser("κ̂", (3e-5, 3e-2), objective=_simplified_kappa),
 }
-"""Strengths are an L2 penalty's λ (coupled), the mass that is smoothed, λ, and the radii; then λ of κ and κ̂."""
+"""Strengths are, in this order, the coupled λ of an L2 penalty, the mass that is smoothed, λ of the confidence penalty,
+the radii of SAM and ASAM, and λ of κ and κ̂."""

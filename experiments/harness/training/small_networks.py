@@ -1,4 +1,4 @@
-"""Many small networks trained in one program, which differ in their data, their start and their settings."""
+"""Train many small networks in one program, which differ in their data, their start and their settings."""
 
 import functools
 from collections.abc import Callable
@@ -19,24 +19,24 @@ State = dict[str, Any]
 
 
 class TrainedNetwork(NamedTuple):
-    """A model's structure as it is trained and as it is used, which differ in batch normalisation alone."""
+    """A network is a model's structure as trained and as used; these differ only in batch normalisation."""
 
     in_training: nnx.GraphDef
     in_use: nnx.GraphDef
     start: Callable[[int], State]
-    """The parameters and running statistics of a seed."""
+    """Function from a seed to parameters and running statistics."""
 
 
 class Trial(NamedTuple):
-    """A network to be trained; with an axis in front of all of them, several."""
+    """A trial is a network to be trained; with an axis in front of all fields, it is several."""
 
     start: State
     labels: Any
-    """(n,), of all images."""
+    """Labels (n,) of all images, right or wrong."""
     parts: Any
-    """(n,), each image's: 0 is none, then those of `PARTS`."""
+    """Part (n,) of each image: 0 is none, then those of `PARTS`."""
     batches: Any
-    """(steps, batch), indices of images."""
+    """Indices (steps, batch) of the images in each batch."""
     learning_rate: Any
     strength: Any
 
@@ -60,7 +60,7 @@ def network(model: Callable[[nnx.Rngs], Any]) -> TrainedNetwork:
 def train(
     network: TrainedNetwork, method: Regulariser, num_steps: int, trial: Trial, images: jax.Array, end: jax.Array
 ) -> State:
-    """The network after the first `end` of `num_steps` steps of SGD with momentum 0.9 and a rate that falls to 0."""
+    """Train for the first `end` of `num_steps` steps of SGD with momentum 0.9 and a rate that falls to 0."""
     rate = optax.cosine_decay_schedule(trial.learning_rate, num_steps)
     optimizer = method.optimizer(optax.sgd(rate, momentum=0.9), trial.strength)
     update = optax.with_extra_args_support(optimizer).update
@@ -92,7 +92,10 @@ def train(
 
 
 def measure(network: TrainedNetwork, trial: Trial, state: State, images: jax.Array) -> dict[str, jax.Array]:
-    """Accuracy of each part by the labels given, NaN of a network that diverged; loss and κ of what is trained on."""
+    """Measure the accuracy of each part by the labels given, and the training set's loss and κ.
+
+    The accuracy is NaN if the network diverged.
+    """
     model = nnx.merge(network.in_use, state["params"], state["rest"])
     feats = model.features(images)
     logits = model.head(feats)
@@ -106,7 +109,7 @@ def measure(network: TrainedNetwork, trial: Trial, state: State, images: jax.Arr
 
 
 class Programs:
-    """`train` and `measure` for as many networks at a time as there are devices, one on each.
+    """Programs run `train` and `measure` for as many networks at a time as there are devices, one on each.
 
     All that differs between two networks of a method is an argument, so that each method is compiled once.
     """
@@ -119,13 +122,13 @@ class Programs:
         self._measure = self.parallel.map(functools.partial(measure, network), num_split=2)
 
     def run(self, method: Regulariser, trials: list[Trial]) -> list[Record]:
-        """What is measured of each after its training, of at most as many as there are devices."""
+        """Train at most as many networks as there are devices, and return what is measured of each."""
         several = self.parallel.stack(trials)
         measured = jax.device_get(self._measure(several, self.train(method, several), self.images))
         return [{name: values[i].item() for name, values in measured.items()} for i in range(len(trials))]
 
     def train(self, method: Regulariser, several: Trial, end: int | None = None) -> State:
-        """Up to the step `end`."""
+        """Train up to the step `end`."""
         if method.name not in self._train:
             function = functools.partial(train, self.network, method, self.num_steps)
             self._train[method.name] = self.parallel.map(function, num_split=1)

@@ -1,1 +1,1 @@
-"""The page of a diagnosis: its words, its figures, and the HTML around them."""
+"""A diagnosis has a page: its words, its figures, and the HTML around them."""

@@ -1,4 +1,4 @@
-"""The figures of a diagnosis, a function a section, as SVG in the colour of the text around it."""
+"""Draw the figures of a diagnosis, with a function per section, as SVG in the colour of the text around it."""
 
 import io
 import re
@@ -20,7 +20,7 @@ from flatjax.diagnosis.page.words import COLLAPSE, FLATNESS, GEOMETRY, JACOBIANS
 from flatjax.run.records import Record
 
 _INK = "#123456"
-"""Stands for the colour of the text, which is not known here."""
+"""This colour stands for that of the text, which is not known here."""
 _EARLY_TO_LATE = LinearSegmentedColormap.from_list("early to late", ["#4c8be8", "#a364c8", "#ee7733"])
 _ONE = "#e0662f"
 
@@ -32,12 +32,12 @@ _STYLE = {
 
 
 def of_loss(checkpoints: Sequence[Record]) -> str | None:
-    """The loss, κ and κ̂ of the head against the training step."""
+    """Draw the loss, κ and κ̂ of the head against the training step."""
     return _over_steps(checkpoints, [LOSS[0], *FLATNESS[:2]])
 
 
 def of_profile(checkpoints: Sequence[Record]) -> str | None:
-    """A panel a kind of kernel, over the blocks; the last is the head, over the checkpoints."""
+    """Draw a panel per kind of kernel over the blocks; the last panel is the head, over the checkpoints."""
     shown = _with_part(checkpoints, "profile")
     if not shown:
         return None
@@ -71,12 +71,12 @@ def of_profile(checkpoints: Sequence[Record]) -> str | None:
 
 
 def of_collapse(checkpoints: Sequence[Record]) -> str | None:
-    """Measures of collapse against the training step."""
+    """Draw measures of collapse against the training step."""
     return _over_steps(checkpoints, [COLLAPSE[0], COLLAPSE[1], COLLAPSE[2], COLLAPSE[3], COLLAPSE[5], COLLAPSE[7]])
 
 
 def of_geometry(checkpoints: Sequence[Record]) -> str | None:
-    """The measures by layer, and the spectra of the last checkpoint."""
+    """Draw the measures by layer, and the spectra of the last checkpoint."""
     shown = _with_part(checkpoints, "geometry")
     if not shown:
         return None
@@ -102,7 +102,7 @@ def of_geometry(checkpoints: Sequence[Record]) -> str | None:
 
 
 def of_trajectory(checkpoints: Sequence[Record]) -> str | None:
-    """The size of the stream by layer, and the scores over training."""
+    """Draw the size of the stream by layer, and the scores over training."""
     shown = _with_part(checkpoints, "trajectory")
     if not shown:
         return None
@@ -124,7 +124,7 @@ def of_trajectory(checkpoints: Sequence[Record]) -> str | None:
 
 
 def of_jacobians(checkpoints: Sequence[Record]) -> str | None:
-    """Between all pairs of blocks for the last checkpoint, and singular values by block."""
+    """Draw the alignment of all pairs of blocks in the last checkpoint, and the singular values by block."""
     shown = _with_part(checkpoints, "jacobians")
     if not shown:
         return None
@@ -153,7 +153,7 @@ def of_jacobians(checkpoints: Sequence[Record]) -> str | None:
 
 
 def of_sharpness(checkpoints: Sequence[Record]) -> str | None:
-    """The rise of the loss against ε."""
+    """Draw the rise of the loss against ε."""
     shown = _with_part(checkpoints, "sharpness")
     if not shown:
         return None
@@ -169,7 +169,7 @@ def of_sharpness(checkpoints: Sequence[Record]) -> str | None:
 
 
 def of_cost(checkpoints: Sequence[Record]) -> str | None:
-    """Forward passes a part, of the last checkpoint."""
+    """Draw the forward passes of each part, in the last checkpoint."""
     parts = {name: each["forward_passes"] for name, each in checkpoints[-1]["cost"]["parts"].items()}
 
     def draw(axes: Axes, _: Any) -> None:
@@ -190,7 +190,7 @@ def _over_steps(checkpoints: Sequence[Record], words: Sequence[Word]) -> str | N
 
 
 def _draw_steps(axes: Axes, checkpoints: Sequence[Record], word: Word) -> None:
-    """Over the steps of training, or over the checkpoints where these are not known."""
+    """Draw curves over the steps of training, or over the checkpoints where the steps are not known."""
     records = [each["parts"].get(word.part, {}).get(word.name, {}) for each in checkpoints]
     values = _floats([record.get("value") for record in records])
     errors = _floats([record.get("standard_error") for record in records])
@@ -246,7 +246,7 @@ def _panels(
     panels: Sequence[Any], draw: Callable[[Axes, Any], None], lines: Sequence[Record], *, columns: int,
     size: tuple[float, float],
 ) -> str:  # fmt: skip
-    """A grid, with one legend of the checkpoints that are lines in it."""
+    """Make a grid of panels with one legend of the checkpoints that are lines in it."""
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     with plt.rc_context(_STYLE):
@@ -277,7 +277,7 @@ def _line(axes: Axes, at: Any, values: np.ndarray, errors: np.ndarray, colour: A
 
 
 def _make_log(axes: Axes, axis: str) -> None:
-    """With labels that are numbers: 0.5, 1, 2."""
+    """Make an axis logarithmic, with labels that are numbers: 0.5, 1, 2."""
     getattr(axes, f"set_{axis}scale")("log")
     low, high = sorted(getattr(axes, f"get_{axis}lim")())
     subs = (1.0,) if high > _DECADES * low else (1.0, 2.0, 5.0)
@@ -291,7 +291,7 @@ _DECADES, _MANY_TIMES = 300, 10
 
 
 def _svg(figure: Figure) -> str:
-    """To stand in a page: no prologue, no names of other places, and ink in the colour of the text."""
+    """Return the figure for a page: without prologue or names of other places, in the colour of the text."""
     written = io.StringIO()
     figure.savefig(written, format="svg", metadata={"Date": None})
     plt.close(figure)
@@ -332,5 +332,5 @@ def _block(name: str) -> int | None:
 
 
 def _floats(values: Any) -> np.ndarray:
-    """JSON has no NaN: null stands for it."""
+    """Return floats, with NaN for null, as JSON has no NaN."""
     return np.array(values, dtype=float)

@@ -1,4 +1,4 @@
-"""The page of a diagnosis, made from its record alone: one file of HTML that needs no other, and no network."""
+"""Make the page of a diagnosis from its record only: one file of HTML that needs no other, and no network."""
 
 import html
 import json
@@ -19,7 +19,7 @@ NAME, RECORD = "diagnosis.html", "diagnosis.json"
 
 
 class Section(NamedTuple):
-    """Of the page."""
+    """A section of the page has a title, a text, words on its numbers, and a figure."""
 
     title: str
     says: str
@@ -30,13 +30,14 @@ class Section(NamedTuple):
 SECTIONS = (
     Section("Loss", "How well it predicts the text.", words.LOSS, figures.of_loss),
     Section(
-        "Flatness of the head", "Relative flatness of the last layer, which turns features into logits. Every token is "
-        "counted and nothing is sampled; the standard error says how much another text like this one would change it.",
+        "Flatness of the head", "Relative flatness of the last layer, which turns features into logits. Larger is "
+        "sharper. Every token is counted and nothing is sampled; the standard error says how much another text like "
+        "this one would change it.",
         words.FLATNESS,
     ),
     Section(
-        "Flatness of the layers", "The same measure for every kernel, to see where the network is flat and where it is "
-        "sharp.", words.PROFILE, figures.of_profile,
+        "Flatness of the layers", "Relative flatness of every kernel, to see where the network is flat (low) "
+        "and where it is sharp (high).", words.PROFILE, figures.of_profile,
     ),
     Section(
         "Neural collapse over the vocabulary", "A class is a next token, and what belongs to it are the "
@@ -50,8 +51,8 @@ SECTIONS = (
         figures.of_geometry,
     ),
     Section(
-        "The way through the blocks", "How a token moves from block to block: of each sequence the median token, and "
-        "the mean over sequences.", words.TRAJECTORY, figures.of_trajectory,
+        "The way through the blocks", "How a token moves from block to block. Each number is the median over the "
+        "tokens of a sequence, then the mean over sequences.", words.TRAJECTORY, figures.of_trajectory,
     ),
     Section(
         "Jacobians of the blocks", "What a small change of the stream at one token becomes in a block, "
@@ -66,14 +67,14 @@ SECTIONS = (
 
 
 def write(folder: Path, record: Record) -> None:
-    """The record and the page, each wholly or not at all."""
+    """Write the record and the page, each wholly or not at all."""
     _replace(folder / RECORD, json.dumps(record, indent=1, allow_nan=False) + "\n")
     if record["checkpoints"]:
         redraw(folder)
 
 
 def redraw(folder: Path) -> Path:
-    """The page anew, of the record in the folder."""
+    """Make the page anew from the record in the folder."""
     if not (folder / RECORD).exists():
         raise SystemExit(f"{folder} has no {RECORD}: nothing was measured there")
     _replace(folder / NAME, render(json.loads((folder / RECORD).read_text())))
@@ -81,7 +82,7 @@ def redraw(folder: Path) -> Path:
 
 
 def summary(folder: Path) -> str:
-    """The headlines as a table of text."""
+    """Return the headlines as a table of text."""
     record = json.loads((folder / RECORD).read_text())
     checkpoints = _labelled(record)
     rows = [["", *(each["label"] for each in checkpoints)]]
@@ -92,7 +93,7 @@ def summary(folder: Path) -> str:
 
 
 def render(record: Record) -> str:
-    """HTML."""
+    """Return the page as HTML."""
     checkpoints = _labelled(record)
     title = f"Diagnosis of {checkpoints[0]['title']}"
     sections = [_section(each, checkpoints) for each in SECTIONS if _measured(each.words, checkpoints)]
@@ -118,7 +119,7 @@ def render(record: Record) -> str:
 
 
 def _labelled(record: Record) -> list[Record]:
-    """With what each checkpoint is called in a table: its step where that is enough."""
+    """Label each checkpoint as a table calls it: by its step where that is enough."""
     checkpoints = record["checkpoints"]
     runs = {each["name"].split("/checkpoints/")[0] for each in checkpoints}
     labelled = []
@@ -169,7 +170,7 @@ def _section(section: Section, checkpoints: Sequence[Record]) -> tuple[str, str,
 
 
 def _counts(section: Section, checkpoints: Sequence[Record]) -> str:
-    """What a reader must know of how much was read."""
+    """List what a reader must know of how much was read."""
     first = _quantity(checkpoints[-1], _measured(section.words, checkpoints)[0])
     said = []
     if "num_classes" in first and "vocab_size" in first:
@@ -203,7 +204,7 @@ def _table(chosen: Sequence[Word], checkpoints: Sequence[Record]) -> str:
 
 
 def _table_by_layer(word: Word, checkpoints: Sequence[Record]) -> str:
-    """Folded, as it is long."""
+    """Return a folded table by layer, as it is long."""
     record = _quantity(checkpoints[-1], word)
     names = record.get("layers") or [f"ε = {each:g}" for each in record.get("radii", [])]
     head = "".join(f"<th scope=col>{_escape(each['label'])}</th>" for each in checkpoints)
@@ -291,7 +292,7 @@ def _cell(checkpoint: Record, word: Word) -> str:
 
 
 def _with_error(value: Any, error: Any) -> str:
-    """With two digits of the error, and as many of the value."""
+    """Format a value with two digits of its error, and itself to as many places."""
     if value is None:
         return "–"
     if isinstance(value, str):  # an infinity, by its name
@@ -329,7 +330,7 @@ def _superscript(number: int) -> str:
 
 
 def _math(text: str) -> str:
-    """With x_i, x_{i+1} and x^i set as such."""
+    """Set x_i, x_{i+1} and x^i as mathematics."""
     text = re.sub(r"_\{([^}]*)\}|_(\w′?)", lambda found: f"<sub>{found[1] or found[2]}</sub>", _escape(text))
     return re.sub(r"\^(−?\w)", r"<sup>\1</sup>", text)
 

@@ -1,4 +1,4 @@
-"""How the page of a diagnosis looks: in light and dark, on wide and narrow screens."""
+"""The page of a diagnosis looks like this in light and dark, on wide and narrow screens."""
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #5b6677; --line: #dfe3ea; --paper: #ffffff; --page: #f4f5f8;

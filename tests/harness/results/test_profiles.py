@@ -30,9 +30,10 @@ def test_a_profile_comes_back_from_its_line_of_json_with_what_is_not_finite(tmp_
 
 
 def test_the_table_says_what_is_exact_and_what_is_estimated():
-    _, hidden, head = table(PROFILE).splitlines()
+    _, hidden, head, direction = table(PROFILE).splitlines()
     assert hidden.split() == ["layers/0", "-1.25", "0.5", "32", "probes"]
     assert head.split() == ["head", "1000", "0", "exactly"]
+    assert direction == "κ is relative flatness; larger is sharper."
 
 
 def test_the_error_over_seeds_is_that_of_their_mean():
