@@ -14,7 +14,7 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 def starter(script: str, options: str, cache: Path) -> Callable[..., subprocess.Popen]:
     """`start(folder, *more_options)`, of a run of the name "run".
 
-    What one process compiles the next ones find in the cache, and little time is spent on compiling well.
+    Little time is spent on compiling well, and what one process compiles the next ones find in the cache.
     """
     flags = (flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
     environment = os.environ | {
