@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from flatjax import flatness_profile, layer_relative_flatness
 from flatjax.core.trees import leaves_by_path, with_leaves
 from flatjax.layers.kernels import Layer
-from flatjax.layers.reading.feature_axes import read_layer
+from flatjax.layers.reading.feature_axes import MisreadKernelError, read_layer
 from flatjax.layers.reading.program import Program
 
 from .cases import Case, cross_entropy
@@ -190,6 +190,74 @@ def test_rows_that_are_looked_up_before_a_loop_over_blocks_are_read():
     case = Case(loss, jax.tree.map(jnp.asarray, params), (jnp.array([0, 3, 3, 1]), jnp.array([0, 2, 1, 1])))
     got = flatness(case, "embedding", method="weights").value
     np.testing.assert_allclose(got, dense_kappas(case, Layer("embedding", (0,))), rtol=1e-9)
+
+
+COLUMNS = np.array([1, 0, 3, 2])
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_columns_in_another_order_are_those_of_the_same_layer(scale):
+    def loss(params, x, y):
+        logits = jnp.tanh(x @ params["body"]["kernel"]) @ (params["head"]["kernel"][:, COLUMNS] * scale)
+        return cross_entropy(logits, jnp.asarray(np.argsort(COLUMNS))[y])
+
+    case = USES["masked"].case()._replace(loss_fn=loss)
+    assert reading(case, "head/kernel") == Layer("head/kernel", (0,))
+    got = flatness(case, "head/kernel", method="weights").value
+    np.testing.assert_allclose(got, dense_kappas(case, Layer("head/kernel", (0,))), rtol=1e-10)
+
+
+def test_columns_that_data_chooses_are_those_of_a_head_by_its_name():
+    def loss(params, x, classes, y):
+        columns = params["head"]["kernel"][:, classes]
+        return cross_entropy(jnp.einsum("nm,mnt->nt", x, columns), y)
+
+    used = USES["masked"].case()
+    batch = used.batch[0], jnp.tile(jnp.arange(4), (len(used.batch[0]), 1)), used.batch[1]
+    case = Case(loss, used.params, batch)
+    got = flatness(case, "head/kernel", method="weights").value
+    np.testing.assert_allclose(got, dense_kappas(case, Layer("head/kernel", (0,))), rtol=1e-10)
+    params = used.params | {"table": used.params["head"]["kernel"]}
+    of_table = Case(lambda p, *b: loss({"head": {"kernel": p["table"]}}, *b), params, batch)
+    with pytest.raises(ValueError, match=r"feature_axes"):
+        flatness(of_table, "table", method="weights")
+
+
+def routed(change):
+    """Each sample is multiplied with a matrix that it chooses, after a change of it."""
+
+    def loss(params, x, chosen, y):
+        feats = jnp.einsum("nm,nmd->nd", x, change(params["body"]["kernel"][chosen], params))
+        return cross_entropy(jnp.tanh(feats) @ params["head"]["kernel"], y)
+
+    used = USES["experts"].case()
+    return Case(loss, used.params, (used.batch[0], jnp.array([0, 1, 1, 0, 1]), used.batch[1]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda W, _: W,
+        lambda W, _: W * 0.9,
+        lambda W, _: W * jnp.ones((1, 1, 3)),
+        lambda W, params: W * params["scale"][None, None, :],
+        lambda W, _: -W / 3,
+    ],
+)
+def test_a_matrix_that_data_chooses_is_one_of_a_stack_also_when_it_is_scaled(change):
+    case = routed(change)
+    assert reading(case) == Layer(PATH, (1,), (0,))
+    got = flatness(case, PATH, method="weights").value
+    np.testing.assert_allclose(got, dense_kappas(case, Layer(PATH, (1,), (0,))), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda W, params: W + params["other"]["kernel"][None], lambda W, params: W @ params["other"]["kernel"]],
+)
+def test_a_matrix_that_data_chooses_and_that_cannot_be_followed_is_refused(change):
+    with pytest.raises(MisreadKernelError, match="cannot be seen along which of its axes the features run"):
+        flatness(routed(change), PATH, method="weights")
 
 
 def test_rows_that_are_looked_up_are_those_of_one_hot_features():

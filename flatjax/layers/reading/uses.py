@@ -119,13 +119,25 @@ class _Follower(NamedTuple):
             whole = joined(equation, reads)
             if whole is not None and not self._meets_data(equation, origins):
                 return _Step({0: whole})
-        if name in _BY_ENTRY and not read.is_looked_up:
+        if name in _BY_ENTRY and not self._are_used_rows(equation, reads, origins):
             changed = self._by_entry(equation, reads, origins)
             if changed is not None:
                 return _Step({0: changed})
-        if name in _REDUCTIONS and len(reads) == 1 and not read.is_looked_up:
+        if name in _REDUCTIONS and len(reads) == 1 and not self._is_rows(read):
             return self._of_reduction(equation, operand, read, origins)
         return self._lost(equation, entering, origins)
+
+    def _is_rows(self, read: Read) -> bool:
+        """Whether it holds looked-up entries of which at most one axis is left: rows of a table, if no columns."""
+        left = {run.axis for runs in read.axes for run in runs if run.axis is not None}
+        return read.is_looked_up and sum(self.shape[axis] > 1 for axis in left) <= 1
+
+    def _are_used_rows(self, equation: JaxprEqn, reads: Mapping[int, Read], origins: Origins) -> bool:
+        """Whether rows of a table meet more than numbers that scale them."""
+        if not any(map(self._is_rows, reads.values())):
+            return False
+        others = [value for operand, value in enumerate(equation.invars) if operand not in reads]
+        return equation.primitive.name not in _LINEAR_BY_ENTRY or any(map(origins.is_data, others))
 
     def _by_entry(self, equation: JaxprEqn, reads: dict[int, Read], origins: Origins) -> Read | None:
         """Follows an operation entry by entry, which leaves the axes apart.
@@ -160,10 +172,17 @@ class _Follower(NamedTuple):
 
     def _of_product(self, equation: JaxprEqn, operand: int, read: Read, origins: Origins) -> _Step:
         roles = _PRODUCTS[equation.primitive.name](equation, operand, read, self.shape)
+        other, is_chosen = equation.invars[1 - operand], origins.is_data(equation.invars[operand])
+        meets_data = origins.is_data(other)
+        if is_chosen and not meets_data and self._is_rows(read):
+            return _Step({}, (self._use_of_rows(equation, operand, read),))
         readings = self._readings(read, roles.summed, roles.stacked, roles.free)
+        if is_chosen and meets_data and not (roles.free or roles.stacked) and self._is_rows(read) and readings:
+            # Rows of a table that are compared with data, or columns that data is multiplied with: it looks the same.
+            readings = (*readings, *self._use_of_rows(equation, operand, read).readings)
         use = self._use(equation, operand, read, readings)
-        other = equation.invars[1 - operand]
-        if origins.is_data(other) or origins.is_data(equation.invars[operand]):
+        # A matrix that data chooses is multiplied with parameters as any other is: that is no use of it yet.
+        if meets_data or (is_chosen and not read.is_looked_up):
             return _Step({}, (use,))
         # A factor: what the whole that it is a factor of is multiplied along is asked of the uses to come.
         is_constant = not read.earlier and not origins.is_parameter(other)
@@ -186,9 +205,9 @@ class _Follower(NamedTuple):
         missing = [axis for axis, size in enumerate(self.shape) if size > 1 and axis not in known]
         if not is_apart or missing:
             return ()
-        if not summed or (not (free or stacked) and read.is_looked_up):
+        if not summed:
             # Whole rows of a table are what is multiplied.
-            return (Reading(tuple(sorted(selected))),) if read.is_looked_up else ()
+            return (Reading(tuple(sorted(selected))),) if self._is_rows(read) else ()
         stack = () if not free else tuple(sorted((*stacked, *selected)))
         return (Reading(tuple(sorted(summed)), stack),)
 
@@ -199,7 +218,7 @@ class _Follower(NamedTuple):
         by = equation.primitive.name if isinstance(value, Read) else value.by
         if not (self._meets_data(equation, origins) or is_looked_up):
             return _Step({result: Mixed(by, value.with_constant) for result in range(len(equation.outvars))})
-        if isinstance(value, Read) and is_looked_up:
+        if isinstance(value, Read) and self._is_rows(value):
             return _Step({}, (self._use_of_rows(equation, operand, value),))
         return _Step({}, (Use(by, value.with_constant, (), equation, operand, value),))
 
@@ -262,7 +281,7 @@ class _Follower(NamedTuple):
                 result = operand - first_carry
                 if program.outvars[result] is variable:
                     unchanged[result] = value
-                elif isinstance(value, Read) and value.is_looked_up:
+                elif isinstance(value, Read) and self._is_rows(value):
                     looked_up.append(self._use_of_rows(equation, operand, value))
                     continue
                 else:
