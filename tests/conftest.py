@@ -40,3 +40,38 @@ def _forget_compiled_programs():
     maps = Path("/proc/self/maps")
     if not maps.exists() or maps.read_bytes().count(b"\n") > 10_000:
         jax.clear_caches()
+
+
+FAST = (
+    "collapse/test_bad_input.py",
+    "core/",
+    "curvature/test_counts.py",
+    "curvature/test_vectors.py",
+    "flatness/test_inputs.py",
+    "flatness/test_invariances.py",
+    "flatness/test_relative.py",
+    "harness/benchmarks/test_growth.py",
+    "harness/data/",
+    "harness/generalization_gap/",
+    "harness/llm_placement/test_tables.py",
+    "harness/results/",
+    "layers/test_names.py",
+    "layers/test_record.py",
+    "loading/",
+    "run/",
+    "test_calls.py",
+    "test_docstrings.py",
+    "test_heads.py",
+    "test_packaging.py",
+    "test_signatures.py",
+)
+"""The definition, the invariances, every public function once, loading, and the small units of the experiments."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what is not fast, the doctests too."""
+    here = Path(__file__).parent
+    for item in items:
+        path = item.path.relative_to(here).as_posix() if item.path.is_relative_to(here) else ""
+        if not path.startswith(FAST):
+            item.add_marker(pytest.mark.slow)

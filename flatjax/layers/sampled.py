@@ -30,10 +30,11 @@ def sampled_flatness(
     `flatness_profile`, which gives each layer with its standard error.
 
     Notes:
-        One call costs about two forward passes more than the loss, and its gradient about three times what the gradient
-        of the loss does. Two forward derivatives are taken, not a Hessian-vector product: differentiated once more that
-        takes a third to a half longer. A stack counts as all of its layers. Batch statistics and dropout have to be
-        fixed in the loss, as for `layer_relative_flatness`.
+        By XLA's count of operations, for a perceptron of six hidden layers, one call costs 3.0 times the loss for the
+        first layer and 4.4 times for all six. The gradient costs 3.8 and 5.8 times that of the loss. For a head it is
+        1.2 and 1.3 times. Two forward derivatives are taken, not a Hessian-vector product: differentiated once more
+        that takes a third to a half longer. A stack counts as all of its layers. Batch statistics and dropout have to
+        be fixed in the loss, as for `layer_relative_flatness`.
 
     Args:
         loss_fn: `(params, *batch) -> scalar`, three times differentiable. Use one function for all calls: each is
