@@ -109,7 +109,13 @@ def nc1(
 
     Returns:
         A scalar without a unit, 0 where the classes have collapsed to their means. It is NaN if fewer than two classes
-        are left, a sample was bad, all means are one, or rounding of means that are far off hides how others differ.
+        are left, a sample was bad, all means are one, or rounding of up to half of the means, which are far off, hides
+        how the others differ.
+
+    Notes:
+        Directions in which the means differ by less than about 8 ε of their size are taken for none. Where more than
+        half of the means are far off, by 1e5 or more times the distances of the others, float32 may keep nothing of
+        those distances, and NC1 is too small without a warning. Moments in float64 keep them.
 
     Raises:
         TypeError: `moments` are no `ClassMoments`.
