@@ -4,7 +4,6 @@ Each part has a start, what a batch adds, and what all batches say at the end. T
 and `llm`.
 """
 
-from flatjax.loading.optional import optional
-
-for _name in ("tokenizers", "matplotlib", "tqdm", "tyro"):
-    optional(_name, use="work on language models needs", extras="experiments,llm")
+import flatjax.diagnosis.extras  # noqa: F401 (first, as what follows needs them)
+from flatjax.diagnosis.command import Config as Config
+from flatjax.diagnosis.command import main as main
