@@ -64,7 +64,7 @@ def sampled_flatness(
         >>> def penalty(params, batch):
         ...     x, y, key = batch
         ...     return sampled_flatness(loss, params, x, y, layers=["hidden/kernel"], key=key)
-        >>> tx = optax.chain(flat_reg(0.01, penalty), optax.adamw(1e-3))
+        >>> tx = optax.chain(flat_reg(0.01, penalty), optax.sgd(1e-3))
         >>> state, gradient = tx.init(params), jax.grad(loss)(params, x, y)
         >>> updates, state = tx.update(gradient, state, params, batch=(x, y, jax.random.key(1)))
         >>> bool(jnp.isfinite(updates["hidden"]["kernel"]).all())
