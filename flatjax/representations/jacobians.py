@@ -130,9 +130,15 @@ def residual_jacobians(
         raise ValueError(f"top is {top}, wanted 1 to {num_features}, the features of the stream")
     if key is None or top + OVERSAMPLING >= num_features:
         return stacked([_exact(point, top=top, chunk_size=chunk_size) for point in at])
-    keys = jax.random.split(key, len(at))
+    keys = _keys(key, num_blocks=len(at))
     options = {"top": top, "num_iterations": num_iterations, "chunk_size": chunk_size}
     return stacked([_iterated(point, key, **options) for point, key in zip(at, keys, strict=True)])
+
+
+@metric
+def _keys(key: Key[Array, ""], *, num_blocks: int) -> list[Key[Array, ""]]:
+    """A key for each block, from one program: a split and as many slices would be called one by one."""
+    return list(jax.random.split(key, num_blocks))
 
 
 @metric
