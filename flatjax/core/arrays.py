@@ -55,6 +55,15 @@ def one_number(name: str, value: Any) -> jax.Array:
     return array
 
 
+def holds_keys(value: Any) -> bool:
+    """Whether an array is of keys of `jax.random`, new or raw (uint32, of the shape of a key)."""
+    dtype = getattr(value, "dtype", None)
+    if dtype is None:
+        return False
+    is_raw = dtype == np.uint32 and value.shape[-1:] == jax.eval_shape(jax.random.PRNGKey, 0).shape
+    return is_raw or jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+
+
 def a_key(value: Any, name: str = "key") -> Any:
     """A key of `jax.random`, new or old.
 
@@ -62,8 +71,7 @@ def a_key(value: Any, name: str = "key") -> Any:
         TypeError: it is none.
     """
     dtype = getattr(value, "dtype", None)
-    is_new = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
-    if (is_new and value.shape == ()) or (dtype == np.uint32 and value.ndim == 1):
+    if holds_keys(value) and value.ndim == (1 if dtype == np.uint32 else 0):
         return value
     got = f"an array of shape {value.shape} and dtype {dtype}" if dtype is not None else repr(value)
     raise TypeError(f"{name} is {got}, wanted one key: jax.random.key(seed)")

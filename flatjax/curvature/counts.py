@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
+from flatjax.core.arrays import holds_keys
 from flatjax.core.dtypes import computing_dtype
 from flatjax.core.metric import metric
 from flatjax.samples import IGNORED_LABEL, widened
@@ -49,7 +50,7 @@ def counted(batch: Any, count: Callable[..., Any] | None = None) -> Any:
     """The number that `num_samples` gives, which may be traced here."""
     if count is not None:
         return count(*batch)
-    arrays = [leaf for leaf in jax.tree.leaves(batch) if jnp.ndim(leaf) and not _is_key(leaf)]
+    arrays = [leaf for leaf in jax.tree.leaves(batch) if jnp.ndim(leaf) and not holds_keys(leaf)]
     if not arrays:
         raise ValueError(
             "a batch holds no array with an axis of samples: give a count, the function of a batch that says how many "
@@ -73,12 +74,6 @@ def _total(labels: Shaped[ArrayLike, "..."], weights: Shaped[ArrayLike, "..."] |
     weights = jnp.asarray(weights)
     wide = weights.astype(computing_dtype(weights))
     return jnp.sum(jnp.where(counts, wide, 0))
-
-
-def _is_key(leaf: Any) -> bool:
-    dtype = _dtype(leaf)
-    is_raw = dtype == jnp.uint32 and jnp.shape(leaf)[-1:] == jax.eval_shape(jax.random.PRNGKey, 0).shape
-    return is_raw or jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def _dtype(leaf: Any) -> Any:

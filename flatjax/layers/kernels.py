@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -85,6 +85,21 @@ def find_kernel(params: Tree, layer: str | Layer) -> jax.Array:
     if not jnp.issubdtype(jnp.result_type(kernel), jnp.floating):
         raise TypeError(f"{path!r} has dtype {jnp.result_type(kernel)}, wanted a floating dtype")
     return kernel
+
+
+def paths_of(params: Tree, layers: Sequence[str | Layer]) -> list[str]:
+    """Finds the paths of layers that are named together, each of which has to be there.
+
+    Raises:
+        TypeError: as `find_kernel`.
+        ValueError: two name one leaf; and as `find_kernel`.
+    """
+    for layer in layers:
+        find_kernel(params, layer)
+    paths = [layer if isinstance(layer, str) else layer.path for layer in layers]
+    if len(set(paths)) < len(paths):
+        raise ValueError("layers names a leaf twice, wanted one reading of each at a time")
+    return paths
 
 
 def find_layers(params: Tree) -> dict[str, Layer]:

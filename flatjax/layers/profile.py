@@ -14,7 +14,7 @@ from flatjax.core.arrays import a_key
 from flatjax.core.trees import Tree, leaves_by_path
 from flatjax.curvature.counts import num_samples
 from flatjax.curvature.estimate import Estimate, exactly
-from flatjax.layers.kernels import Layer, find_kernel, find_layers
+from flatjax.layers.kernels import Layer, find_layers, paths_of
 from flatjax.layers.reading.feature_axes import as_call, readable_kernels
 from flatjax.layers.reading.program import Program
 from flatjax.layers.record import FlatnessProfile
@@ -135,11 +135,7 @@ def flatness_profile(
     named = list(find_layers(params)) if layers is None else list(layers)
     if not named:
         raise ValueError(_no_names(Program.of(loss_fn, params, first)))
-    for layer in named:
-        find_kernel(params, layer)
-    paths = [layer if isinstance(layer, str) else layer.path for layer in named]
-    if len(set(paths)) < len(paths):
-        raise ValueError("layers names a leaf twice, wanted one reading of each at a time")
+    paths = paths_of(params, named)
     prober = Prober(loss_fn, params, first, named, num_probes // 2, key)
     if not prober.layers:
         raise ValueError("no kernel of params can be read:\n" + "\n".join(prober.unread.values()))

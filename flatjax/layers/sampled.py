@@ -12,7 +12,7 @@ from flatjax.core.arrays import a_key
 from flatjax.core.dtypes import computing_dtype
 from flatjax.core.trees import Tree, leaves_by_path, with_leaves
 from flatjax.curvature.vectors import random_signs
-from flatjax.layers.kernels import Layer, find_kernel
+from flatjax.layers.kernels import Layer, paths_of
 from flatjax.layers.reading.feature_axes import read_layer
 from flatjax.layers.reading.program import Program
 
@@ -76,11 +76,7 @@ def sampled_flatness(
     a_key(key)
     if isinstance(layers, str | Layer) or not layers:
         raise ValueError(f"layers is {layers!r}, wanted a list of at least one layer, as ['hidden/kernel']")
-    paths = [layer if isinstance(layer, str) else layer.path for layer in layers]
-    if len(set(paths)) < len(paths):
-        raise ValueError(f"layers names a leaf twice: {', '.join(paths)}")
-    for layer in layers:
-        find_kernel(params, layer)
+    paths_of(params, layers)
     return _sampled(loss_fn, params, batch, key, layers=tuple(layers))
 
 

@@ -13,12 +13,12 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from flatjax.core.optional import optional
 from flatjax.core.trees import leaf_path
 from flatjax.loading.families import depth_key, family_of, read_config
 from flatjax.loading.files import existing, listed, read_object
 from flatjax.loading.folder import find_folder
 from flatjax.loading.names import Published, is_no_parameter, number_of_layers, published, short_name
-from flatjax.loading.optional import optional
 from flatjax.loading.shapes import decoder_shapes
 from flatjax.loading.tensors import Tensors, stored
 from flatjax.models.decoder.config import DecoderConfig

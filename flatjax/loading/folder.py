@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from flatjax.loading.optional import optional
+from flatjax.core.optional import optional
 
 
 def find_folder(path_or_hub_name: str | Path, revision: str | None) -> Path:

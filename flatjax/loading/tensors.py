@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from flatjax.core.optional import optional
 from flatjax.loading.files import listed, read_object, shown
 from flatjax.loading.headers import Entry, read_header, sample
-from flatjax.loading.optional import optional
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 

@@ -1,19 +1,20 @@
 """Define the options that every run has, and check values from the command line."""
 
+import abc
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from flatjax.loading.optional import optional
+from flatjax.core.optional import optional
 from flatjax.run.records import Record, RunFolder
 
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class RunOptions:
+class RunOptions(abc.ABC):
     """These options are of every run: where it is kept, and whether it goes on."""
 
     name: str | None = None
@@ -27,9 +28,9 @@ class RunOptions:
     """These options may differ too when a run is resumed: they add to its records, or change none of them."""
 
     @property
+    @abc.abstractmethod
     def default_name(self) -> str:
         """Return the name of the run's folder where none is given."""
-        raise NotImplementedError
 
     @property
     def run_name(self) -> str:

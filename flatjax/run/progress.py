@@ -4,7 +4,7 @@ import statistics
 import time
 from collections.abc import Mapping
 
-from flatjax.loading.optional import optional
+from flatjax.core.optional import optional
 
 tqdm = optional("tqdm", use="progress is shown with", extras="experiments").tqdm
 

@@ -1,51 +1,14 @@
 """The experiment, small enough for a test, as its own process: as it is run, and as it is killed."""
 
-import functools
 import json
 import shutil
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 import pytest
 
 import interventions
 from harness.interventions.arms import BASELINE
-from harness.interventions.bounds import Bounds
-from harness.interventions.learners import Learner, Samples
-from harness.interventions.training import Setting, gradient
 
 from .processes import finish, kill_when, metrics, starter
-
-NUM_CLASSES, LEVEL, STRENGTH = 3, 0.7, 0.3
-BOUNDS = Bounds(feature_norm=1.45, head_norm=9.0, softness=0.02)
-SETTING = Setting(optax.sgd(0.1), steps_at_a_time=4, batch_size=0, bounds=BOUNDS)
-
-
-def features(params, x):
-    return jnp.tanh(x @ params["body"])
-
-
-def start(seed):
-    rng = np.random.default_rng(seed)
-    head = {"kernel": rng.normal(size=(4, NUM_CLASSES)), "bias": rng.normal(size=NUM_CLASSES)}
-    return jax.tree.map(jnp.asarray, {"body": rng.normal(size=(5, 4)), "head": head})
-
-
-def samples(seed):
-    rng = np.random.default_rng((seed, 1))
-    x, y = rng.normal(size=(17, 5)), np.arange(17) % NUM_CLASSES
-    return Samples(x[:11], y[:11], x[11:], y[11:])
-
-
-LEARNER = Learner(NUM_CLASSES, features, start, samples)
-X, Y = jnp.asarray(samples(0).train_x), jnp.asarray(samples(0).train_y)
-
-
-@functools.cache
-def of(rule):
-    return jax.jit(lambda params: gradient(LEARNER, SETTING, rule, params, X, Y, STRENGTH, LEVEL))(start(0))
 
 
 def test_an_arm_that_is_unplugged_from_the_start_is_the_baseline_to_the_last_bit():

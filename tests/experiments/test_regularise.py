@@ -1,19 +1,14 @@
 """The comparison, small enough for a test, as its own process: as it is run, and as it is killed."""
 
-import contextlib
 import itertools
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 import regularise
-from flatjax.models import MLP
-from harness.data import few_labels
 from harness.training.regularisers import REGULARISERS
-from harness.training.small_networks import Programs, network
 
 from .processes import finish, kill_when, metrics, starter
 
@@ -25,12 +20,6 @@ CASES = [(task, method) for task in ("few", "wrong") for method in ("baseline", 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     return starter("regularise.py", SMALL, tmp_path_factory.mktemp("cache"))
-
-
-@contextlib.contextmanager
-def as_experiments_run():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def recorded(folder: Path) -> list[dict]:
@@ -97,33 +86,6 @@ def test_a_finished_run_is_not_trained_again(start, uninterrupted):
 def test_options_that_do_not_fit_are_an_error(options, wanted):
     with pytest.raises(SystemExit, match=wanted):
         regularise.Config(**options)
-
-
-@pytest.fixture(scope="module")
-def bench():
-    """A perceptron's programs, and a maker of its trials."""
-    config = regularise.Config(width=5, steps=6, batch_size=20, num_few=40, num_wrong=60, num_validation=30)
-    digits = few_labels.digits()
-    small = network(lambda rngs: MLP((64, 5, 10), rngs=rngs))
-    programs = Programs(small, regularise.inputs("mlp", digits.pixels), config.steps)
-
-    def make(rate: float, strength: float | None, seed: int, task: str = "few"):
-        return regularise.trial(config, small, digits.labels, task, (rate, strength), seed)
-
-    with as_experiments_run():
-        yield programs, make
-
-
-def test_a_network_that_diverged_has_no_accuracy_and_its_setting_is_not_chosen(bench):
-    programs, make = bench
-    diverged, fine = programs.run(REGULARISERS["baseline"], [make(1e30, None, 0), make(1e-6, None, 0)])
-    assert np.isnan(diverged["test_accuracy"])
-    assert 0 <= fine["test_accuracy"] < 0.5
-    tuned = [
-        {"seeds": {"0": {"validation_accuracy": value}, "1": {"validation_accuracy": 1.0}}}
-        for value in (None, 0.1, 0.3, 0.3)
-    ]
-    assert regularise.best_of(tuned) is tuned[2]
 
 
 def test_each_method_has_as_many_settings_and_strengths_span_three_decades():

@@ -14,8 +14,8 @@ from helpers import raises
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
+from flatjax.core.optional import optional
 from flatjax.loading import checkpoint, load_decoder, load_tokenizer
-from flatjax.loading.optional import optional
 
 GOLDEN = Path(__file__).parent / "golden"
 FOLDERS = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))

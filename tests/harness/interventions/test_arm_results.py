@@ -6,17 +6,7 @@ from harness.interventions.arm_results import arm_results, off_level_of, table
 from harness.interventions.arms import BASELINE, Arm, controls, held, pushed
 from harness.interventions.bounds import Bounds
 
-NAMES = ["loss", "relative_flatness", "simplified_relative_flatness", "ncc", "softened_ncc"]
-
-
-def records(held_out, train=None, arm="baseline", seed=0, every=10, **others):
-    train = [1.0] * len(held_out) if train is None else train
-    return [
-        {"arm": arm, "seed": seed, "step": every * i, "train_accuracy": train[i], "held_out_accuracy": accuracy}
-        | {f"train_{name}": 1.0 for name in NAMES}
-        | {name: values[i] for name, values in others.items()}
-        for i, accuracy in enumerate(held_out)
-    ]
+from .cases import records
 
 
 def results(arm, of_arm, of_baseline):

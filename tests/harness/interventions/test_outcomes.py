@@ -7,17 +7,7 @@ import pytest
 
 from harness.interventions.outcomes import answers, delay_ratio, outcome
 
-NAMES = ["loss", "relative_flatness", "simplified_relative_flatness", "ncc", "softened_ncc"]
-
-
-def records(held_out, train=None, arm="baseline", seed=0, every=10, **others):
-    train = [1.0] * len(held_out) if train is None else train
-    return [
-        {"arm": arm, "seed": seed, "step": every * i, "train_accuracy": train[i], "held_out_accuracy": accuracy}
-        | {f"train_{name}": 1.0 for name in NAMES}
-        | {name: values[i] for name, values in others.items()}
-        for i, accuracy in enumerate(held_out)
-    ]
+from .cases import records
 
 
 def test_the_delay_is_from_fitting_to_generalizing_and_a_bound_where_it_never_came():

@@ -45,7 +45,7 @@ def of(rule):
 
 
 def slope(function, direction, step=1e-5):
-    """Of a function of the parameters along a direction, by differences."""
+    """The slope of a function of the parameters along a direction, by differences."""
 
     def at(place):
         return function(jax.tree.map(lambda leaf, change: np.array(leaf + place * change), start(0), direction))

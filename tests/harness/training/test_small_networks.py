@@ -92,3 +92,15 @@ def test_what_is_measured_is_of_the_part_that_is_named(bench):
     np.testing.assert_allclose(measured["relative_flatness"], kappa, rtol=1e-5)
     losses = flatjax.cross_entropy(jnp.asarray(logits[is_train]), jnp.asarray(chosen.labels[is_train]))
     np.testing.assert_allclose(measured["train_loss"], losses.mean(), rtol=1e-5)
+
+
+def test_a_network_that_diverged_has_no_accuracy_and_its_setting_is_not_chosen(bench):
+    programs, make = bench
+    diverged, fine = programs.run(REGULARISERS["baseline"], [make(1e30, None, 0), make(1e-6, None, 0)])
+    assert np.isnan(diverged["test_accuracy"])
+    assert 0 <= fine["test_accuracy"] < 0.5
+    tuned = [
+        {"seeds": {"0": {"validation_accuracy": value}, "1": {"validation_accuracy": 1.0}}}
+        for value in (None, 0.1, 0.3, 0.3)
+    ]
+    assert regularise.best_of(tuned) is tuned[2]
