@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Integer, Key
+from jaxtyping import Array, Float, Int, Integer, Key
 
 from flatjax.core import results
 from flatjax.core.integers import whole_number
@@ -130,15 +131,8 @@ def residual_jacobians(
         raise ValueError(f"top is {top}, wanted 1 to {num_features}, the features of the stream")
     if key is None or top + OVERSAMPLING >= num_features:
         return stacked([_exact(point, top=top, chunk_size=chunk_size) for point in at])
-    keys = _keys(key, num_blocks=len(at))
     options = {"top": top, "num_iterations": num_iterations, "chunk_size": chunk_size}
-    return stacked([_iterated(point, key, **options) for point, key in zip(at, keys, strict=True)])
-
-
-@metric
-def _keys(key: Key[Array, ""], *, num_blocks: int) -> list[Key[Array, ""]]:
-    """A key for each block, from one program: a split and as many slices would be called one by one."""
-    return list(jax.random.split(key, num_blocks))
+    return stacked([_iterated(point, key, np.int32(index), **options) for index, point in enumerate(at)])
 
 
 @metric
@@ -150,9 +144,13 @@ def _exact(point: Point, *, top: int, chunk_size: int) -> SingularTriplets:
 
 
 @metric
-def _iterated(point: Point, key: Key[Array, ""], *, top: int, num_iterations: int, chunk_size: int) -> SingularTriplets:
+def _iterated(
+    point: Point, key: Key[Array, ""], index: Int[ArrayLike, ""], *, top: int, num_iterations: int, chunk_size: int
+) -> SingularTriplets:
     jacobian = ResidualJacobian(point)
-    start = jax.random.normal(key, (jacobian.num_features, top + OVERSAMPLING), jacobian.dtype)
+    start = jax.random.normal(
+        jax.random.fold_in(key, index), (jacobian.num_features, top + OVERSAMPLING), jacobian.dtype
+    )
 
     def step(_: Any, state: tuple[Array, Array]) -> tuple[Array, Array]:
         Q = _orthonormal(jacobian.times(_orthonormal(state[1]), chunk_size))

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Integer
 
@@ -81,12 +82,9 @@ def points(blocks: Sequence[Block], stream: ArrayLike, position: int | ArrayLike
         raise ValueError(f"sequence is {sequence}, but stream has {num_sequences}: its shape is {stream.shape}")
     if known is not None and not -num_positions <= known < num_positions:
         raise ValueError(f"position is {position}, but stream has {num_positions}: its shape is {stream.shape}")
-    position = jnp.asarray(position)
-    if position.shape != () or not jnp.issubdtype(position.dtype, jnp.integer):
-        raise TypeError(f"position has dtype {position.dtype} and shape {position.shape}, wanted one integer")
     trees = [_as_tree(block) for block in blocks]
-    inputs, position = _entering(stream, position, sequence=sequence)
-    return [Point(block, entering, position) for block, entering in zip(trees, inputs[:num_blocks], strict=True)]
+    inputs, place = _entering(stream, position if known is None else np.int32(known), sequence=sequence)
+    return [Point(block, entering, place) for block, entering in zip(trees, inputs[:num_blocks], strict=True)]
 
 
 @metric
