@@ -10,8 +10,13 @@ from pathlib import Path
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 "
     "--xla_backend_optimization_level=0 "  # a third less time: most tests compile much and compute little
-    # Half of what is left; `helpers.jit_as_usual` compiles with them. Newer releases refuse a flag they do not know.
-    + ("--xla_cpu_use_fusion_emitters=false " if version("jaxlib").startswith("0.10.") else "")
+    # Half of what is left; `helpers.jit_as_usual` compiles with the emitters. Splitting a program among threads costs
+    # more than it saves where every core has a process of tests. Newer releases refuse a flag they do not know.
+    + (
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
+        if version("jaxlib").startswith("0.10.")
+        else ""
+    )
     + os.environ.get("XLA_FLAGS", "")
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
