@@ -30,11 +30,11 @@ import numpy as np
 import optax
 import tyro
 
-from flatjax.diagnosis.text import Document, evenly, read, standard_library
 from flatjax.models import DecoderConfig
 from flatjax.run.options import SeedOptions, check_heads, check_least
 from flatjax.run.progress import Progress
 from flatjax.run.records import Record, RunFolder, number
+from flatjax.run.text import Document, evenly, read, standard_library
 from flatjax.training import sharpness_aware
 from harness.benchmarks.timing import side_by_side
 from harness.data import text

@@ -24,7 +24,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -48,20 +48,23 @@ Model = Literal["mlp", "resnet"]
 TaskName = Literal["few", "wrong"]
 
 
-class Grid(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Grid:
     """A grid holds the learning rates to try, and the strengths for each."""
 
     lowest_rate: float
+    """Lowest learning rate to try."""
     highest_rate: float
+    """Highest learning rate to try."""
     num_rates: int
+    """Number of learning rates, at equal ratios."""
     num_strengths: int
+    """Number of strengths, at equal ratios over three decades. The baseline gets this many times as many learning rates
+    instead."""
 
     @property
     def size(self) -> int:
         return self.num_rates * self.num_strengths
-
-
-_GRIDS: dict[Model, Grid] = {"mlp": Grid(0.002, 0.2, 5, 7), "resnet": Grid(0.02, 0.2, 3, 4)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,15 +93,10 @@ class Config(RunOptions):
     """Number of training steps."""
     batch_size: int = 50
     """Number of images per step."""
-    lowest_rate: float = 0.0
-    """Lowest learning rate to try; 0 stands for 0.002 with the perceptron and 0.02 with the ResNet."""
-    highest_rate: float = 0.0
-    """Highest learning rate to try; 0 stands for 0.2 with both."""
-    num_rates: int = 0
-    """Number of learning rates, at equal ratios; 0 stands for 5 with the perceptron and 3 with the ResNet."""
-    num_strengths: int = 0
-    """Number of strengths, at equal ratios over three decades. The baseline gets this many times as many learning rates
-    instead. 0 stands for 7 with the perceptron and 4 with the ResNet."""
+    mlp: Grid = Grid(0.002, 0.2, 5, 7)
+    """Settings to try with the perceptron."""
+    resnet: Grid = Grid(0.02, 0.2, 3, 4)
+    """Settings to try with the ResNet."""
     tuning_seeds: int = 3
     """Number of seeds that each setting is tried with."""
     seeds: int = 10
@@ -115,15 +113,15 @@ class Config(RunOptions):
         check_least(self, 1, "steps", "batch_size", "tuning_seeds", "seeds")
         if self.tuning_seeds > _FINAL - _TUNING:
             raise SystemExit(f"--tuning-seeds is {self.tuning_seeds}, wanted at most {_FINAL - _TUNING}")
-        check_least(self, 2, "num_rates", "num_strengths", or_zero=True)
+        for grid in (self.mlp, self.resnet):
+            check_least(grid, 2, "num_rates", "num_strengths")
 
     @property
     def default_name(self) -> str:
         return "digits"
 
     def grid(self, model: Model) -> Grid:
-        wanted = {name: getattr(self, name) for name in Grid._fields if getattr(self, name)}
-        return _GRIDS[model]._replace(**wanted)
+        return {"mlp": self.mlp, "resnet": self.resnet}[model]
 
     @property
     def drawn(self) -> dict[TaskName, Task]:
@@ -135,7 +133,7 @@ MODEL_NAMES: dict[str, str] = {"mlp": "perceptron", "resnet": "ResNet-18"}
 
 def main(config: Config) -> None:
     """Tune and train whatever is not in the records yet, and report."""
-    run = config.open_run(grids={model: config.grid(model) for model in get_args(Model)})
+    run = config.open_run()
     started = time.monotonic()
     for model in config.models:
         compare(config, model, run)

@@ -26,12 +26,12 @@ import jax
 import numpy as np
 import tyro
 
-from flatjax.diagnosis.text import Document, evenly, read, standard_library
 from flatjax.models import DecoderConfig
 from flatjax.run.checkpoints import checkpointer, load_latest
 from flatjax.run.options import RunOptions, check_heads, check_least
 from flatjax.run.progress import Progress
 from flatjax.run.records import Record, RunFolder, number
+from flatjax.run.text import Document, evenly, read, standard_library
 from harness.data import text
 from harness.data.batches import batch_at
 from harness.results.figures import COLOURS, draw_curve

@@ -24,13 +24,13 @@ from flatjax.diagnosis.reading import PlacedDecoder, Text, mean_loss, reader, to
 from flatjax.diagnosis.record import Called, Diagnoses
 from flatjax.diagnosis.sources import Source, documents_of_run, find
 from flatjax.diagnosis.stages import Done, Saves, Stage, run_stage, seconds_of, usual_seconds
-from flatjax.diagnosis.text import Document, evenly, read, windows
 from flatjax.diagnosis.trajectory import trajectory_part
 from flatjax.heads import linear_head
 from flatjax.loading.shapes import decoder_shapes
 from flatjax.run.options import RunOptions, check_above_0, check_least, check_not_empty
 from flatjax.run.progress import Progress
 from flatjax.run.records import Record, plain
+from flatjax.run.text import Document, evenly, read, windows
 
 Name = Literal["head", "sharpness", "collapse", "geometry", "trajectory", "profile", "jacobians"]
 

@@ -16,12 +16,12 @@ from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
 from flatjax import loading
-from flatjax.diagnosis.text import Document, read, standard_library
 from flatjax.loading.files import read_object
 from flatjax.loading.headers import Entry, sample
 from flatjax.models import Decoder, DecoderConfig
 from flatjax.models.decoder.sharding import decoder_shardings
 from flatjax.run.checkpoints import load_part
+from flatjax.run.text import Document, read, standard_library
 
 T = TypeVar("T")
 

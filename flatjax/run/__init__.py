@@ -1,4 +1,4 @@
-"""Run long computations, with a folder, checkpoints, progress, options and tables for each."""
+"""Run long computations, with a folder, checkpoints, progress, options, text and tables for each."""
 
 from flatjax.run.options import RunOptions as RunOptions
 from flatjax.run.options import SeedOptions as SeedOptions

@@ -80,14 +80,12 @@ def variant_of(variants: Mapping[str, tuple[str, T]], arguments: Sequence[str]) 
     return extras.overridable_config_cli(variants, args=named, description=description)
 
 
-def check_least(config: Any, least: int, *names: str, or_zero: bool = False) -> None:
-    """End the program if an option is below the least value wanted; 0 is a choice of its own with `or_zero`."""
+def check_least(config: Any, least: int, *names: str) -> None:
+    """End the program if an option is below the least value wanted."""
     for name in names:
         value = getattr(config, name)
-        if value < least and not (or_zero and value == 0):
-            raise SystemExit(
-                f"--{name.replace('_', '-')} is {value}, wanted at least {least}{', or 0' if or_zero else ''}"
-            )
+        if value < least:
+            raise SystemExit(f"--{name.replace('_', '-')} is {value}, wanted at least {least}")
 
 
 def check_above_0(config: Any, *names: str) -> None:

@@ -25,9 +25,9 @@ from flatjax.diagnosis.page import render
 from flatjax.diagnosis.quantities import jackknife_error, mean
 from flatjax.diagnosis.reading import forward, tokens_of
 from flatjax.diagnosis.sources import load_checkpoint
-from flatjax.diagnosis.text import evenly, read, windows
 from flatjax.models import Decoder, DecoderConfig
 from flatjax.run.checkpoints import checkpointer
+from flatjax.run.text import evenly, read, windows
 from harness.data.text import train_tokenizer
 
 VOCAB, WIDTH, DEPTH, CONTEXT, BATCH, BLOCKS, MIN_COUNT, TOP = 264, 8, 2, 12, 4, 3, 4, 2

@@ -1,5 +1,6 @@
 """The comparison, small enough for a test, as its own process: as it is run, and as it is killed."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -13,7 +14,7 @@ from harness.training.regularisers import REGULARISERS
 from .processes import finish, kill_when, metrics, starter
 
 SMALL = "--models mlp --methods baseline sam kappa --width 6 --steps 12 --batch-size 20 --num-few 40 --num-wrong 60 "
-SMALL += "--num-validation 30 --num-rates 2 --num-strengths 2 --tuning-seeds 2 --seeds 3 --timing-seconds 0.01"
+SMALL += "--num-validation 30 --mlp.num-rates 2 --mlp.num-strengths 2 --tuning-seeds 2 --seeds 3 --timing-seconds 0.01"
 CASES = [(task, method) for task in ("few", "wrong") for method in ("baseline", "sam", "kappa")]
 
 
@@ -80,7 +81,7 @@ def test_a_finished_run_is_not_trained_again(start, uninterrupted):
     [
         ({"methods": ("sam",)}, "wanted baseline among them"),
         ({"seeds": 0}, "--seeds is 0"),
-        ({"num_strengths": 1}, "--num-strengths is 1"),
+        ({"mlp": dataclasses.replace(regularise.Config().mlp, num_strengths=1)}, "--num-strengths is 1"),
     ],
 )
 def test_options_that_do_not_fit_are_an_error(options, wanted):
@@ -93,8 +94,8 @@ def test_each_method_has_as_many_settings_and_strengths_span_three_decades():
     for model, (method, regulariser) in itertools.product(("mlp", "resnet"), REGULARISERS.items()):
         tried = regularise.settings(config, model, method)
         assert len(set(tried)) == {"mlp": 35, "resnet": 12}[model]
-        rates = {rate for rate, _ in tried}
-        np.testing.assert_allclose([min(rates), max(rates)], config.grid(model)[:2])
+        grid, rates = config.grid(model), {rate for rate, _ in tried}
+        np.testing.assert_allclose([min(rates), max(rates)], [grid.lowest_rate, grid.highest_rate])
         if regulariser.strengths:
             weakest, strongest = regulariser.strengths
             np.testing.assert_allclose(strongest / weakest, 1000)

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from flatjax.diagnosis.text import Document, windows
+from flatjax.run.text import Document, windows
 
 Part = Literal["train", "held_out", "transfer"]
 """`held_out` is of modules that are trained on, `transfer` is of others."""

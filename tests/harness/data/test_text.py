@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flatjax.diagnosis.text import Document, standard_library
+from flatjax.run.text import Document, standard_library
 from harness.data import text
 from harness.data.text import Shares
 

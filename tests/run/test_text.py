@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flatjax.diagnosis import text
+from flatjax.run import text
 
 
 def test_files_and_folders_are_read_and_what_is_no_text_is_left_out(tmp_path):
