@@ -89,10 +89,10 @@ def points(blocks: Sequence[Block], stream: ArrayLike, position: int | ArrayLike
 
 @metric
 def _entering(
-    stream: Float[Array, "l n t m"], position: Integer[Array, ""], *, sequence: int
+    stream: Float[Array, "l n t m"], position: Integer[ArrayLike, ""], *, sequence: int
 ) -> tuple[list[Float[Array, "t m"]], Int[Array, ""]]:
     """The stream of one sequence at each layer, and the position counted from the first."""
-    num_positions, position = stream.shape[2], position.astype(jnp.int32)
+    num_positions, position = stream.shape[2], jnp.asarray(position).astype(jnp.int32)
     inside = (position >= -num_positions) & (position < num_positions)
     # What is indexed beyond the end is the last, which nobody asked for.
     inputs = stream[:, sequence] * jnp.where(inside, 1, jnp.nan).astype(stream.dtype)
