@@ -5,7 +5,7 @@ Start with these ten; `help(flatjax.relative_flatness)`, and so on, has their fo
 * `relative_flatness`: κ of a linear head, exact, for any loss of the logits. Larger is sharper.
 * `cross_entropy_and_flatness`: the loss and κ in one pass, to train with, for heads of any size.
 * `layer_relative_flatness`: κ of any layer of any network, exact or with its standard error.
-* `flatness_profile`: κ of all layers, on a whole data set.
+* `flatness_profile` and `gauss_newton_profile`: κ, or κ^GN for one gradient, of all layers, on a whole data set.
 * `neural_collapse`: NC1 to NC4, CDNV and NCC of a set of features and the head on it. 0 is collapsed.
 * `collapse_report`: the same of a stream of batches, by the moments that `ClassMoments` gathers.
 * `flat_reg` and `collapse_reg`: the gradient of κ, or of a measure of collapse, in any optax chain.
@@ -46,6 +46,9 @@ from flatjax.flatness.relative import row_block_traces as row_block_traces
 from flatjax.flatness.relative import simplified_relative_flatness as simplified_relative_flatness
 from flatjax.flatness.robustness import feature_robustness as feature_robustness
 from flatjax.layers.flatness import layer_relative_flatness as layer_relative_flatness
+from flatjax.layers.gauss_newton import TiledLogits as TiledLogits
+from flatjax.layers.gauss_newton import gauss_newton_flatness as gauss_newton_flatness
+from flatjax.layers.gauss_newton import gauss_newton_profile as gauss_newton_profile
 from flatjax.layers.kernels import Layer as Layer
 from flatjax.layers.profile import flatness_profile as flatness_profile
 from flatjax.layers.sampled import sampled_flatness as sampled_flatness

@@ -56,24 +56,38 @@ def counted(batch: Any, count: Callable[..., Any] | None = None) -> Any:
             "a batch holds no array with an axis of samples: give a count, the function of a batch that says how many "
             "of its samples count"
         )
-    are_integers = [jnp.issubdtype(_dtype(leaf), jnp.integer) for leaf in arrays]
-    if not any(are_integers):
-        return float(jnp.shape(arrays[0])[0])
-    place = len(arrays) - 1 - are_integers[::-1].index(True)
-    labels = arrays[place]
-    same_shape = [leaf for leaf in arrays[place + 1 :] if jnp.shape(leaf) == jnp.shape(labels)]
-    return _total(labels, *same_shape[:1])
+    found = _labels_and_weights(arrays)
+    return _total(*found) if found else float(jnp.shape(arrays[0])[0])
+
+
+def sample_weights(batch: Any, shape: tuple[int, ...]) -> Array | None:
+    """The weights of samples of a shape that a batch shows, by the rule of `num_samples`; None if it shows none."""
+    found = _labels_and_weights([leaf for leaf in jax.tree.leaves(batch) if jnp.ndim(leaf) and not holds_keys(leaf)])
+    return _weights(*found) if found and jnp.shape(found[0]) == shape else None
+
+
+def _labels_and_weights(arrays: list[Any]) -> list[Any]:
+    """The labels of a batch, and the weights after them if there are any; nothing if there are no labels."""
+    places = [place for place, leaf in enumerate(arrays) if jnp.issubdtype(_dtype(leaf), jnp.integer)]
+    if not places:
+        return []
+    labels = arrays[places[-1]]
+    same_shape = [leaf for leaf in arrays[places[-1] + 1 :] if jnp.shape(leaf) == jnp.shape(labels)]
+    return [labels, *same_shape[:1]]
 
 
 @jax.jit
 @metric
 def _total(labels: Shaped[ArrayLike, "..."], weights: Shaped[ArrayLike, "..."] | None = None) -> Float[Array, ""]:
+    return jnp.sum(_weights(labels, weights))
+
+
+def _weights(labels: Shaped[ArrayLike, "..."], weights: Shaped[ArrayLike, "..."] | None = None) -> Float[Array, "..."]:
     counts = widened(jnp.asarray(labels)) != IGNORED_LABEL
     if weights is None:
-        return jnp.sum(counts, dtype=jnp.int32).astype(jnp.float32)
+        return counts.astype(jnp.float32)
     weights = jnp.asarray(weights)
-    wide = weights.astype(computing_dtype(weights))
-    return jnp.sum(jnp.where(counts, wide, 0))
+    return jnp.where(counts, weights.astype(computing_dtype(weights)), 0)
 
 
 def _dtype(leaf: Any) -> Any:

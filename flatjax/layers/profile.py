@@ -14,8 +14,8 @@ from flatjax.core.arrays import a_key
 from flatjax.core.trees import Tree, leaves_by_path
 from flatjax.curvature.counts import num_samples
 from flatjax.curvature.estimate import Estimate, exactly
-from flatjax.layers.kernels import Layer, find_layers, paths_of
-from flatjax.layers.reading.feature_axes import as_call, readable_kernels
+from flatjax.layers.kernels import Layer, paths_of
+from flatjax.layers.reading.named import named_layers, read_layers
 from flatjax.layers.reading.program import Program
 from flatjax.layers.record import FlatnessProfile
 from flatjax.layers.routes import Draws, Prober, plan_routes
@@ -123,8 +123,6 @@ def flatness_profile(
         )
     if relative_error is not None and not relative_error > 0:
         raise ValueError(f"relative_error is {relative_error}, wanted it above 0, or None for num_probes probes")
-    if isinstance(layers, str | Layer):
-        raise ValueError(f"layers is {layers!r}, wanted several, as [{layers!r}]")
     a_key(key)
     rest = iter(batches)
     first = next(rest, None)
@@ -132,13 +130,10 @@ def flatness_profile(
         raise ValueError("batches is empty, wanted at least one batch")
     if not isinstance(first, tuple):
         raise TypeError(f"a batch is a {type(first).__name__}, wanted a tuple of what loss_fn takes: batches=[(x, y)]")
-    named = list(find_layers(params)) if layers is None else list(layers)
-    if not named:
-        raise ValueError(_no_names(Program.of(loss_fn, params, first)))
-    paths = paths_of(params, named)
-    prober = Prober(loss_fn, params, first, named, num_probes // 2, key)
-    if not prober.layers:
-        raise ValueError("no kernel of params can be read:\n" + "\n".join(prober.unread.values()))
+    program = Program.of(loss_fn, params, first)
+    named = named_layers(program, params, layers)
+    read, unread = read_layers(program, named)
+    prober = Prober(loss_fn, params, first, program, read, num_probes // 2, key)
     most = max_probes // prober.block * prober.block
     # The errors of batches are independent: that of one may be larger than that of their mean.
     error = (relative_error or _USUAL_ERROR) * math.sqrt(len(batches) if isinstance(batches, Sized) else 1)
@@ -147,7 +142,7 @@ def flatness_profile(
         return _Tally(is_exact=False).needed(1.0, samples, error)
 
     plan, samples = plan_routes(prober, first, needed_first, most, route, to_the_end=relative_error is not None)
-    tallies = {layer: _Tally(layer in plan.exact) for layer in prober.layers}
+    tallies = {layer: _Tally(layer in plan.exact) for layer in read}
     profile = FlatnessProfile()
     for batch in itertools.chain([first], rest):
         size = num_samples(batch, count)
@@ -162,7 +157,7 @@ def flatness_profile(
         for layer, values in samples.items():
             tallies[layer].add(size, values)
         samples = {}
-        profile = _profile(params, paths, {layer.path: layer for layer in prober.layers}, tallies, prober.unread)
+        profile = _profile(params, paths_of(params, named), {layer.path: layer for layer in read}, tallies, unread)
         if report is not None:
             report(profile)
     if not profile:
@@ -187,14 +182,6 @@ def _profile(
             names = layers[path].names(jnp.shape(leaves[path]))
             estimates |= dict(zip(names, tallies[layers[path]].estimates(), strict=True))
     return FlatnessProfile(estimates.items(), unread)
-
-
-def _no_names(program: Program) -> str:
-    given = ", ".join(map(as_call, readable_kernels(program))) or "Layer(path, feature_axes=...)"
-    return (
-        "params has no layers that are found by their names: none of its leaves is called 'kernel' or 'embedding'. "
-        f"Give layers=[{given}], with flatjax.Layer"
-    )
 
 
 _USUAL_ERROR = 0.1

@@ -16,7 +16,6 @@ from jaxtyping import Array, Bool, Float, Key
 from flatjax.core.trees import Tree
 from flatjax.layers.curvature import LayerCurvature, joint_probes
 from flatjax.layers.kernels import Layer
-from flatjax.layers.reading.feature_axes import MisreadKernelError, read_layer
 from flatjax.layers.reading.outputs import LayerOutputs, layer_outputs, try_layer_outputs
 from flatjax.layers.reading.program import Program
 
@@ -99,30 +98,20 @@ def _cheaper_route(
 class Prober:
     """Draws of κ, in blocks of the same size, so that each group of layers is compiled once."""
 
-    layers: list[Layer]
-    """The layers that the loss uses as they are read, stacks among them."""
-    unread: dict[str, str]
-    """Why each of the others is not measured, by path."""
-
     def __init__(
         self,
         loss_fn: Callable[..., Any],
         params: Tree,
         batch: tuple[Any, ...],
-        layers: Sequence[str | Layer],
+        program: Program,
+        layers: Sequence[Layer],
         block: int,
         key: Key[Array, ""],
     ):
         self.loss_fn, self.params, self.block, self.key = loss_fn, params, block, key
         self.num_blocks = collections.Counter[Group]()
         self.first_batch = batch
-        program = Program.of(loss_fn, params, batch)
-        self.layers, self.unread = [], {}
-        for layer in layers:
-            try:
-                self.layers.append(read_layer(program, layer))
-            except MisreadKernelError as error:
-                self.unread[layer if isinstance(layer, str) else layer.path] = str(error)
+        self.layers = list(layers)
         self.costs = {
             layer: _exact_costs(LayerCurvature(loss_fn, params, batch, layer), try_layer_outputs(program, layer))
             for layer in self.layers

@@ -14,6 +14,7 @@ from flatjax.core.trees import Tree, leaves_by_path, with_leaves
 from flatjax.curvature.vectors import random_signs
 from flatjax.layers.kernels import Layer, paths_of
 from flatjax.layers.reading.feature_axes import read_layer
+from flatjax.layers.reading.named import check_list
 from flatjax.layers.reading.program import Program
 
 
@@ -74,8 +75,7 @@ def sampled_flatness(
         Hutchinson: *A Stochastic Estimator of the Trace of the Influence Matrix for Laplacian Smoothing Splines*, 1990.
     """
     a_key(key)
-    if isinstance(layers, str | Layer) or not layers:
-        raise ValueError(f"layers is {layers!r}, wanted a list of at least one layer, as ['hidden/kernel']")
+    check_list(layers)
     paths_of(params, layers)
     return _sampled(loss_fn, params, batch, key, layers=tuple(layers))
 

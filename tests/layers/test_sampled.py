@@ -87,8 +87,8 @@ def test_it_follows_what_a_layer_says_of_its_axes():
 @pytest.mark.parametrize(
     ("error", "message", "layers", "key"),
     [
-        (ValueError, "wanted a list of at least one layer", [], jax.random.key(0)),
-        (ValueError, "wanted a list of at least one layer", "layer0/kernel", jax.random.key(0)),
+        (ValueError, "layers is empty, wanted at least one", [], jax.random.key(0)),
+        (ValueError, "wanted several", "layer0/kernel", jax.random.key(0)),
         (ValueError, "names a leaf twice", ["layer0/kernel", Layer("layer0/kernel", (0,))], jax.random.key(0)),
         (ValueError, "no leaf at 'layer9/kernel'", ["layer9/kernel"], jax.random.key(0)),
         (TypeError, r"key is .*, wanted one key: jax\.random\.key", ["layer0/kernel"], 0),
