@@ -15,15 +15,17 @@ from flatjax.collapse.inverses import Rows, inverse_of_gram, pseudo_inverse
 from . import oracle
 from .cases import METRICS, Case, measure
 
-SHAPES = {"as many": (5, 4), "fewer classes": (4, 9), "more classes": (16, 4), "two": (2, 3), "one feature": (3, 1)}
+SHAPES = {"as many": (5, 4), "fewer classes": (4, 9), "more classes": (16, 4), "two": (2, 3), "one feature": (4, 1)}
+# Of these shapes other tests have as many samples.
+SAMPLES = {"as many": 30, "fewer classes": 24, "more classes": 192, "two": 24, "one feature": 24}
 DISTANCES = (1.0, 1e3, 1e6, 1e9)
 
 
 def far_case(shape, distance, *, direction="all", classes=(1,), seed=0, dtype="float32"):
-    """Classes of 12 samples of width 0.05 about means of order 1, and some moved far off."""
+    """Classes of 6 or 12 samples of width 0.05 about means of order 1, and some moved far off."""
     num_classes, num_features = SHAPES[shape]
     rng = np.random.default_rng(seed)
-    labels = rng.permutation(np.repeat(np.arange(num_classes), 12))
+    labels = rng.permutation(np.repeat(np.arange(num_classes), SAMPLES[shape] // num_classes))
     means = rng.normal(size=(num_classes, num_features))
     feats = means[labels] + 0.05 * rng.normal(size=(len(labels), num_features))
     for number, label in enumerate(classes):
