@@ -259,7 +259,8 @@ def _contrasts(
     before = sums - _taken(sums[firsts], levels)
     total = jax.ops.segment_sum(weighted, levels, num_levels)
 
-    count, of_level = before[:, 0], total[:, 0]
+    # Masses have no derivative, and the root of 0 must have none.
+    count, of_level = jax.lax.stop_gradient((before[:, 0], total[:, 0]))
     distances = offsets - before[:, 1:] / jnp.where(count == 0, 1, count)[:, None]
     weights = jnp.sqrt(count * masses / jnp.where(masses == 0, 1, count + masses))
     is_empty = of_level == 0

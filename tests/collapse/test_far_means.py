@@ -16,8 +16,8 @@ from . import oracle
 from .cases import METRICS, Case, measure
 
 SHAPES = {"as many": (5, 4), "fewer classes": (4, 9), "more classes": (16, 4), "two": (2, 3), "one feature": (4, 1)}
-# Of these shapes other tests have as many samples.
-SAMPLES = {"as many": 30, "fewer classes": 24, "more classes": 192, "two": 24, "one feature": 24}
+# Other tests have as many of the same shapes.
+SAMPLES = {"as many": 60, "fewer classes": 24, "more classes": 192, "two": 24, "one feature": 24}
 DISTANCES = (1.0, 1e3, 1e6, 1e9)
 
 
