@@ -4,6 +4,7 @@ Of classes with enough samples, centred, in a unit of their own.
 """
 
 import dataclasses
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from flatjax.core.sharding import axis_names, sum_over_devices
 from flatjax.core.units import unit_near
 from flatjax.heads import HeadParams, LinearHead, linear_head
 
+T = TypeVar("T")
 AxisName = str | tuple[str, ...] | None
 """Names of axes of a `jax.shard_map`, along which the classes are split."""
 
@@ -63,13 +65,13 @@ class ClassMeans:
     def only_kept(self, rows: Float[Array, "C m"]) -> Float[Array, "C m"]:
         return jnp.where(self.kept[:, None], rows, 0)
 
-    def defined(self, value: Float[Array, ""], *heads: LinearHead) -> Float[Array, ""]:
-        """The value, or NaN where there are no two classes, samples were bad, or a head is not finite."""
+    def defined(self, values: T, *heads: LinearHead) -> T:
+        """The values, or NaN where there are no two classes, samples were bad, or a head is not finite."""
         defined = (self.num_kept >= 2) & ~jnp.isnan(self.unit)
         for head in heads:
             num_bad = self.total(jnp.atleast_1d((~head.is_finite).astype(jnp.int32)))
             defined &= num_bad == 0
-        return jnp.where(defined, value, jnp.nan)
+        return jax.tree.map(lambda value: jnp.where(defined, value, jnp.nan), values)
 
 
 def class_means(moments: ClassMoments, *, min_count: int = 2, ddof: int = 0, axis_name: AxisName = None) -> ClassMeans:

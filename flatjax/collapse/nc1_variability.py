@@ -245,28 +245,28 @@ def _contrasts(
     order = jnp.lexsort((groups.sizes, levels))
     means, sizes, masses = (x[order] for x in groups)
     levels = levels[order]
-    firsts = jnp.searchsorted(levels, jnp.arange(num_levels, dtype=levels.dtype)).clip(max=len(levels) - 1)
-
-    def before(x: Array) -> Array:
-        """Sums over what comes before each in its level."""
-        sums = jnp.cumsum(x, axis=0) - x
-        return sums - _taken(sums[firsts], levels)
+    # Counted, which is a smaller program than a search, for the few levels that there are.
+    of_each = jnp.arange(num_levels, dtype=levels.dtype)[:, None]
+    firsts = jnp.sum(levels[None, :] < of_each, axis=1, dtype=jnp.int32).clip(max=len(levels) - 1)
+    lasts = jnp.sum(levels[None, :] <= of_each, axis=1, dtype=jnp.int32) - 1
 
     # From the first of a level: what is rounded then is of the size of the differences.
     origins = means[firsts]
     offsets = jnp.where((masses == 0)[:, None], 0, means - _taken(origins, levels))
-    count = before(masses)
-    distances = offsets - before(masses[:, None] * offsets) / jnp.where(count == 0, 1, count)[:, None]
+    # Masses, and the sums of offsets, over what comes before each in its level, and over all of a level.
+    weighted = jnp.concatenate([masses[:, None], masses[:, None] * offsets], axis=1)
+    sums = jnp.cumsum(weighted, axis=0) - weighted
+    before = sums - _taken(sums[firsts], levels)
+    total = jax.ops.segment_sum(weighted, levels, num_levels)
+
+    # Masses have no derivative, and the root of 0 must have none.
+    count, of_level = jax.lax.stop_gradient((before[:, 0], total[:, 0]))
+    distances = offsets - before[:, 1:] / jnp.where(count == 0, 1, count)[:, None]
     weights = jnp.sqrt(count * masses / jnp.where(masses == 0, 1, count + masses))
-
-    def total(x: Array) -> Array:
-        return jax.ops.segment_sum(x, levels, num_levels)
-
-    of_level = total(masses)
     is_empty = of_level == 0
-    joint = total(masses[:, None] * offsets) / jnp.where(is_empty, 1, of_level)[:, None]
+    joint = total[:, 1:] / jnp.where(is_empty, 1, of_level)[:, None]
     joint = jnp.where(is_empty[:, None], 0, origins + joint)
-    largest = jnp.where(is_empty, 0, jax.ops.segment_max(sizes, levels, num_levels))
+    largest = jnp.where(is_empty, 0, sizes[lasts])
     return (weights[:, None] * distances, sizes), _Groups(joint, largest, of_level)
 
 

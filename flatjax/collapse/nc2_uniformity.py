@@ -67,7 +67,7 @@ def gnc2(
         Liu et al.: *Generalizing and Decoupling Neural Collapse via Hyperspherical Uniformity Gap*, 2023.
     """
     classes, rows, heads = rows_to_measure(moments, params, min_count, axis_name)
-    return Uniformity(*(classes.defined(x, *heads) for x in log_distances(rows, classes, tile_size)))
+    return classes.defined(log_distances(rows, classes, tile_size), *heads)
 
 
 _ROUNDINGS = 16

@@ -149,7 +149,7 @@ def neural_collapse(
         **of_classifier(head, classes),
     }
     return NeuralCollapse(
-        **{name: classes.defined(value, head) for name, value in metrics.items()},
+        **classes.defined(metrics, head),
         **class_counts(moments, classes),
         num_directions=num_directions,
     )

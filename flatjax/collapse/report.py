@@ -128,7 +128,7 @@ def collapse_report(
     return CollapseReport(
         nc1=None if within is None else classes.defined(within),
         num_directions=num_directions,
-        **{name: classes.defined(value, *heads) for name, value in metrics.items()},
+        **classes.defined(metrics, *heads),
         **class_counts(moments, classes),
     )
 

@@ -1,7 +1,7 @@
 """Labelled features and heads to measure, and how two measurements are compared.
 
-Nearly all cases are of the two shapes `MANY_CLASSES` and `FEW_CLASSES`: compiling takes most of the time of a test, and
-every shape is compiled anew.
+Nearly all cases are of the shapes below, and most of `MANY_CLASSES` and `FEW_CLASSES`: compiling takes most of the time
+of a test, and every shape is compiled anew.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -21,9 +21,10 @@ COUNTS = ("num_classes_kept", "num_classes_empty", "num_classes_single")
 # Samples of each class, and features.
 MANY_CLASSES = (5, 4, 6, 5, 4, 6), 4
 FEW_CLASSES = (6, 5, 7, 6), 9
+FILLED = (6, 4, 6, 7, 7), 4  # one class more than features
+TWO_CLASSES = (13, 11), 3
+ONE_FEATURE = (6, 5, 7, 6), 1
 SHAPES = {"more classes than features": MANY_CLASSES, "fewer classes than features": FEW_CLASSES}
-
-jitted = jax.jit(neural_collapse, static_argnames="num_classes")
 
 
 class Case(NamedTuple):
@@ -76,7 +77,7 @@ def simplex(num_classes: int, num_features: int) -> np.ndarray:
 
 
 def measure(case: Case) -> NeuralCollapse:
-    return jitted(case.params, case.feats, case.labels, num_classes=len(case.bias), weights=case.weights)
+    return neural_collapse(case.params, case.feats, case.labels, num_classes=len(case.bias), weights=case.weights)
 
 
 def expected(case: Case) -> Mapping[str, float]:

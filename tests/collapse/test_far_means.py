@@ -1,5 +1,7 @@
 """A class mean very much further than the others costs the others no digit, or what it costs is NaN: never collapse."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,21 +10,22 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from flatjax import ClassMoments, collapse_report
-from flatjax.collapse import nc1
 from flatjax.collapse.inverses import Rows, inverse_of_gram, pseudo_inverse
 
 from . import oracle
-from .cases import METRICS, Case, jitted
+from .cases import METRICS, Case, measure
 
-SHAPES = {"as many": (5, 4), "fewer classes": (4, 9), "more classes": (16, 4), "two": (2, 3), "one feature": (3, 1)}
+SHAPES = {"as many": (5, 4), "fewer classes": (4, 9), "more classes": (16, 4), "two": (2, 3), "one feature": (4, 1)}
+# Other tests have as many of the same shapes.
+SAMPLES = {"as many": 60, "fewer classes": 24, "more classes": 192, "two": 24, "one feature": 24}
 DISTANCES = (1.0, 1e3, 1e6, 1e9)
 
 
 def far_case(shape, distance, *, direction="all", classes=(1,), seed=0, dtype="float32"):
-    """Classes of 12 samples of width 0.05 about means of order 1, and some moved far off."""
+    """Classes of 6 or 12 samples of width 0.05 about means of order 1, and some moved far off."""
     num_classes, num_features = SHAPES[shape]
     rng = np.random.default_rng(seed)
-    labels = rng.permutation(np.repeat(np.arange(num_classes), 12))
+    labels = rng.permutation(np.repeat(np.arange(num_classes), SAMPLES[shape] // num_classes))
     means = rng.normal(size=(num_classes, num_features))
     feats = means[labels] + 0.05 * rng.normal(size=(len(labels), num_features))
     for number, label in enumerate(classes):
@@ -44,11 +47,6 @@ def by_definition(case):
     return {"nc1": nc1_by_definition(case), "cdnv": oracle.cdnv(means, variances)}
 
 
-def measured(case):
-    params = {"kernel": case.kernel, "bias": case.bias}
-    return jitted(params, case.feats, case.labels, num_classes=len(case.bias), weights=case.weights)
-
-
 def moments_in_batches(case):
     moments = ClassMoments.init(len(case.bias), case.feats.shape[1], covariance=True)
     for part in range(3):
@@ -62,7 +60,7 @@ def moments_in_batches(case):
 def test_one_mean_far_off_changes_variability_as_float64_says(shape, distance, direction):
     for far in range(min(3, SHAPES[shape][0])):
         case = far_case(shape, distance, direction=direction, classes=(far,), seed=far)
-        want, got = by_definition(case), measured(case)
+        want, got = by_definition(case), measure(case)
         np.testing.assert_allclose([got.nc1, got.cdnv], [want["nc1"], want["cdnv"]], rtol=3e-5)
         assert got.num_directions == min(SHAPES[shape][0] - 1, SHAPES[shape][1])
 
@@ -82,7 +80,7 @@ def test_one_mean_far_off_changes_a_stream_as_float64_says(shape, distance):
 def test_two_means_far_off_in_different_directions_are_one_more(distance):
     for shape in ("fewer classes", "more classes"):
         case = far_case(shape, distance, classes=(0, 2))
-        want, got = by_definition(case), measured(case)
+        want, got = by_definition(case), measure(case)
         np.testing.assert_allclose([got.nc1, got.cdnv], [want["nc1"], want["cdnv"]], rtol=1e-3)
 
 
@@ -96,7 +94,7 @@ def test_half_of_the_means_far_off_in_one_place_are_right_or_nan_but_never_colla
         moved = case.feats + np.where((case.labels < num_classes // 2)[:, None], shift, 0)
         case = case._replace(feats=moved.astype("float32"))
         want = nc1_by_definition(case)
-        for got in (measured(case).nc1, nc1(moments_in_batches(case))):
+        for got in (measure(case).nc1, collapse_report(moments_in_batches(case)).nc1):
             assert np.isnan(got) or abs(float(got) / want - 1) < 0.2, (seed, got, want)
 
 
@@ -104,7 +102,7 @@ def test_half_of_the_means_far_off_in_one_place_are_right_or_nan_but_never_colla
 def test_nc2_nc3_and_nc4_with_one_mean_far_off_are_those_of_float64(distance):
     case = far_case("fewer classes", distance)
     want = oracle.neural_collapse(*case)
-    got = measured(case)
+    got = measure(case)
     for name in sorted(set(METRICS) - {"nc1"}):
         np.testing.assert_allclose(getattr(got, name), want[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
@@ -119,24 +117,30 @@ def test_directions_that_rounding_makes_one_have_no_uniformity():
     np.testing.assert_allclose(report.gnc2_mean_means, want, rtol=1e-4)
 
 
+@functools.cache
+def report_of_split(check_vma):
+    mesh = jax.make_mesh((8,), ("classes",), axis_types=(AxisType.Auto,))
+    specs = ClassMoments(P("classes"), P("classes"), P("classes"), P("classes"), P(), P())
+    report = functools.partial(collapse_report, axis_name="classes")
+    return jax.jit(jax.shard_map(report, mesh=mesh, in_specs=(specs,), out_specs=P(), check_vma=check_vma))
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("distance", [1.0, 1e6, 1e9])
 def test_classes_split_among_devices_have_what_one_device_has(distance, check_vma):
-    case = far_case("more classes", distance, classes=(5,))
-    whole = moments_in_batches(case)
-    mesh = jax.make_mesh((8,), ("classes",), axis_types=(AxisType.Auto,))
-    specs = ClassMoments(P("classes"), P("classes"), P("classes"), P("classes"), P(), P())
-
-    def report(moments):
-        return collapse_report(moments, axis_name="classes")
-
-    split = jax.jit(jax.shard_map(report, mesh=mesh, in_specs=(specs,), out_specs=P(), check_vma=check_vma))(whole)
-    want = collapse_report(whole)
+    whole = moments_in_batches(far_case("more classes", distance, classes=(5,)))
+    split, want = report_of_split(check_vma)(whole), collapse_report(whole)
     for name in ("nc1", "cdnv", "nc2_equinorm_means", "nc2_etf_error", "num_directions"):
         np.testing.assert_allclose(getattr(split, name), getattr(want, name), rtol=1e-3, err_msg=name)
 
 
 # Pseudo-inverses.
+
+
+@jax.jit
+def both_inverses(X):
+    rows = Rows.of(X)
+    return pseudo_inverse(rows), inverse_of_gram((), rows)
 
 
 def graded_rows(k, m, rank, seed=0):
@@ -149,14 +153,14 @@ def graded_rows(k, m, rank, seed=0):
 @pytest.mark.parametrize(("k", "m", "rank"), [(4, 9, 4), (4, 9, 3), (6, 6, 6), (9, 4, 4), (9, 4, 3), (40, 4, 4)])
 def test_pseudo_inverses_of_rows_of_very_different_sizes_are_those_of_float64(k, m, rank):
     X = graded_rows(k, m, rank).astype(np.float32)
-    got, want = pseudo_inverse(Rows.of(jnp.asarray(X))), np.linalg.pinv(X.astype(float), rcond=1e-15)
+    (got, of_gram), want = both_inverses(X), np.linalg.pinv(X.astype(float), rcond=1e-15)
     assert (got.rank, got.known) == (rank, 1)
     # Each column of X⁺ in a unit of its own. Its rows are not: where those of X have no digit, neither has it.
     units = np.linalg.norm(want, axis=0)[None, :]
     np.testing.assert_allclose(np.asarray(got.matrix, float) / units, want / units, atol=1e-4)
     # Of (XᵀX)⁺ each entry against those of the diagonal, but for features that no row has.
     has = np.any(X != 0, axis=0)
-    of_gram = np.asarray(inverse_of_gram((), Rows.of(jnp.asarray(X))).matrix, float)
+    of_gram = np.asarray(of_gram.matrix, float)
     units, want = np.linalg.norm(want, axis=1)[has], want @ want.T
     units = np.outer(units, units)
     np.testing.assert_allclose(of_gram[np.ix_(has, has)] / units, want[np.ix_(has, has)] / units, atol=1e-3)
@@ -168,15 +172,14 @@ def test_their_derivatives_are_those_of_finite_differences(k, m, rank):
     left, right = rng.normal(size=(k, rank)), rng.normal(size=(rank, m))
     d_left, d_right = rng.normal(size=(k, rank)), rng.normal(size=(rank, m))
 
-    def rows(t):  # of one rank all along
-        return Rows.of(jnp.asarray(left + t * d_left) @ jnp.asarray(right + t * d_right))
+    @jax.jit
+    def inverses(t):
+        X = (left + t * d_left) @ (right + t * d_right)  # of one rank all along
+        return [inverse.matrix for inverse in both_inverses(X)]
 
-    def check(inverse):
-        _, slope = jax.jvp(lambda t: inverse(rows(t)).matrix, (0.0,), (1.0,))
-        want = (inverse(rows(1e-6)).matrix - inverse(rows(-1e-6)).matrix) / 2e-6
+    slopes = jax.jit(lambda t: jax.jvp(inverses, (t,), (1.0,))[1])(0.0)
+    backwards = jax.jit(jax.jacrev(lambda t: jnp.stack([jnp.sum(x**2) for x in inverses(t)])))(0.0)
+    for at, after, before, slope, back in zip(*map(inverses, (0.0, 1e-6, -1e-6)), slopes, backwards, strict=True):
+        want = (after - before) / 2e-6
         np.testing.assert_allclose(slope, want, rtol=1e-6, atol=1e-7 * np.max(np.abs(want)))
-        back = jax.grad(lambda t: jnp.sum(inverse(rows(t)).matrix ** 2))(0.0)
-        np.testing.assert_allclose(back, 2 * np.sum(inverse(rows(0.0)).matrix * slope), rtol=1e-9)
-
-    check(pseudo_inverse)
-    check(lambda rows: inverse_of_gram((), rows))
+        np.testing.assert_allclose(back, 2 * np.sum(at * slope), rtol=1e-9)

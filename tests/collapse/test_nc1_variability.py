@@ -8,11 +8,21 @@ import pytest
 
 from flatjax.collapse import cdnv, ncc
 
-from .cases import FEW_CLASSES, MANY_CLASSES, SHAPES, Case, assert_close, expected, measure, moments_of, random_case
+from .cases import (
+    FEW_CLASSES,
+    MANY_CLASSES,
+    SHAPES,
+    TWO_CLASSES,
+    Case,
+    assert_close,
+    expected,
+    measure,
+    moments_of,
+    random_case,
+)
 
 VARIABILITY = ("nc1", "cdnv", "ncc")
 OF_MEANS = ("nc2_equinorm_means", "nc2_equiangularity_means", "nc2_cosine_std_means", "nc2_etf_error", "nc3", "nc4")
-TWO_CLASSES = (7, 6), 3
 EPS = float(np.finfo("float32").eps)
 
 

@@ -6,7 +6,19 @@ import pytest
 
 from flatjax.collapse import etf_error
 
-from .cases import FEW_CLASSES, MANY_CLASSES, METRICS, assert_close, collapsed_case, measure, moments_of, simplex
+from .cases import (
+    FEW_CLASSES,
+    FILLED,
+    MANY_CLASSES,
+    METRICS,
+    ONE_FEATURE,
+    TWO_CLASSES,
+    assert_close,
+    collapsed_case,
+    measure,
+    moments_of,
+    simplex,
+)
 
 ZERO = dict.fromkeys(METRICS, 0.0)
 # Squares, which are rounded to ε².
@@ -16,7 +28,7 @@ SQUARED = ("nc1", "nc3", "cdnv", "ncc")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3], ids=str)
 @pytest.mark.parametrize(
-    ("counts", "num_features"), [((7, 6), 3), ((6, 4, 5, 7, 6), 4), FEW_CLASSES], ids=["C < m", "C = m + 1", "C = 2"]
+    ("counts", "num_features"), [FEW_CLASSES, FILLED, TWO_CLASSES], ids=["C < m", "C = m + 1", "C = 2"]
 )
 def test_every_metric_of_a_simplex_frame_that_is_its_own_classifier_is_zero(counts, num_features, scale, dtype):
     case = collapsed_case(simplex(len(counts), num_features), counts)
@@ -78,7 +90,7 @@ def test_the_etf_floor_is_that_of_the_classes_with_samples(counts, num_features,
 
 def test_with_one_feature_any_means_are_at_the_etf_floor():
     # The Gram matrix has one direction, of which all are as far from a simplex.
-    actual = measure(collapsed_case(np.random.default_rng(0).normal(size=(4, 1)), (6, 5, 7, 8)))
+    actual = measure(collapsed_case(np.random.default_rng(0).normal(size=(4, 1)), ONE_FEATURE[0]))
     assert float(actual.nc2_etf_floor) == pytest.approx(np.sqrt(2 - 2 * np.sqrt(1 / 3)), rel=1e-14)
     assert float(actual.nc2_etf_error) == pytest.approx(float(actual.nc2_etf_floor), rel=1e-14)
 

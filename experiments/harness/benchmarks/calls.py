@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import flatjax
 from flatjax import collapse, representations
@@ -35,15 +36,15 @@ def public_calls(*, num_samples: int, num_features: int, num_classes: int) -> di
 
     Functions of a whole network are given one of a hidden layer and a head.
     """
-    keys, f32 = jax.random.split(jax.random.key(0), 5), jnp.float32
-    hidden = jax.random.normal(keys[0], (num_features, num_features), f32) / num_features**0.5
-    kernel = jax.random.normal(keys[1], (num_features, num_classes), f32)
-    feats = jax.random.normal(keys[2], (num_samples, num_features), f32)
+    rng, f32, (key, other_key) = np.random.default_rng(0), jnp.float32, jax.random.split(jax.random.key(0))
+    hidden = jnp.asarray(rng.normal(size=(num_features, num_features)) / num_features**0.5, f32)
+    kernel = jnp.asarray(rng.normal(size=(num_features, num_classes)), f32)
+    feats = jnp.asarray(rng.normal(size=(num_samples, num_features)), f32)
     labels = jnp.arange(num_samples) % num_classes
     head, net = {"kernel": kernel, "bias": jnp.zeros(num_classes, f32)}, {"hidden": {"kernel": hidden}}
     net["head"] = {"kernel": kernel}
     moments = flatjax.ClassMoments.init(num_classes, num_features, covariance=True).update(feats, labels)
-    weights, key = jnp.ones(num_samples, f32), keys[3]
+    weights = jnp.ones(num_samples, f32)
     batch = head, feats, labels, weights
     calls = {
         "check_inputs": Call(flatjax.check_inputs, batch, can_be_jitted=False),
@@ -61,7 +62,7 @@ def public_calls(*, num_samples: int, num_features: int, num_classes: int) -> di
     }
     calls |= _of_moments(moments, head, feats, labels, weights, key)
     calls |= _of_networks(net, feats, labels, key)
-    return calls | _of_streams(hidden, feats, moments, keys[4])
+    return calls | _of_streams(hidden, feats, moments, other_key)
 
 
 def _of_moments(moments: Any, head: Any, feats: Any, labels: Any, weights: Any, key: Any) -> dict[str, Call]:
