@@ -189,5 +189,5 @@ def _flatness(
                 f"key=jax.random.key(seed), or, for the exact value, {exactly_by}"
             )
         return otherwise()
-    are_apart = curvature.rows_are_apart(outputs)
-    return jax.lax.cond(are_apart, lambda: exactly(shaped(curvature.by_rows(outputs))), otherwise)
+    are_apart, kappas = curvature.by_rows(outputs)
+    return jax.lax.cond(are_apart, lambda: exactly(shaped(kappas)), otherwise)

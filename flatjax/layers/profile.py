@@ -148,7 +148,10 @@ def flatness_profile(
 
     plan, samples = plan_routes(prober, first, needed_first, most, route, to_the_end=relative_error is not None)
     tallies = {layer: _Tally(layer in plan.exact) for layer in prober.layers}
-    profile = FlatnessProfile()
+
+    def known() -> FlatnessProfile:
+        return _profile(params, paths, {layer.path: layer for layer in prober.layers}, tallies, prober.unread)
+
     for batch in itertools.chain([first], rest):
         size = num_samples(batch, count)
         if size == 0:
@@ -162,12 +165,11 @@ def flatness_profile(
         for layer, values in samples.items():
             tallies[layer].add(size, values)
         samples = {}
-        profile = _profile(params, paths, {layer.path: layer for layer in prober.layers}, tallies, prober.unread)
         if report is not None:
-            report(profile)
-    if not profile:
+            report(known())
+    if not any(tally.batches for tally in tallies.values()):
         raise ValueError("count is 0 for every batch, wanted one of some samples at least")
-    return profile
+    return known()
 
 
 def _profile(
