@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
 from flatjax.core.sharding import gathered, placed_like
-from flatjax.core.trees import Tree
+from flatjax.core.trees import Tree, leaves_by_path
 from flatjax.curvature.jaxprs import with_convolutions_in_order
 from flatjax.curvature.products import Hessian
 from flatjax.curvature.vectors import random_signs
@@ -50,17 +50,21 @@ class LayerCurvature(NamedTuple):
         return self.kernel.dtype
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        return jnp.shape(leaves_by_path(self.params)[self.layer.path])
+
+    @property
     def num_layers(self) -> int:
         """How many layers a stack holds; 1 if it is none."""
-        return math.prod(self.layer.stack_shape(self.kernel.shape))
+        return math.prod(self.layer.stack_shape(self.shape))
 
     @property
     def num_features(self) -> int:
-        return self.layer.num_features(self.kernel.shape)
+        return self.layer.num_features(self.shape)
 
     @property
     def num_outputs(self) -> int:
-        return self.kernel.size // (self.num_layers * self.num_features)
+        return math.prod(self.shape) // (self.num_layers * self.num_features)
 
     @property
     def rank(self) -> int:

@@ -159,7 +159,7 @@ def _flatness(
 
     def shaped(of_layers: Float[Array, "*k l"]) -> Float[Array, "..."]:
         """Shapes values as a stack is, and to () for a single layer."""
-        stack = found.stack_shape(curvature.kernel.shape)
+        stack = found.stack_shape(curvature.shape)
         return of_layers.reshape(*of_layers.shape[:-1], *stack)
 
     def by_probes() -> Estimate:

@@ -52,7 +52,7 @@ def test_exact_kappa_of_a_layer_is_that_of_the_dense_hessian(name, layer):
 @pytest.mark.parametrize(
     ("name", "layer"),
     [("perceptron", "layer1/kernel"), ("convolutional", "conv/kernel"), ("attentive", "attention/value/kernel"),
-     ("attentive", "embed/embedding"), ("attentive", Layer("embed/embedding", (1,)))],
+     ("attentive", Layer("embed/embedding", (1,)))],
     ids=str,
 )  # fmt: skip
 def test_the_interval_of_95_percent_covers_kappa_in_90_to_99_percent_of_200_repetitions(name, layer):
