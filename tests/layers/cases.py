@@ -143,10 +143,11 @@ def convolutional_loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
     return cross_entropy(Convolutional().apply({"params": params}, x), y)
 
 
+@functools.cache
 def convolutional() -> Case:
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.normal(size=(4, 4, 4, 2)))
-    params = Convolutional().init(jax.random.key(0), x)["params"]
+    params = jax.jit(Convolutional().init)(jax.random.key(0), x)["params"]
     return Case(convolutional_loss, params, (x, jnp.asarray(rng.integers(0, 3, 4))))
 
 
@@ -164,7 +165,7 @@ class Attentive(nnx.Module):
         return self.embed.attend(x + nnx.tanh(self.up(x)))
 
 
-_GRAPH = nnx.graphdef(Attentive(nnx.Rngs(0)))
+_GRAPH, _PARAMS = nnx.split(Attentive(nnx.Rngs(0)), nnx.Param)
 
 
 def attentive_loss(params: Any, tokens: jax.Array, labels: jax.Array) -> jax.Array:
@@ -174,9 +175,8 @@ def attentive_loss(params: Any, tokens: jax.Array, labels: jax.Array) -> jax.Arr
 
 def attentive() -> Case:
     rng = np.random.default_rng(2)
-    params = nnx.state(Attentive(nnx.Rngs(0)), nnx.Param)
     tokens, labels = rng.integers(0, 5, (2, 3, 3))
-    return Case(attentive_loss, params, (jnp.asarray(tokens), jnp.asarray(labels)))
+    return Case(attentive_loss, _PARAMS, (jnp.asarray(tokens), jnp.asarray(labels)))
 
 
 def normalised_loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -39,7 +39,7 @@ def test_the_geometry_of_eigenvalues_one_over_i_is_known():
     variances = 1 / np.arange(1, 129)
     want = {
         "rankme": 107.048,
-        "rankme_of_variances": 46.952,
+        "rankme_of_variances": 46.9525,
         "participation_ratio": 18.0308,
         "alpha_req": 1,
         "alpha_req_r_squared": 1,
