@@ -241,12 +241,12 @@ def _check_paths(paths: tuple[str, ...] | None) -> None:
 
 def _like(params: Tree, paths: tuple[str, ...] | None) -> Tree:
     """The chosen leaves, at the precision of sums."""
+    return jax.tree.map(_widened, chosen_leaves(params, paths))
 
-    def widened(leaf: ArrayLike) -> jax.Array:
-        leaf = jnp.asarray(leaf)
-        return leaf.astype(computing_dtype(leaf))
 
-    return jax.tree.map(widened, chosen_leaves(params, paths))
+def _widened(leaf: ArrayLike) -> jax.Array:
+    leaf = jnp.asarray(leaf)
+    return leaf.astype(computing_dtype(leaf))
 
 
 def _with_chosen(params: Tree, chosen: Tree, paths: tuple[str, ...] | None) -> Tree:

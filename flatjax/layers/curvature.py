@@ -12,12 +12,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
 from flatjax.core.sharding import gathered, placed_like
-from flatjax.core.trees import Tree
+from flatjax.core.trees import Tree, leaves_by_path
 from flatjax.curvature.jaxprs import with_convolutions_in_order
 from flatjax.curvature.products import Hessian
 from flatjax.curvature.vectors import random_signs
 from flatjax.layers.kernels import Layer
 from flatjax.layers.reading.outputs import LayerOutputs
+
+
+class _OfOutputs(NamedTuple):
+    """What a loss makes of the outputs of one layer: its Hessian in them, times a shift of them; and the features."""
+
+    product: Callable[[Float[Array, "n d"]], Float[Array, "n d"]]
+    feats: Float[Array, "n m"]
 
 
 class LayerCurvature(NamedTuple):
@@ -43,17 +50,21 @@ class LayerCurvature(NamedTuple):
         return self.kernel.dtype
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        return jnp.shape(leaves_by_path(self.params)[self.layer.path])
+
+    @property
     def num_layers(self) -> int:
         """How many layers a stack holds; 1 if it is none."""
-        return math.prod(self.layer.stack_shape(self.kernel.shape))
+        return math.prod(self.layer.stack_shape(self.shape))
 
     @property
     def num_features(self) -> int:
-        return self.layer.num_features(self.kernel.shape)
+        return self.layer.num_features(self.shape)
 
     @property
     def num_outputs(self) -> int:
-        return self.kernel.size // (self.num_layers * self.num_features)
+        return math.prod(self.shape) // (self.num_layers * self.num_features)
 
     @property
     def rank(self) -> int:
@@ -103,29 +114,41 @@ class LayerCurvature(NamedTuple):
 
     def by_outputs(self, outputs: LayerOutputs) -> Float[Array, " l"]:
         """κ by rows, else by samples; it is NaN if samples interact."""
+        num_rows, nan = math.prod(outputs.rows), jnp.asarray(jnp.nan, self.dtype)
 
         def of_layer(index: Array | int) -> Float[Array, ""]:
-            def by_samples() -> Float[Array, ""]:
-                nan = jnp.asarray(jnp.nan, self.dtype)
-                are_apart = self._are_apart(outputs, outputs.rows[0], index)
-                return jax.lax.cond(are_apart, lambda: self._by_samples(outputs, index), lambda: nan)
+            of_outputs = self._of_outputs(outputs, index)
 
-            are_apart = self._are_apart(outputs, math.prod(outputs.rows), index)
-            return jax.lax.cond(are_apart, lambda: self._by_rows(outputs, index), by_samples)
+            def by_samples() -> Float[Array, ""]:
+                are_apart = self._are_apart(of_outputs, outputs.rows[0])
+                return jax.lax.cond(are_apart, lambda: self._by_samples(of_outputs, outputs.rows, index), lambda: nan)
+
+            # Of rows that are samples there is nothing else to look at.
+            otherwise = by_samples if len(outputs.rows) > 1 else lambda: nan
+            are_apart = self._are_apart(of_outputs, num_rows)
+            return jax.lax.cond(are_apart, lambda: self._by_rows(of_outputs, index), otherwise)
 
         return self._of_each_layer(of_layer)
 
     def rows_are_apart(self, outputs: LayerOutputs) -> Bool[Array, ""]:
         """Whether no feature vector changes the gradient by the output of another of the same layer."""
         num_rows = math.prod(outputs.rows)
-        return jnp.all(self._of_each_layer(lambda index: self._are_apart(outputs, num_rows, index)))
+        return jnp.all(self._of_each_layer(lambda index: self._are_apart(self._of_outputs(outputs, index), num_rows)))
 
-    def by_rows(self, outputs: LayerOutputs) -> Float[Array, " l"]:
-        """κ = Σ_a ‖φ_a‖² Σ_j ⟨s_j, G_aa s_j⟩, where no feature vector interacts with another."""
-        return self._of_each_layer(lambda index: self._by_rows(outputs, index))
+    def by_rows(self, outputs: LayerOutputs) -> tuple[Bool[Array, ""], Float[Array, " l"]]:
+        """Whether feature vectors are apart, as above, and κ = Σ_a ‖φ_a‖² Σ_j ⟨s_j, G_aa s_j⟩ where they are."""
+        num_rows, nan = math.prod(outputs.rows), jnp.asarray(jnp.nan, self.dtype)
 
-    def _by_rows(self, outputs: LayerOutputs, index: Array | int) -> Float[Array, ""]:
-        product, feats = self._product_of_outputs(outputs, index)
+        def of_layer(index: Array | int) -> tuple[Bool[Array, ""], Float[Array, ""]]:
+            of_outputs = self._of_outputs(outputs, index)
+            are_apart = self._are_apart(of_outputs, num_rows)
+            return are_apart, jax.lax.cond(are_apart, lambda: self._by_rows(of_outputs, index), lambda: nan)
+
+        are_apart, kappas = self._of_each_layer(of_layer)
+        return jnp.all(are_apart), kappas
+
+    def _by_rows(self, of_outputs: _OfOutputs, index: Array | int) -> Float[Array, ""]:
+        product, feats = of_outputs
         measure = jnp.sum(feats**2, axis=1)
 
         def curvature(direction: Float[Array, " d"]) -> Float[Array, ""]:
@@ -134,10 +157,10 @@ class LayerCurvature(NamedTuple):
 
         return jnp.sum(self._map(curvature, self._bases()[index]))
 
-    def _by_samples(self, outputs: LayerOutputs, index: Array | int) -> Float[Array, ""]:
+    def _by_samples(self, of_outputs: _OfOutputs, rows: tuple[int, ...], index: Array | int) -> Float[Array, ""]:
         """κ = Σ_i Σ_{a,b} ⟨φ_ia, φ_ib⟩ Σ_j ⟨s_j, G_ab s_j⟩, where no sample interacts with another."""
-        product, feats = self._product_of_outputs(outputs, index)
-        basis, (num_samples, *positions) = self._bases()[index], outputs.rows
+        product, feats = of_outputs
+        basis, (num_samples, *positions) = self._bases()[index], rows
         num_positions = math.prod(positions)
         feats = feats.reshape(num_samples, num_positions, -1)
         overlaps = jnp.einsum("iam,ibm->iab", feats, feats, precision="highest")
@@ -153,13 +176,13 @@ class LayerCurvature(NamedTuple):
 
         return jnp.sum(self._map(curvature, jnp.arange(num_positions * len(basis))))
 
-    def _are_apart(self, outputs: LayerOutputs, num_groups: int, index: Array | int) -> Bool[Array, ""]:
+    def _are_apart(self, of_outputs: _OfOutputs, num_groups: int) -> Bool[Array, ""]:
         """Whether groups of consecutive rows do not interact.
 
         A Hessian is symmetric, and any two groups have numbers that differ in a bit. For each bit, the groups that have
         it are shifted at random, and the gradient of the others must stay where it is, to the last digit.
         """
-        product, feats = self._product_of_outputs(outputs, index)
+        product, feats = of_outputs
         group = jnp.arange(len(feats)) // (len(feats) // num_groups)
         shift = jax.random.normal(jax.random.key(0), (len(feats), self.num_outputs), self.dtype)
 
@@ -182,7 +205,7 @@ class LayerCurvature(NamedTuple):
     def _of_each_layer(self, function: Callable[[Array | int], Any]) -> Any:
         """Runs one program for all layers of a stack."""
         if self.num_layers == 1:
-            return function(0)[None]
+            return jax.tree.map(lambda value: value[None], function(0))
         return jax.lax.map(function, jnp.arange(self.num_layers))
 
     def _signed(self, key: Key[Array, ""], basis: Float[Array, "r d"]) -> Float[Array, "m d"]:
@@ -203,15 +226,12 @@ class LayerCurvature(NamedTuple):
 
         return form
 
-    def _product_of_outputs(
-        self, outputs: LayerOutputs, index: Array | int
-    ) -> tuple[Callable[[Float[Array, "n d"]], Float[Array, "n d"]], Float[Array, "n m"]]:
-        """The Hessian of the loss in a layer's outputs, times a shift of them; and the features."""
+    def _of_outputs(self, outputs: LayerOutputs, index: Array | int) -> _OfOutputs:
         shift = jnp.zeros((math.prod(outputs.rows), self.num_outputs), self.dtype)
         feats = outputs.shifted(shift, index)[1].astype(self.dtype)
         gradient = jax.grad(lambda shift: outputs.shifted(shift, index)[0])
         product = with_convolutions_in_order(jax.linearize(gradient, shift)[1])
-        return lambda change: product(placed_like(change, shift)), feats
+        return _OfOutputs(lambda change: product(placed_like(change, shift)), feats)
 
     def _map(self, function: Callable[[Any], Any], values: Shaped[Array, "k ..."]) -> Any:
         return jax.lax.map(function, values, batch_size=None if self.chunk_size == 1 else self.chunk_size)

@@ -159,7 +159,7 @@ def _flatness(
 
     def shaped(of_layers: Float[Array, "*k l"]) -> Float[Array, "..."]:
         """Shapes values as a stack is, and to () for a single layer."""
-        stack = found.stack_shape(curvature.kernel.shape)
+        stack = found.stack_shape(curvature.shape)
         return of_layers.reshape(*of_layers.shape[:-1], *stack)
 
     def by_probes() -> Estimate:
@@ -189,5 +189,5 @@ def _flatness(
                 f"key=jax.random.key(seed), or, for the exact value, {exactly_by}"
             )
         return otherwise()
-    are_apart = curvature.rows_are_apart(outputs)
-    return jax.lax.cond(are_apart, lambda: exactly(shaped(curvature.by_rows(outputs))), otherwise)
+    are_apart, kappas = curvature.by_rows(outputs)
+    return jax.lax.cond(are_apart, lambda: exactly(shaped(kappas)), otherwise)

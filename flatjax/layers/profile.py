@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -143,7 +143,10 @@ def flatness_profile(
 
     plan, samples = plan_routes(prober, first, needed_first, most, route, to_the_end=relative_error is not None)
     tallies = {layer: _Tally(layer in plan.exact) for layer in read}
-    profile = FlatnessProfile()
+
+    def known() -> FlatnessProfile:
+        return _profile(params, paths_of(params, named), {layer.path: layer for layer in read}, tallies, unread)
+
     for batch in itertools.chain([first], rest):
         size = num_samples(batch, count)
         if size == 0:
@@ -157,12 +160,11 @@ def flatness_profile(
         for layer, values in samples.items():
             tallies[layer].add(size, values)
         samples = {}
-        profile = _profile(params, paths_of(params, named), {layer.path: layer for layer in read}, tallies, unread)
         if report is not None:
-            report(profile)
-    if not profile:
+            report(known())
+    if not any(tally.batches for tally in tallies.values()):
         raise ValueError("count is 0 for every batch, wanted one of some samples at least")
-    return profile
+    return known()
 
 
 def _profile(
@@ -188,16 +190,30 @@ _USUAL_ERROR = 0.1
 """The relative error at which routes are compared if none is asked for."""
 
 
+class _Batch(NamedTuple):
+    """What is kept of a batch: its size, and the number, the mean and the variance of its draws of each layer."""
+
+    size: float
+    number: int
+    mean: Float[np.ndarray, " l"]
+    variance: Float[np.ndarray, " l"]
+
+    @classmethod
+    def of(cls, size: float, samples: Draws) -> "_Batch":
+        mean = samples.mean(axis=0)
+        return cls(size, len(samples), mean, samples.var(axis=0, ddof=1) if len(samples) > 1 else np.zeros_like(mean))
+
+
 class _Tally:
-    """What is known of the layers of a stack, or of one: of each batch its size, and κ or draws with it as mean."""
+    """What is known of the layers of a stack, or of one: of each batch κ, or draws with it as mean."""
 
     def __init__(self, is_exact: bool):
         self.is_exact = is_exact
-        self.batches: list[tuple[float, Draws]] = []
+        self.batches: list[_Batch] = []
 
     def add(self, size: float, samples: Draws) -> None:
         """Adds a batch of so many samples."""
-        self.batches.append((size, samples))
+        self.batches.append(_Batch.of(size, samples))
 
     def needed(self, size: float, samples: Draws, error: float) -> float:
         """How many draws of a further batch bring it to a relative error, going by these first ones; 0 if it is NaN.
@@ -205,32 +221,27 @@ class _Tally:
         The mean is that of the batches before, which these draws cannot have moved. In a stack it is the number for the
         layer that needs most.
         """
-        batches = [*self.batches, (size, samples)]
+        further = _Batch.of(size, samples)
+        batches = [*self.batches, further]
         # Draws that happen to lie together have a small variance: what was seen before counts too.
-        pooled = sum(size**2 * _variance(samples) for size, samples in batches) / sum(size**2 for size, _ in batches)
-        variance = np.maximum(_variance(samples), pooled)
+        pooled = sum(each.size**2 * each.variance for each in batches) / sum(each.size**2 for each in batches)
+        variance = np.maximum(further.variance, pooled)
         known = self.batches or batches
-        mean = sum(size * samples.mean(axis=0) for size, samples in known) / sum(size for size, _ in known)
-        usual_size = sum(size for size, _ in batches) / len(batches)
+        mean = sum(each.size * each.mean for each in known) / sum(each.size for each in known)
+        usual_size = sum(each.size for each in batches) / len(batches)
         with np.errstate(divide="ignore", invalid="ignore"):
             number = (size / usual_size) ** 2 * variance / (error * mean) ** 2
         return float(np.max(np.where(np.isnan(variance + mean) | (variance == 0), 0.0, number)))
 
     def estimates(self) -> list[Estimate]:
         """The mean over the batches so far, each probed on its own, of each layer."""
-        total = sum(size for size, _ in self.batches)
-        values = np.sum([size / total * samples.mean(axis=0) for size, samples in self.batches], axis=0)
+        total = sum(each.size for each in self.batches)
+        values = np.sum([each.size / total * each.mean for each in self.batches], axis=0)
         if self.is_exact:
             return [exactly(jnp.asarray(value)) for value in values]
-        variances = np.sum(
-            [(size / total) ** 2 * _variance(samples) / len(samples) for size, samples in self.batches], axis=0
-        )
-        num_probes = sum(len(samples) for _, samples in self.batches)
+        variances = np.sum([(each.size / total) ** 2 * each.variance / each.number for each in self.batches], axis=0)
+        num_probes = sum(each.number for each in self.batches)
         return [
             Estimate(jnp.asarray(value), jnp.asarray(error), jnp.asarray(num_probes))
             for value, error in zip(values, np.sqrt(variances), strict=True)
         ]
-
-
-def _variance(samples: Draws) -> Float[np.ndarray, " l"]:
-    return samples.var(axis=0, ddof=1)

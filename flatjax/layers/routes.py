@@ -215,10 +215,9 @@ def _rows_are_apart(loss_fn, params, batch, layer) -> Bool[Array, ""]:
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "layer"))
 def _by_rows(loss_fn, params, batch, layer) -> Float[Array, " l"]:
-    curvature = LayerCurvature(loss_fn, params, batch, layer)
     outputs = layer_outputs(Program.of(loss_fn, params, batch), layer)
-    nan = jnp.full(curvature.num_layers, jnp.nan, curvature.dtype)
-    return jax.lax.cond(curvature.rows_are_apart(outputs), lambda: curvature.by_rows(outputs), lambda: nan)
+    are_apart, kappas = LayerCurvature(loss_fn, params, batch, layer).by_rows(outputs)
+    return jnp.where(are_apart, kappas, jnp.nan)
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "layer"))

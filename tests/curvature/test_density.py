@@ -4,7 +4,6 @@ import functools
 
 import helpers
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -36,7 +35,7 @@ def test_a_density_is_that_of_the_dense_spectrum_to_its_standard_error():
     want = smeared(SPECTRUM, estimate.grid, 0.1)
     errors = np.asarray(estimate.density) - want
     # Where there is little density, it is of few probes that happen to have some.
-    scores = (errors / estimate.standard_error)[want > 0.05]
+    scores = (errors / np.asarray(estimate.standard_error))[want > 0.05]
     assert np.max(np.abs(scores)) < 4
     assert 0.4 < np.sqrt(np.mean(scores**2)) < 1.6
     assert np.max(np.abs(errors)) < 4 * np.max(estimate.standard_error)
@@ -54,7 +53,7 @@ def test_a_density_integrates_to_1_and_its_mean_is_that_of_the_spectrum(dtype):
     assert np.all(density >= 0)
 
 
-@pytest.mark.parametrize("matrix", [np.diag([2.0, 2.0, 2.0]), np.zeros((3, 3)), np.array([[-7.0]]), 1e-20 * np.eye(4)])
+@pytest.mark.parametrize("matrix", [np.diag([2.0, 2.0, 2.0]), np.zeros((3, 3)), np.array([[-7.0]]), 1e-20 * np.eye(3)])
 def test_a_spectrum_of_one_point_is_one_gaussian(matrix):
     estimate = spectral_density(cases.matrix_curvature(matrix), KEY, num_probes=2, num_steps=8)
     np.testing.assert_allclose(np.trapezoid(estimate.density, estimate.grid), 1, atol=1e-5)
@@ -77,19 +76,21 @@ def test_a_float32_density_of_any_size_has_the_errors_of_one_of_size_1(size):
 
 
 def test_the_broadening_is_a_hundredth_of_the_spectrum_by_default():
-    matrix, _ = cases.matrix_with(np.linspace(-1, 3, 12))
-    estimate = spectral_density(cases.matrix_curvature(matrix), KEY, num_probes=2, num_steps=12)
+    matrix, _ = cases.matrix_with([-1.0, 0.5, 3.0])
+    estimate = spectral_density(cases.matrix_curvature(matrix), KEY, num_probes=2, num_steps=8)
     np.testing.assert_allclose(estimate.broadening, 0.04, rtol=1e-6)
-    np.testing.assert_allclose(estimate.grid[jnp.array([0, -1])], [-1.24, 3.24], rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(estimate.grid)[[0, -1]], [-1.24, 3.24], rtol=1e-6)
     np.testing.assert_allclose(np.trapezoid(estimate.density, estimate.grid), 1, atol=1e-5)
 
 
 def test_a_network_in_batches_has_the_density_of_the_whole_inside_jit_or_not():
     x, y = cases.samples()
-    params, options = cases.mlp_params(), {"num_probes": 2, "num_steps": 6}
-    in_batches = Streamed(lambda x, y: Hessian(cases.loss_fn, params, (x, y)), [(x[:2], y[:2]), (x[2:], y[2:])])
-    want = spectral_density(cases.mlp_hessian(), KEY, **options)
-    compiled = jax.jit(lambda curvature: spectral_density(curvature, KEY, **options))(cases.mlp_hessian())
+    params, leaves, options = cases.mlp_params(), ("hidden/kernel",), {"num_probes": 2, "num_steps": 6}
+    batches = [(x[:2], y[:2]), (x[2:], y[2:])]
+    in_batches = Streamed(lambda x, y: Hessian(cases.loss_fn, params, (x, y), leaves), batches)
+    whole = cases.mlp_hessian(leaves=leaves)
+    want = spectral_density(whole, KEY, **options)
+    compiled = jax.jit(lambda curvature: spectral_density(curvature, KEY, **options))(whole)
     for got in (spectral_density(in_batches, KEY, **options), compiled):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-8), got, want)
 

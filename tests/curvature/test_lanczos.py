@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from flatjax.curvature.lanczos import extreme_eigenpairs, lanczos
+from flatjax.curvature.lanczos import Tridiagonal, extreme_eigenpairs, lanczos
 from flatjax.curvature.products import Hessian
 from flatjax.curvature.streams import Streamed
 
@@ -27,6 +27,10 @@ def eigenpairs(curvature, key, *, num_pairs, num_steps, which):
     return extreme_eigenpairs(curvature, key, num_pairs=num_pairs, num_steps=num_steps, which=which)
 
 
+eigenpairs_of = jax.jit(Tridiagonal.eigenpairs)
+matrix_of = jax.jit(Tridiagonal.matrix)
+
+
 def in_order(eigenvalues, which):
     keys = {"largest": -eigenvalues, "smallest": eigenvalues, "magnitude": -np.abs(eigenvalues)}
     return eigenvalues[np.argsort(keys[which], kind="stable")]
@@ -38,7 +42,9 @@ def test_the_ends_of_known_spectra_are_found(name, which):
     eigenvalues = SPECTRA[name]
     matrix, _ = cases.matrix_with(eigenvalues)
     num_pairs = 1 if which == "smallest" and name == "a power law" else 2
-    pairs = eigenpairs(cases.matrix_curvature(matrix), KEY, num_pairs=num_pairs, num_steps=50, which=which)
+    # Outside jit Lanczos' method is compiled once for all ends.
+    curvature = cases.matrix_curvature(matrix)
+    pairs = extreme_eigenpairs(curvature, KEY, num_pairs=num_pairs, num_steps=50, which=which)
     want = in_order(eigenvalues, which)[:num_pairs]
     np.testing.assert_allclose(pairs.eigenvalues, want, atol=1e-6)
     x = cases.ravelled(pairs.eigenvectors)
@@ -62,7 +68,7 @@ def test_no_eigenvalue_is_found_twice_in_100_steps_of_float32():
     tridiagonal = lanczos(cases.matrix_curvature(matrix), KEY, num_steps=100)
     basis = cases.ravelled(tridiagonal.basis)
     assert np.max(np.abs(basis @ basis.T - np.eye(100))) < 3e-6
-    found = np.linalg.eigvalsh(np.asarray(tridiagonal.matrix(), float))
+    found = np.linalg.eigvalsh(np.asarray(matrix_of(tridiagonal), float))
     for eigenvalue in (100, 50, 25, -30):
         assert np.sum(np.abs(found - eigenvalue) < 1) == 1
     np.testing.assert_allclose(np.sort(found)[-3:], [25, 50, 100], rtol=1e-5)
@@ -93,9 +99,10 @@ def test_a_basis_makes_the_matrix_tridiagonal():
     matrix, _ = cases.matrix_with(np.linspace(-1, 2, 30))
     diagonal, off_diagonal, basis = tridiagonal = lanczos(cases.matrix_curvature(matrix), KEY, num_steps=8)
     Q = cases.ravelled(basis)
-    np.testing.assert_allclose(Q @ matrix @ Q.T, tridiagonal.matrix(), atol=1e-13)
-    left = matrix @ Q.T - Q.T @ np.asarray(tridiagonal.matrix())
-    np.testing.assert_allclose(np.linalg.norm(left, axis=0), np.eye(8)[-1] * off_diagonal[-1], atol=1e-13)
+    T = np.asarray(matrix_of(tridiagonal))
+    np.testing.assert_allclose(Q @ matrix @ Q.T, T, atol=1e-13)
+    left = matrix @ Q.T - Q.T @ T
+    np.testing.assert_allclose(np.linalg.norm(left, axis=0), np.eye(8)[-1] * float(off_diagonal[-1]), atol=1e-13)
     assert diagonal.shape == off_diagonal.shape == (8,)
 
 
@@ -115,10 +122,10 @@ def test_a_space_that_is_spanned_early_is_left_for_another(name, dtype, atol):
     assert tridiagonal.diagonal.shape == (7,)
     basis = cases.ravelled(tridiagonal.basis)
     np.testing.assert_allclose(basis @ basis.T, np.eye(7), atol=10 * atol)
-    np.testing.assert_allclose(tridiagonal.eigenpairs()[0], np.sort(REPEATED[name]), atol=10 * atol)
+    np.testing.assert_allclose(eigenpairs_of(tridiagonal)[0], np.sort(REPEATED[name]), atol=10 * atol)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("n", [1, 3])
 def test_matrices_smaller_than_the_number_of_steps_have_all_their_eigenvalues(n):
     matrix, _ = cases.matrix_with(np.arange(1.0, n + 1))
     pairs = extreme_eigenpairs(cases.matrix_curvature(matrix), KEY, num_pairs=n, num_steps=20, which="smallest")
@@ -128,7 +135,7 @@ def test_matrices_smaller_than_the_number_of_steps_have_all_their_eigenvalues(n)
 
 @pytest.mark.parametrize("size", [1e-30, 1e25])
 def test_the_size_of_a_float32_curvature_does_not_matter(size):
-    eigenvalues = np.concatenate([[4.0, 2.0], np.linspace(-1, 1, 20)])
+    eigenvalues = np.concatenate([[4.0, 2.0], np.linspace(-1, 1, 5)])
     matrix, _ = cases.matrix_with(eigenvalues)
     curvature = cases.matrix_curvature((size * matrix).astype(np.float32))
     pairs = extreme_eigenpairs(curvature, KEY, num_pairs=2, num_steps=20)
@@ -138,11 +145,12 @@ def test_the_size_of_a_float32_curvature_does_not_matter(size):
 
 def test_a_network_has_the_eigenpairs_of_its_dense_hessian_whole_or_in_batches():
     x, y = cases.samples()
-    params, matrix = cases.mlp_params(), cases.mlp_matrix()
+    leaves = ("head/kernel", "hidden/bias")
+    params, matrix = cases.mlp_params(), cases.mlp_matrix(leaves)
     batches = [(x[:2], y[:2]), (x[2:], y[2:])]
-    in_batches = Streamed(lambda x, y: Hessian(cases.loss_fn, params, (x, y)), batches)
+    in_batches = Streamed(lambda x, y: Hessian(cases.loss_fn, params, (x, y), leaves), batches)
     eigenvalues, eigenvectors = np.linalg.eigh(matrix)
-    for curvature in (cases.mlp_hessian(), in_batches):
+    for curvature in (cases.mlp_hessian(leaves=leaves), in_batches):
         pairs = extreme_eigenpairs(curvature, KEY, num_pairs=2, num_steps=15)
         assert jax.tree.structure(pairs.eigenvectors) == jax.tree.structure(curvature.like)
         np.testing.assert_allclose(pairs.eigenvalues, eigenvalues[-2:][::-1], rtol=1e-9)
@@ -152,9 +160,9 @@ def test_a_network_has_the_eigenpairs_of_its_dense_hessian_whole_or_in_batches()
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_has_no_eigenvalues(bad):
-    matrix = np.eye(6)
+    matrix = np.eye(7)
     matrix[2, 3] = matrix[3, 2] = bad
-    pairs = extreme_eigenpairs(cases.matrix_curvature(matrix), KEY, num_pairs=2, num_steps=4)
+    pairs = extreme_eigenpairs(cases.matrix_curvature(matrix), KEY, num_pairs=2, num_steps=20)
     assert np.all(np.isnan(pairs.eigenvalues))
     assert np.all(np.isnan(pairs.residuals))
 

@@ -213,7 +213,8 @@ def test_bfloat16_leaves_have_products_in_float32_as_exact_as_the_network_is():
         return cases.loss_fn(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), x, y)
 
     hessian = Hessian(loss, params, (x.astype(np.float32), y))
-    vectors = jax.vmap(lambda key: rademacher_like(hessian.like, key))(jax.random.split(jax.random.key(0), 5))
+    draw = jax.jit(jax.vmap(lambda key: rademacher_like(hessian.like, key)))
+    vectors = draw(jax.random.split(jax.random.key(0), 5))
     got = hessian.products(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), vectors))
     assert {leaf.dtype for leaf in jax.tree.leaves((got, hessian.like))} == {jnp.dtype(jnp.float32)}
     exact = cases.dense_hessian(cases.loss_fn, jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params), (x, y))

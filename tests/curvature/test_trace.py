@@ -17,6 +17,8 @@ from . import cases
 
 KEY = jax.random.key(0)
 METHODS = ("hutchinson", "xtrace")
+N = 30
+"""The size of most matrices, so that estimators are compiled for one."""
 
 
 def power_law(n, power):
@@ -32,7 +34,7 @@ def traces(curvature, keys, num_probes, method):
 # XTrace's samples share vectors: the standard error is known to be somewhat too small.
 @pytest.mark.parametrize(("method", "lowest"), [("hutchinson", 0.8), ("xtrace", 0.5)])
 def test_the_error_of_a_trace_is_its_standard_error(method, lowest):
-    matrix, _ = cases.matrix_with(power_law(30, 0.5) * np.where(np.arange(30) % 3, 1, -0.5))
+    matrix, _ = cases.matrix_with(power_law(N, 0.5) * np.where(np.arange(N) % 3, 1, -0.5))
     estimates = traces(cases.matrix_curvature(matrix), jax.random.split(KEY, 400), 6, method)
     errors = estimates.value - np.trace(matrix)
     assert abs(np.mean(errors)) < 4 * np.std(errors) / 20
@@ -41,23 +43,23 @@ def test_the_error_of_a_trace_is_its_standard_error(method, lowest):
 
 
 def test_the_variance_of_hutchinsons_probe_is_twice_the_squares_off_the_diagonal():
-    matrix, _ = cases.matrix_with(power_law(20, 1))
+    matrix, _ = cases.matrix_with(power_law(N, 1))
     estimate = trace(cases.matrix_curvature(matrix), KEY, num_probes=4000, chunk_size=100)
     variance = 2 * (np.sum(matrix**2) - np.sum(np.diag(matrix) ** 2))
     np.testing.assert_allclose(estimate.standard_error, np.sqrt(variance / 4000), rtol=0.06)
 
 
 def test_the_trace_of_a_diagonal_matrix_is_exact_and_says_so():
-    entries = np.random.default_rng(0).normal(size=9)
-    estimate = trace(cases.matrix_curvature(np.diag(entries)), KEY, num_probes=2)
+    entries = np.random.default_rng(0).normal(size=N)
+    estimate = trace(cases.matrix_curvature(np.diag(entries)), KEY, num_probes=4)
     np.testing.assert_allclose(estimate.value, np.sum(entries), rtol=1e-13)
     assert estimate.standard_error < 1e-14
 
 
 def test_xtrace_is_exact_where_the_rank_is_below_the_number_of_probes():
-    for dtype, rtol in [(np.float64, 1e-12), (np.float32, 1e-5)]:
-        matrix, _ = cases.matrix_with([3.0, -1.0, 0.5] + [0.0] * 20, dtype=dtype)
-        estimate = trace(cases.matrix_curvature(matrix), KEY, num_probes=6, method="xtrace")
+    for dtype, rtol, num_probes in [(np.float64, 1e-12, 4), (np.float32, 1e-5, 20)]:
+        matrix, _ = cases.matrix_with([3.0, -1.0, 0.5] + [0.0] * (N - 3), dtype=dtype)
+        estimate = trace(cases.matrix_curvature(matrix), KEY, num_probes=num_probes, method="xtrace")
         assert estimate.value.dtype == dtype
         np.testing.assert_allclose(estimate.value, 2.5, rtol=rtol)
         assert estimate.standard_error < rtol
@@ -65,7 +67,7 @@ def test_xtrace_is_exact_where_the_rank_is_below_the_number_of_probes():
 
 @pytest.mark.parametrize("size", [1e-25, 1.0, 1e20])
 def test_the_size_of_a_float32_curvature_does_not_matter_to_xtrace(size):
-    matrix, _ = cases.matrix_with(power_law(40, 3))
+    matrix, _ = cases.matrix_with(power_law(N, 3))
     exact = size * np.trace(matrix)
     estimate = trace(cases.matrix_curvature((size * matrix).astype(np.float32)), KEY, num_probes=20, method="xtrace")
     assert abs(float(estimate.value) - exact) < 4 * float(estimate.standard_error) + 1e-5 * exact
@@ -73,16 +75,16 @@ def test_the_size_of_a_float32_curvature_does_not_matter_to_xtrace(size):
 
 
 def test_xtrace_is_closer_than_hutchinson_at_the_same_number_of_products_where_the_spectrum_falls():
-    matrix, _ = cases.matrix_with(power_law(60, 2))
-    keys = jax.random.split(KEY, 50)
+    matrix, _ = cases.matrix_with(power_law(N, 3))
+    keys = jax.random.split(KEY, 400)
     errors = [
         np.sqrt(np.mean((traces(cases.matrix_curvature(matrix), keys, k, method).value - np.trace(matrix)) ** 2))
-        for method, k in [("xtrace", 10), ("hutchinson", 20)]
+        for method, k in [("xtrace", 6), ("hutchinson", 12)]
     ]
     assert errors[0] < errors[1] / 10
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 8])
+@pytest.mark.parametrize("n", [1, 5, 8])
 def test_xtrace_is_exact_for_a_matrix_no_larger_than_the_number_of_probes(n):
     matrix, _ = cases.matrix_with(power_law(n, 1))
     estimates = traces(cases.matrix_curvature(matrix), jax.random.split(KEY, 50), 8, "xtrace")
@@ -91,12 +93,15 @@ def test_xtrace_is_exact_for_a_matrix_no_larger_than_the_number_of_probes(n):
     np.testing.assert_allclose(estimates.value, np.trace(matrix), rtol=1e-9)
 
 
+def sum_of_cubes(params):
+    return jnp.sum(jax.tree.leaves(params)[0].astype(float) ** 3)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("options", [{}, {"relative_error": 0.01}, {"num_probes": 2, "chunk_size": 2}])
 def test_one_parameter_has_the_second_derivative_as_its_trace_without_an_error(method, options):
     for params in (jnp.array(3.0), jnp.array([3.0]), {"w": jnp.array([[3.0]], jnp.bfloat16)}):
-        hessian = Hessian(lambda params: jnp.sum(jax.tree.leaves(params)[0].astype(float) ** 3), params)
-        estimate = trace(hessian, KEY, method=method, **options)
+        estimate = trace(Hessian(sum_of_cubes, params), KEY, method=method, **options)
         np.testing.assert_allclose(estimate[:2], [18, 0], rtol=1e-6)
 
 
@@ -107,23 +112,23 @@ def test_fewer_probes_than_two_are_named_as_they_were_given(method):
 
 
 def test_xtrace_is_exact_for_a_multiple_of_the_identity():
-    estimate = trace(cases.matrix_curvature(3 * np.eye(30)), KEY, num_probes=4, method="xtrace")
+    estimate = trace(cases.matrix_curvature(3 * np.eye(N)), KEY, num_probes=4, method="xtrace")
     np.testing.assert_allclose(estimate[:2], [90, 0], rtol=1e-13, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_matrix_of_zeros_has_the_trace_0(method):
-    estimate = trace(cases.matrix_curvature(np.zeros((6, 6))), KEY, num_probes=4, method=method)
+    estimate = trace(cases.matrix_curvature(np.zeros((N, N))), KEY, num_probes=4, method=method)
     assert estimate.value == 0
     assert estimate.standard_error == 0
 
 
 @pytest.mark.parametrize(("method", "relative_error"), [("hutchinson", 0.05), ("xtrace", 0.04)])
 def test_probes_are_added_until_the_error_is_small_enough(method, relative_error):
-    matrix, _ = cases.matrix_with(power_law(40, 1))
+    matrix, _ = cases.matrix_with(power_law(N, 1))
     curvature, options = cases.matrix_curvature(matrix), {"method": method, "chunk_size": 2}
-    estimate = trace(curvature, KEY, num_probes=5, relative_error=relative_error, **options)
-    assert estimate.num_probes > 5
+    estimate = trace(curvature, KEY, num_probes=4, relative_error=relative_error, **options)
+    assert estimate.num_probes > 4
     assert estimate.standard_error <= relative_error * estimate.value
     half = trace(curvature, KEY, num_probes=int(estimate.num_probes) // 2, **options)
     assert half.standard_error > relative_error * half.value
@@ -138,16 +143,17 @@ def test_a_budget_of_probes_is_kept_and_the_error_not_hidden():
     assert estimate.standard_error > 1e-6 * abs(estimate.value)
 
 
-def streamed():
+def in_batches_and_whole(leaves=None):
     x, y = cases.samples()
-    params = cases.mlp_params()
-    return Streamed(lambda x, y: Hessian(cases.loss_fn, params, (x, y)), [(x[:2], y[:2]), (x[2:], y[2:])])
+    params, batches = cases.mlp_params(), [(x[:2], y[:2]), (x[2:], y[2:])]
+    streamed = Streamed(lambda x, y: Hessian(cases.loss_fn, params, (x, y), leaves), batches)
+    return streamed, cases.mlp_hessian(leaves=leaves)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_batches_have_the_trace_of_the_whole_with_the_same_probes(method):
+@pytest.mark.parametrize(("method", "leaves"), [("hutchinson", None), ("xtrace", ("hidden/kernel",))])
+def test_batches_have_the_trace_of_the_whole_with_the_same_probes(method, leaves):
     options = {"num_probes": 3, "relative_error": 1e-3, "max_probes": 6, "method": method}
-    got, want = (trace(curvature, KEY, **options) for curvature in (streamed(), cases.mlp_hessian()))
+    got, want = (trace(curvature, KEY, **options) for curvature in in_batches_and_whole(leaves))
     assert got.num_probes == 6
     np.testing.assert_allclose(got, want, rtol=1e-9)
 
@@ -170,7 +176,7 @@ def test_the_errors_of_a_diagonal_are_its_standard_errors(chunk_size):
 
 
 def test_the_diagonal_of_a_diagonal_matrix_is_exact():
-    entries = np.random.default_rng(0).normal(size=9)
+    entries = np.random.default_rng(0).normal(size=N)
     estimate = diagonal(cases.matrix_curvature(np.diag(entries)), KEY, num_probes=2)
     np.testing.assert_allclose(
         np.concatenate([x.ravel() for x in jax.tree.leaves(estimate.value)]), entries, rtol=1e-13
@@ -179,16 +185,16 @@ def test_the_diagonal_of_a_diagonal_matrix_is_exact():
 
 
 def test_batches_have_the_diagonal_of_the_whole_with_the_same_probes():
-    options = {"num_probes": 4, "relative_error": 1e-3, "max_probes": 8, "chunk_size": 3}
-    got, want = (diagonal(curvature, KEY, **options) for curvature in (streamed(), cases.mlp_hessian()))
+    options = {"num_probes": 4, "relative_error": 1e-3, "max_probes": 8, "chunk_size": 2}
+    got, want = (diagonal(curvature, KEY, **options) for curvature in in_batches_and_whole())
     assert got.num_probes == 8
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-14), got, want)
 
 
 def test_a_diagonal_under_jit_is_that_outside():
     curvature = cases.mlp_hessian()
-    got = jax.jit(lambda curvature: diagonal(curvature, KEY, num_probes=5, chunk_size=2))(curvature)
-    want = diagonal(curvature, KEY, num_probes=5)
+    got = jax.jit(lambda curvature: diagonal(curvature, KEY, num_probes=4))(curvature)
+    want = diagonal(curvature, KEY, num_probes=4, chunk_size=2)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-8), got, want)
 
 
@@ -220,9 +226,9 @@ def test_a_float32_hessian_of_any_size_has_the_errors_of_one_of_size_1(size, met
 @pytest.mark.parametrize("function", [trace, functools.partial(trace, method="xtrace"), diagonal])
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_probes_are_added_at_any_size_as_at_size_1(function, size):
-    options = {"num_probes": 2, "relative_error": 0.02, "max_probes": 32}
+    options = {"num_probes": 8, "relative_error": 0.01, "max_probes": 32}
     got, want = (function(hessian_of_size(scale), KEY, **options) for scale in (size, 1))
-    assert got.num_probes == want.num_probes > 2
+    assert got.num_probes == want.num_probes > 8
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -246,13 +252,13 @@ def test_a_mean_of_zeros_has_no_error_and_a_gradient():
 
 
 def test_what_is_not_a_number_stays_so():
-    matrix = np.eye(6)
-    matrix[2, 3] = matrix[3, 2] = np.nan
+    matrix = np.eye(N)
+    matrix[N // 2 - 1, N // 2] = matrix[N // 2, N // 2 - 1] = np.nan
     curvature = cases.matrix_curvature(matrix)
     for method in METHODS:
-        estimate = trace(curvature, KEY, num_probes=2, relative_error=0.1, method=method)
+        estimate = trace(curvature, KEY, num_probes=4, relative_error=0.1, method=method)
         assert np.all(np.isnan(estimate[:2]))
-        assert estimate.num_probes == 2
+        assert estimate.num_probes == 4
     assert np.isnan(diagonal(curvature, KEY, num_probes=2).value["second"][0])
 
 

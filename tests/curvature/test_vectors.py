@@ -18,7 +18,8 @@ def test_no_square_of_a_norm_overflows_or_underflows(size):
 def test_signs_have_mean_0_and_no_correlation(shape):
     num_draws = 4000
     keys = jax.random.split(jax.random.key(0), num_draws)
-    signs = np.asarray(jax.vmap(lambda key: random_signs(key, shape, jnp.float32))(keys)).reshape(num_draws, -1)
+    draws = jax.jit(jax.vmap(lambda key: random_signs(key, shape, jnp.float32)))(keys)
+    signs = np.asarray(draws).reshape(num_draws, -1)
     assert set(np.unique(signs)) == {-1, 1}
     correlations = signs.T @ signs / num_draws - np.eye(signs.shape[1])
     assert np.max(np.abs(np.mean(signs, axis=0))) < 6 / num_draws**0.5

@@ -1,5 +1,6 @@
 """Losses of small networks of every kind, and κ of their layers from the dense Hessian."""
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,8 +12,9 @@ import optax
 from flax import linen as nn
 from flax import nnx
 
+from flatjax import layer_relative_flatness
 from flatjax.core.trees import leaves_by_path, with_leaves
-from flatjax.layers.kernels import Layer, by_convention
+from flatjax.layers.kernels import Layer, by_convention, find_layers
 
 
 class Case(NamedTuple):
@@ -30,18 +32,75 @@ class Case(NamedTuple):
         return Case(self.loss_fn, params, batch)
 
 
-def dense_kappa(case: Case, layer: str | Layer) -> float:
-    """κ = Σ_{s,s'} ⟨w_s, w_s'⟩ Tr H_{s,s'} by its definition."""
-    found = by_convention(layer, leaves_by_path(case.params)[layer].ndim) if isinstance(layer, str) else layer
-    kernel = leaves_by_path(case.params)[found.path]
-    matrix = found.matrix(kernel)
+@functools.partial(jax.jit, static_argnames=("loss_fn", "layers", "options"))
+def _measured(loss_fn, params, batch, layers, options):
+    return [
+        (
+            dense_kappas(loss_fn, params, batch, layer),
+            [layer_relative_flatness(loss_fn, params, *batch, layer=given, **dict(each)) for each in options],
+        )
+        for layer, given in layers
+    ]
 
-    def loss(matrix: jax.Array) -> jax.Array:
-        leaves = {found.path: found.kernel(matrix[None], kernel.shape)}
-        return case.loss_fn(with_leaves(case.params, leaves, (found.path,)), *case.batch)
 
-    traces = jnp.einsum("msmt->st", jax.jit(jax.hessian(loss))(matrix))
-    return float(jnp.sum((matrix.T @ matrix) * traces))
+def measured(
+    case: Case, layer: str | Layer, *methods: str, given: str | None = None, **options: Any
+) -> tuple[Any, ...]:
+    """κ of a layer by its definition, and by each method, all from one program.
+
+    The methods may be given less of the layer than the definition is: its path.
+    """
+    each = tuple(tuple({"method": method, **options}.items()) for method in methods)
+    ((dense, estimates),) = _measured(*case, ((layer, given or layer),), each)
+    return dense, *estimates
+
+
+def dense_kappa(case: Case, layer: str | Layer) -> Any:
+    return measured(case, layer)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "layer", "num_probes"))
+def _repeated(loss_fn, params, batch, keys, layer, num_probes):
+    def estimate(key: jax.Array) -> Any:
+        options = {"layer": layer, "key": key, "num_probes": num_probes, "method": "probes"}
+        return layer_relative_flatness(loss_fn, params, *batch, **options)
+
+    values, errors, _ = jax.lax.map(estimate, keys)
+    return dense_kappas(loss_fn, params, batch, layer), values, errors
+
+
+def repeated(case: Case, layer: str | Layer, num_probes: int) -> tuple[Any, Any, Any]:
+    """κ of a layer by its definition, and 200 estimates of it by probes, with their errors, from one program."""
+    return _repeated(*case, jax.random.split(jax.random.key(0), 200), layer, num_probes)
+
+
+def dense_profile(case: Case) -> dict[str, Any]:
+    """Of each layer that is found by its name, all from one program."""
+    layers = find_layers(case.params)
+    every = _measured(*case, tuple((layer, layer) for layer in layers.values()), ())
+    return {path: dense for path, (dense, _) in zip(layers, every, strict=True)}
+
+
+def dense_kappas(loss_fn: Callable[..., Any], params: Any, batch: tuple[Any, ...], layer: str | Layer) -> jax.Array:
+    """κ = Σ_{s,s'} ⟨w_s, w_s'⟩ Tr H_{s,s'} by its definition, of each layer of a stack from the Hessian in all."""
+    kernel = leaves_by_path(params)[layer if isinstance(layer, str) else layer.path]
+    found = by_convention(layer, kernel.ndim) if isinstance(layer, str) else layer
+    matrices = found.matrices(kernel)
+
+    def loss(matrices: jax.Array) -> jax.Array:
+        leaves = {found.path: found.kernel(matrices, kernel.shape)}
+        return loss_fn(with_leaves(params, leaves, (found.path,)), *batch)
+
+    product = jax.linearize(jax.grad(loss), matrices)[1]
+    num_layers, m, d = matrices.shape
+
+    def row(place: jax.Array) -> jax.Array:
+        """Of the Hessian, as far as a trace has part of it: entries of the same layer and feature."""
+        unit = (jnp.arange(matrices.size) == place).astype(matrices.dtype)
+        return product(unit.reshape(matrices.shape))[place // (m * d), place // d % m]
+
+    traces = jax.lax.map(row, jnp.arange(matrices.size)).reshape(num_layers, m, d, d).sum(axis=1)
+    return jnp.einsum("lms,lmt,lst->l", matrices, matrices, traces).reshape(found.stack_shape(kernel.shape))
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -84,10 +143,11 @@ def convolutional_loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
     return cross_entropy(Convolutional().apply({"params": params}, x), y)
 
 
+@functools.cache
 def convolutional() -> Case:
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.normal(size=(4, 4, 4, 2)))
-    params = Convolutional().init(jax.random.key(0), x)["params"]
+    params = jax.jit(Convolutional().init)(jax.random.key(0), x)["params"]
     return Case(convolutional_loss, params, (x, jnp.asarray(rng.integers(0, 3, 4))))
 
 
@@ -105,7 +165,7 @@ class Attentive(nnx.Module):
         return self.embed.attend(x + nnx.tanh(self.up(x)))
 
 
-_GRAPH = nnx.graphdef(Attentive(nnx.Rngs(0)))
+_GRAPH, _PARAMS = nnx.split(Attentive(nnx.Rngs(0)), nnx.Param)
 
 
 def attentive_loss(params: Any, tokens: jax.Array, labels: jax.Array) -> jax.Array:
@@ -115,9 +175,8 @@ def attentive_loss(params: Any, tokens: jax.Array, labels: jax.Array) -> jax.Arr
 
 def attentive() -> Case:
     rng = np.random.default_rng(2)
-    params = nnx.state(Attentive(nnx.Rngs(0)), nnx.Param)
     tokens, labels = rng.integers(0, 5, (2, 3, 3))
-    return Case(attentive_loss, params, (jnp.asarray(tokens), jnp.asarray(labels)))
+    return Case(attentive_loss, _PARAMS, (jnp.asarray(tokens), jnp.asarray(labels)))
 
 
 def normalised_loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -1,5 +1,7 @@
 """Kernels are read as the program uses them: each way of using one against dense float64 Hessians."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,34 +9,21 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flatjax import flatness_profile, layer_relative_flatness
-from flatjax.core.trees import leaves_by_path, with_leaves
 from flatjax.layers.kernels import Layer
 from flatjax.layers.reading.feature_axes import MisreadKernelError, read_layer
 from flatjax.layers.reading.program import Program
 
-from .cases import Case, cross_entropy
+from .cases import Case, cross_entropy, dense_kappa, measured, repeated
 from .uses import PATH, USES, linen_stack, nnx_stack, of
-
-
-def dense_kappas(case, layer):
-    """κ of each layer of a stack by its definition, from the Hessian in all of them."""
-    kernel = leaves_by_path(case.params)[layer.path]
-    matrices = layer.matrices(kernel)
-
-    def loss(matrices):
-        leaves = {layer.path: layer.kernel(matrices, kernel.shape)}
-        return case.loss_fn(with_leaves(case.params, leaves, (layer.path,)), *case.batch)
-
-    basis = jnp.eye(matrices.size).reshape(-1, *matrices.shape)
-    product = jax.linearize(jax.grad(loss), matrices)[1]
-    hessian = jax.jit(lambda: jax.lax.map(product, basis))().reshape(*matrices.shape, *matrices.shape)
-    traces = jnp.einsum("lmslmt->lst", hessian)
-    kappas = jnp.einsum("lms,lmt,lst->l", matrices, matrices, traces)
-    return kappas.reshape(layer.stack_shape(kernel.shape))
 
 
 def flatness(case, layer, **options):
     return layer_relative_flatness(case.loss_fn, case.params, *case.batch, layer=layer, **options)
+
+
+def assert_by_weights(case, layer, *, given=None, **tolerance):
+    want, estimate = measured(case, layer, "weights", given=given)
+    np.testing.assert_allclose(estimate.value, want, **tolerance)
 
 
 def reading(case, layer=PATH):
@@ -43,16 +32,15 @@ def reading(case, layer=PATH):
 
 @pytest.mark.parametrize("name", USES)
 def test_a_kernel_is_read_as_it_is_used(name):
-    case, layer = USES[name].case(), USES[name].layer
-    assert reading(case) == layer
-    assert reading(case, layer) == layer
-    want = dense_kappas(case, layer)
-    estimate = flatness(case, PATH, method="weights")
-    np.testing.assert_allclose(estimate.value, want, rtol=1e-10, atol=1e-14)
-    assert estimate.value.shape == estimate.standard_error.shape == layer.stack_shape(USES[name].shape)
-    if USES[name].has_outputs:
-        np.testing.assert_allclose(flatness(case, PATH, method="outputs").value, want, rtol=1e-10, atol=1e-14)
-    else:
+    case, layer, has_outputs = USES[name].case(), USES[name].layer, USES[name].has_outputs
+    program = Program.of(case.loss_fn, case.params, case.batch)
+    assert read_layer(program, PATH) == layer
+    assert read_layer(program, layer) == layer
+    want, *estimates = measured(case, layer, *(("weights", "outputs") if has_outputs else ("weights",)), given=PATH)
+    for estimate in estimates:
+        np.testing.assert_allclose(estimate.value, want, rtol=1e-10, atol=1e-14)
+        assert estimate.value.shape == estimate.standard_error.shape == layer.stack_shape(USES[name].shape)
+    if not has_outputs:
         with pytest.raises(ValueError, match=f"'{PATH}' "):
             flatness(case, PATH, method="outputs")
 
@@ -71,13 +59,7 @@ def test_a_kernel_that_is_said_to_be_another_is_refused_on_every_route(name, met
 
 @pytest.mark.parametrize("name", ["scanned", "scanned twice", "routed"])
 def test_the_intervals_of_the_probes_of_a_stack_cover_kappa_of_each_layer(name):
-    case, layer = USES[name].case(), USES[name].layer
-    want = dense_kappas(case, layer)
-
-    def estimate(key):
-        return flatness(case, layer, key=key, num_probes=32, method="probes")
-
-    values, errors, _ = jax.jit(lambda keys: jax.lax.map(estimate, keys))(jax.random.split(jax.random.key(0), 200))
+    want, values, errors = repeated(USES[name].case(), USES[name].layer, num_probes=32)
     covered = np.mean(np.abs(values - want[None]) <= 2.04 * errors, axis=0)  # the 97.5 % point of t with 31 degrees
     assert np.all((covered >= 0.89) & (covered <= 0.995))
     assert np.all(np.abs(np.mean(values, axis=0) - want) < 4 * np.std(values, axis=0) / 200**0.5)
@@ -97,8 +79,8 @@ def test_a_stack_of_nnx_is_found():
 def check_stack_is_found(loss, params, layer):
     rng = np.random.default_rng(0)
     case = Case(loss, params, (jnp.asarray(rng.normal(size=(5, 3))), jnp.asarray(rng.integers(0, 3, 5))))
-    want = dense_kappas(case, layer)
-    np.testing.assert_allclose(flatness(case, "up/kernel", method="outputs").value, want, rtol=1e-10)
+    want, by_outputs = measured(case, layer, "outputs", given="up/kernel")
+    np.testing.assert_allclose(by_outputs.value, want, rtol=1e-10)
     profile = flatness_profile(loss, params, [case.batch], key=jax.random.key(0), num_probes=16)
     assert list(profile) == ["up/kernel[0]", "up/kernel[1]"]
     np.testing.assert_allclose([estimate.value for estimate in profile.values()], want, rtol=1e-10)
@@ -120,7 +102,7 @@ def test_a_profile_of_a_stack_is_kappa_of_each_layer_within_its_standard_error(r
         layers=["blocks/kernel", "head/kernel"],
     )  # fmt: skip
     layer = Layer("blocks/kernel", (1,), (0,))
-    want = np.average([dense_kappas(Case(loss, params, batch), layer) for batch in batches], axis=0, weights=[4, 6])
+    want = np.average([dense_kappa(Case(loss, params, batch), layer) for batch in batches], axis=0, weights=[4, 6])
     assert list(profile) == ["blocks/kernel[0]", "blocks/kernel[1]", "blocks/kernel[2]", "head/kernel"]
     for (value, error, num_probes), kappa in zip(list(profile.values())[:3], want, strict=True):
         assert num_probes == 16
@@ -132,10 +114,9 @@ def test_networks_of_one_input_have_to_be_told_from_one_layer():
     with pytest.raises(ValueError, match=r"2 ways: .*feature_axes=\(1,\)\), .*feature_axes=\(1,\), stack_axes=\(0,\)"):
         flatness(case, PATH)
     for layer in (Layer(PATH, (1,)), Layer(PATH, (1,), (0,))):
-        for method in ("weights", "outputs"):
-            np.testing.assert_allclose(
-                flatness(case, layer, method=method).value, dense_kappas(case, layer), rtol=1e-10
-            )
+        want, *estimates = measured(case, layer, "weights", "outputs")
+        for estimate in estimates:
+            np.testing.assert_allclose(estimate.value, want, rtol=1e-10)
 
 
 def test_a_kernel_used_both_ways_round_has_to_be_told():
@@ -143,8 +124,7 @@ def test_a_kernel_used_both_ways_round_has_to_be_told():
     with pytest.raises(ValueError, match=r"2 ways: .*feature_axes=\(0,\)\), .*feature_axes=\(1,\)\)"):
         flatness(case, PATH)
     for axis in (0, 1):
-        layer = Layer(PATH, (axis,))
-        np.testing.assert_allclose(flatness(case, layer, method="weights").value, dense_kappas(case, layer), rtol=1e-10)
+        assert_by_weights(case, Layer(PATH, (axis,)), rtol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -160,10 +140,7 @@ def test_a_kernel_whose_axes_cannot_be_followed_is_refused_and_taken_as_it_is_sa
     case = USES["masked"].case()._replace(loss_fn=of(network))
     with pytest.raises(ValueError, match=rf"{PATH}.*Layer\('{PATH}', feature_axes=\(0,\)\)"):
         flatness(case, PATH, method="weights")
-    layer = Layer(PATH, (0,))
-    np.testing.assert_allclose(
-        flatness(case, layer, method="weights").value, dense_kappas(case, layer), rtol=1e-10, atol=1e-12
-    )
+    assert_by_weights(case, Layer(PATH, (0,)), rtol=1e-10, atol=1e-12)
 
 
 def test_a_penalty_on_a_kernel_says_nothing_of_its_axes():
@@ -174,7 +151,7 @@ def test_a_penalty_on_a_kernel_says_nothing_of_its_axes():
 
     case, layer = USES["out, in"].case()._replace(loss_fn=loss), USES["out, in"].layer
     assert reading(case) == layer
-    np.testing.assert_allclose(flatness(case, PATH, method="weights").value, dense_kappas(case, layer), rtol=1e-10)
+    assert_by_weights(case, layer, given=PATH, rtol=1e-10)
 
 
 def test_rows_that_are_looked_up_before_a_loop_over_blocks_are_read():
@@ -188,8 +165,7 @@ def test_rows_that_are_looked_up_before_a_loop_over_blocks_are_read():
         return cross_entropy(x, y)
 
     case = Case(loss, jax.tree.map(jnp.asarray, params), (jnp.array([0, 3, 3, 1]), jnp.array([0, 2, 1, 1])))
-    got = flatness(case, "embedding", method="weights").value
-    np.testing.assert_allclose(got, dense_kappas(case, Layer("embedding", (0,))), rtol=1e-9)
+    assert_by_weights(case, Layer("embedding", (0,)), given="embedding", rtol=1e-9)
 
 
 COLUMNS = np.array([1, 0, 3, 2])
@@ -203,8 +179,7 @@ def test_columns_in_another_order_are_those_of_the_same_layer(scale):
 
     case = USES["masked"].case()._replace(loss_fn=loss)
     assert reading(case, "head/kernel") == Layer("head/kernel", (0,))
-    got = flatness(case, "head/kernel", method="weights").value
-    np.testing.assert_allclose(got, dense_kappas(case, Layer("head/kernel", (0,))), rtol=1e-10)
+    assert_by_weights(case, Layer("head/kernel", (0,)), given="head/kernel", rtol=1e-10)
 
 
 def test_columns_that_data_chooses_are_those_of_a_head_by_its_name():
@@ -215,8 +190,7 @@ def test_columns_that_data_chooses_are_those_of_a_head_by_its_name():
     used = USES["masked"].case()
     batch = used.batch[0], jnp.tile(jnp.arange(4), (len(used.batch[0]), 1)), used.batch[1]
     case = Case(loss, used.params, batch)
-    got = flatness(case, "head/kernel", method="weights").value
-    np.testing.assert_allclose(got, dense_kappas(case, Layer("head/kernel", (0,))), rtol=1e-10)
+    assert_by_weights(case, Layer("head/kernel", (0,)), given="head/kernel", rtol=1e-10)
     params = used.params | {"table": used.params["head"]["kernel"]}
     of_table = Case(lambda p, *b: loss({"head": {"kernel": p["table"]}}, *b), params, batch)
     with pytest.raises(ValueError, match=r"feature_axes"):
@@ -247,8 +221,7 @@ def routed(change):
 def test_a_matrix_that_data_chooses_is_one_of_a_stack_also_when_it_is_scaled(change):
     case = routed(change)
     assert reading(case) == Layer(PATH, (1,), (0,))
-    got = flatness(case, PATH, method="weights").value
-    np.testing.assert_allclose(got, dense_kappas(case, Layer(PATH, (1,), (0,))), rtol=1e-9, atol=1e-12)
+    assert_by_weights(case, Layer(PATH, (1,), (0,)), given=PATH, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +253,7 @@ def test_a_kernel_that_cannot_be_read_does_not_keep_the_others_from_being_measur
     assert np.isnan(profile["body/kernel"].value)
     assert "cumsum" in profile.unread["body/kernel"]
     assert list(profile.unread) == ["body/kernel"]
-    np.testing.assert_allclose(profile["head/kernel"].value, dense_kappas(case, Layer("head/kernel", (0,))), rtol=1e-10)
+    np.testing.assert_allclose(profile["head/kernel"].value, dense_kappa(case, Layer("head/kernel", (0,))), rtol=1e-10)
     with pytest.raises(ValueError, match="no kernel of params can be read"):
         flatness_profile(case.loss_fn, case.params, [case.batch], key=jax.random.key(0), layers=["body/kernel"])
 
@@ -302,7 +275,16 @@ def test_a_loss_with_further_results_is_named():
         flatness(case._replace(loss_fn=lambda *arguments: (case.loss_fn(*arguments), 1)), PATH)
 
 
-@pytest.mark.parametrize("method", ["probes", "outputs", "weights"])
+METHODS = ("probes", "outputs", "weights")
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "layer"))
+def by_methods(loss_fn, params, batch, layer):
+    """By each method, from one program."""
+    given, key = Case(loss_fn, params, batch), jax.random.key(0)
+    return {method: flatness(given, layer, method=method, key=key).value for method in METHODS}
+
+
 @pytest.mark.parametrize(
     ("axis_type", "split"),
     [
@@ -312,21 +294,20 @@ def test_a_loss_with_further_results_is_named():
     ],
     ids=str,
 )
-def test_kappa_of_a_sharded_stack_is_that_of_one_device(axis_type, method, split):
+def test_kappa_of_a_sharded_stack_is_that_of_one_device(axis_type, split):
     rng = np.random.default_rng(0)
     params = {"blocks": {"kernel": jnp.asarray(rng.normal(size=(4, 4, 4)) / 2)}}
     batch = jnp.asarray(rng.normal(size=(8, 4))), jnp.asarray(rng.integers(0, 4, 8))
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
-    options = {"layer": "blocks/kernel", "method": method, "key": jax.random.key(0)}
-    want = layer_relative_flatness(of_stack, params, *batch, **options)
     with jax.set_mesh(mesh):
-        got = layer_relative_flatness(
+        got = by_methods(
             of_stack,
             jax.device_put(params, NamedSharding(mesh, split)),
-            *jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data"))),
-            **options,
+            jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data"))),
+            "blocks/kernel",
         )
-    np.testing.assert_allclose(got.value, want.value, rtol=1e-10)
+    for method, want in by_methods(of_stack, params, batch, "blocks/kernel").items():
+        np.testing.assert_allclose(got[method], want, rtol=1e-10, err_msg=method)
 
 
 def of_stack(params, x, y):
@@ -339,17 +320,14 @@ def of_stack(params, x, y):
     return cross_entropy(jax.lax.scan(block, x, params["blocks"]["kernel"])[0], y)
 
 
-@pytest.mark.parametrize("method", ["probes", "outputs", "weights"])
-def test_kappa_of_a_stack_in_float32_is_exported_for_accelerators(method):
+def test_kappa_of_a_stack_in_float32_is_exported_for_accelerators_by_every_method():
     case = USES["scanned"].case().astype(jnp.float32)
-    key = jax.random.key(0)
-    measure = jax.jit(
-        lambda params, *batch: flatness(case._replace(params=params, batch=batch), PATH, method=method, key=key)
-    )
-    exported = jax.export.export(measure, platforms=("cpu", "cuda", "tpu"))(case.params, *case.batch)
-    got = exported.call(case.params, *case.batch).value
-    assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, measure(case.params, *case.batch).value, rtol=1e-5)
+    measure = jax.jit(lambda params, batch: by_methods(case.loss_fn, params, batch, PATH))
+    exported = jax.export.export(measure, platforms=("cpu", "cuda", "tpu"))(case.params, case.batch)
+    here = exported.call(case.params, case.batch)
+    for method, want in measure(case.params, case.batch).items():
+        assert here[method].dtype == jnp.float32
+        np.testing.assert_allclose(here[method], want, rtol=1e-5, err_msg=method)
 
 
 def test_data_that_a_loss_has_closed_over_is_data():

@@ -268,7 +268,9 @@ class Block(nn.Module):
 
 def linen_stack(axis: int) -> tuple[Callable[..., Any], Any]:
     blocks = nn.scan(Block, variable_axes={"params": axis}, split_rngs={"params": True}, length=2)()
-    params = blocks.init(jax.random.key(0), jnp.ones((1, 3)), None)["params"]
+    shapes = jax.eval_shape(blocks.init, jax.random.key(0), jnp.ones((1, 3)), None)["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2), shapes)
 
     def loss(params, x, y):
         x, _ = blocks.apply({"params": params}, x, None)

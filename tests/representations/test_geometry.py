@@ -36,20 +36,20 @@ def streamed(batches, dtype=jnp.float64):
 
 
 def test_the_geometry_of_eigenvalues_one_over_i_is_known():
-    variances = 1 / np.arange(1, 513)
+    variances = 1 / np.arange(1, 129)
     want = {
-        "rankme": 409.555,
-        "rankme_of_variances": 117.231,
-        "participation_ratio": 28.281,
+        "rankme": 107.048,
+        "rankme_of_variances": 46.9525,
+        "participation_ratio": 18.0308,
         "alpha_req": 1,
         "alpha_req_r_squared": 1,
     }
-    feats = cases.feats_with(variances, 600, mean=3)
-    for got in (representation_geometry(feats), geometry_of_covariance(np.diag(variances), 600)):
+    feats = cases.feats_with(variances, 160, mean=3)
+    for got in (representation_geometry(feats), geometry_of_covariance(np.diag(variances), 160)):
         cases.assert_geometry(got, want, rtol=1e-5)  # To the digits that are known.
         cases.assert_geometry(got, cases.geometry_of(variances, (11, 98)), rtol=1e-10)
         np.testing.assert_allclose(got.variances, variances, rtol=1e-9)
-        assert (got.num_resolved, got.num_samples, got.is_rank_limited) == (512, 600, True)
+        assert (got.num_resolved, got.num_samples, got.is_rank_limited) == (128, 160, True)
 
 
 @pytest.mark.parametrize("leading", [(4, 6), (9,), (3,)])
@@ -96,10 +96,14 @@ def test_merged_spectra_are_of_the_samples_of_both():
 
 def test_several_layers_are_measured_at_once_by_vmap():
     feats = np.stack([random_feats(seed=seed)[0] for seed in range(3)])
-    empty = jax.tree.map(lambda x: jnp.stack([x] * 3), FeatureSpectrum.init(M, dtype=jnp.float64))
-    spectra = jax.vmap(FeatureSpectrum.update)(empty, feats)
-    geometry = jax.vmap(lambda spectrum: spectrum.geometry(fit_range=FIT))(spectra)
-    at_once = jax.vmap(measure)(feats)
+
+    @jax.jit
+    def of_layers(feats):
+        empty = jax.tree.map(lambda x: jnp.stack([x] * 3), FeatureSpectrum.init(M, dtype=jnp.float64))
+        spectra = jax.vmap(FeatureSpectrum.update)(empty, feats)
+        return jax.vmap(lambda spectrum: spectrum.geometry(fit_range=FIT))(spectra), jax.vmap(measure)(feats)
+
+    geometry, at_once = of_layers(feats)
     for i, one in enumerate(feats):
         want = {x: getattr(measure(one), x) for x in SCALARS}
         for got in (geometry, at_once):
@@ -146,6 +150,12 @@ def test_the_conventions_are_in_order():
     assert 1 < got.participation_ratio < got.rankme_of_variances < got.rankme < M
 
 
+@jax.jit
+@jax.jacrev
+def gradients(feats, weights):
+    return {name: getattr(measure(feats, weights), name) for name in SCALARS[:4]}
+
+
 @pytest.mark.parametrize("name", SCALARS[:4])
 def test_gradients_are_those_of_finite_differences(name):
     feats, weights = random_feats((9,))
@@ -154,7 +164,7 @@ def test_gradients_are_those_of_finite_differences(name):
     def value(feats):
         return getattr(measure(feats, weights), name)
 
-    gradient = jax.grad(value)(feats)
+    gradient = gradients(feats, weights)[name]
     step = 1e-5
     want = (value(feats + step * direction) - value(feats - step * direction)) / (2 * step)
     np.testing.assert_allclose(np.sum(gradient * direction), want, rtol=1e-7)
@@ -240,7 +250,7 @@ def assert_no_geometry(got):
     assert got.num_resolved == 0
 
 
-@pytest.mark.parametrize("num_samples", [2, 8, 10, 100, 1001])
+@pytest.mark.parametrize("num_samples", [2, 10, 1001])
 def test_samples_that_are_all_the_same_have_no_geometry(num_samples):
     columns = np.resize(np.asarray(NUMBERS, np.float32), M)
     for row in (columns, columns[::-1] * np.float32(1.7), np.full(M, 0.1, np.float32), np.zeros(M, np.float32)):

@@ -21,11 +21,11 @@ class Sizes(NamedTuple):
     """What one draw says of each layer of a stack, or of one layer."""
 
     value: Float[Array, "*k l"]
-    """κ^GN: ‖Wᵀg‖²/N."""
+    """The draw of κ^GN, ‖Wᵀg‖²/N."""
     simplified: Float[Array, "*k l"]
-    """κ̂^GN: ‖W‖² ‖g‖²/N."""
+    """The draw of κ̂^GN, ‖W‖² ‖g‖²/N."""
     trace: Float[Array, "*k l"]
-    """The trace of the Gauss-Newton matrix: ‖g‖²/N."""
+    """The draw of the trace of the Gauss-Newton matrix, ‖g‖²/N."""
 
 
 class Pulled:
