@@ -15,7 +15,7 @@ from harness.training.classifiers import evaluating
 
 from .processes import metrics
 
-SMALL = "--models mlp --mlp-width 24 --mlp-depth 1 --mlp-epochs 40 --measurements 3 --checkpoint-every 3 "
+SMALL = "--models mlp --mlp-width 24 --mlp-depth 2 --mlp-epochs 40 --measurements 3 --checkpoint-every 3 "
 SMALL += "--num-train 60 --batch-size 20 --measure-batch 400 --learning-rate 0.1"
 EPOCHS = [0, 1, 6, 40]
 WEIGHT_DECAY = 0.01
@@ -44,8 +44,8 @@ def test_a_run_leaves_its_configuration_metrics_checkpoints_figure_and_summary(u
     keys = [(record["model"], record["loss"], record["seed"], record["epoch"], record["step"]) for record in records]
     assert keys == [(*case, 0, epoch, 3 * epoch) for case in CASES for epoch in EPOCHS]
     for record in records:
-        assert list(record["layers"]) == ["input", "layers/0"]
-        assert record["nc1"] == record["layers"]["layers/0"]["nc1"]
+        assert list(record["layers"]) == ["input", "layers/0", "layers/1"]
+        assert record["nc1"] == record["layers"]["layers/1"]["nc1"]
         for name in ("train_accuracy", "test_cdnv", "nc2_equinorm_means", "nc3", "nc4", "squared_error_nc1"):
             assert isinstance(record[name], float)
     assert (run / "figure.png").read_bytes().startswith(b"\x89PNG")
