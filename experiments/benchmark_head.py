@@ -9,6 +9,7 @@ Prints a table and writes the same figures to `runs/benchmark/<name>.json`. Ever
 which the functions take turns; a ratio is taken within a round, and stands with its quartiles.
 """
 
+import functools
 import time
 from collections.abc import Callable
 from functools import partial
@@ -83,10 +84,8 @@ def vocabulary(
         folder: folder for the record.
     """
     record: list[dict[str, Any]] = []
-    for size in (1, 2, 511, 512, 513, 1000, num_outputs):
-        record.append(errors(size, certainty=0, seed=seed))
-    for certainty in (30, 60, 90):
-        record.append(errors(1000, certainty=certainty, seed=seed))
+    for size, certainty in (*ERRORS_AT, (num_outputs, 0)):
+        record.append(errors(size, certainty=certainty, seed=seed))
 
     tile = max(FEWEST_ROWS, LOGITS_AT_ONCE // num_samples) if tile_size is None else tile_size
     both = partial(cross_entropy_and_flatness, tile_size=tile)
@@ -114,6 +113,10 @@ def vocabulary(
     for functions in (forward, backward):
         record += compare(functions, batch, reference=next(iter(functions)), seconds=seconds)
     write_record(folder / "vocabulary.json", record)
+
+
+ERRORS_AT = (*((size, 0) for size in (1, 2, 511, 512, 513, 1000)), *((1000, certainty) for certainty in (30, 60, 90)))
+"""The error is measured at these sizes and certainties, and at the size of the vocabulary."""
 
 
 def growth(seed: int = 0, num_features: int = 512, folder: Path = Path("runs/benchmark")) -> None:
@@ -205,9 +208,7 @@ def errors(
     rows, feats = rows.astype(np.float32), feats.astype(np.float32)
     kappa = exact_kappa(rows.astype(float), feats.astype(float))
     arguments = {"embedding": jnp.asarray(rows)}, jnp.asarray(feats), jnp.asarray(labels)
-    measured = {
-        tile: float(jax.jit(partial(relative_flatness, tile_size=tile))(*arguments)) for tile in (128, 512, num_outputs)
-    }
+    measured = {tile: float(_kappa_in_tiles(tile)(*arguments)) for tile in (128, 512, num_outputs)}
     worst = max(abs(value - kappa) for value in measured.values()) / (kappa or 1)
     spread = (max(measured.values()) - min(measured.values())) / (kappa or 1)
     print(
@@ -216,6 +217,11 @@ def errors(
         flush=True,
     )
     return {"outputs": num_outputs, "kappa": kappa, "relative_error": worst, "spread_over_tile_sizes": spread}
+
+
+@functools.cache
+def _kappa_in_tiles(tile_size: int) -> Callable:
+    return jax.jit(partial(relative_flatness, tile_size=tile_size))
 
 
 def exact_kappa(rows: np.ndarray, feats: np.ndarray) -> float:

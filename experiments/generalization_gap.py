@@ -18,6 +18,7 @@ Writes to `runs/generalization_gap/<name>/`: `config.json`, `metrics.jsonl` (a l
 """
 
 import dataclasses
+import functools
 import itertools
 import os
 import time
@@ -131,19 +132,24 @@ Combination = tuple[float, float, float, int]
 """A combination is a learning rate, a decay, a share of wrong labels and a seed."""
 
 
-def train_group(
-    config: Config, run: RunFolder, width: int, batch: int, combinations: list[Combination], progress: Progress
-) -> None:
-    """Train all networks of one shape and one batch size."""
+@functools.cache
+def programs_of(config: Config, width: int) -> tuple[np.ndarray, TrainedNetwork, Programs, "Measurement"]:
+    """Return the labels, and what trains and measures networks of one width, which is compiled once for all groups."""
     digits = few_labels.digits()
     pixels = ((digits.pixels - digits.pixels.mean()) / digits.pixels.std()).astype(np.float32)
     x = pixels.reshape(len(pixels), -1)
     of_width = network(lambda rngs: MLP((x.shape[1], width, width, few_labels.NUM_CLASSES), rngs=rngs))
-    programs = Programs(of_width, x, config.steps)
-    measure = Measurement(config, of_width, jnp.asarray(x))
+    return digits.labels, of_width, Programs(of_width, x, config.steps), Measurement(config, of_width, jnp.asarray(x))
+
+
+def train_group(
+    config: Config, run: RunFolder, width: int, batch: int, combinations: list[Combination], progress: Progress
+) -> None:
+    """Train all networks of one shape and one batch size."""
+    labels, of_width, programs, measure = programs_of(config, width)
     for start in range(0, len(combinations), programs.parallel.size):
         some = combinations[start : start + programs.parallel.size]
-        trials = [trial(config, of_width, digits.labels, batch, each) for each in some]
+        trials = [trial(config, of_width, labels, batch, each) for each in some]
         states = jax.device_get(programs.train(REGULARISERS["weight_decay"], programs.parallel.stack(trials)))
         for i, (combination, of_trial) in enumerate(zip(some, trials, strict=True)):
             state = jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), states)

@@ -115,7 +115,8 @@ def train(config: Config, seed: int, run: RunFolder) -> None:
     splits = modular.split(modular.equations(config.operation, config.modulus), config.train_share, seed)
     train_set, held_out = (tuple(map(jnp.asarray, part)) for part in splits)
     graph, state = initial_state(config, seed)
-    train_some, measure = training(config, graph, seed, num_train=len(train_set[1]))
+    train_some, measure = training(config, graph, num_train=len(train_set[1]))
+    batch_key = jax.random.fold_in(jax.random.key(seed), 0)
 
     with checkpointer(run.path / "checkpoints" / f"seed-{seed}") as checkpoints:
         step, state = load_latest(checkpoints, state)
@@ -127,7 +128,7 @@ def train(config: Config, seed: int, run: RunFolder) -> None:
             is_compiled = False
             while step < end:
                 if step >= 0:
-                    state = train_some(state, step, *train_set)
+                    state = train_some(state, batch_key, step, *train_set)
                     if not is_compiled:
                         jax.block_until_ready(state)
                         progress.unpause()  # the time left is told without the time that compiling took
@@ -169,26 +170,28 @@ def optimizer(config: Config) -> optax.GradientTransformation:
     return optax.adamw(schedule, b1=0.9, b2=config.beta2, weight_decay=config.weight_decay)
 
 
-def training(config: Config, graph: nnx.GraphDef, seed: int, num_train: int):
-    """Return the two jitted functions of a run: `measure_every` steps of training, and a measurement."""
+@functools.cache
+def training(config: Config, graph: nnx.GraphDef, num_train: int):
+    """Return the two jitted functions of all seeds: `measure_every` steps of training, and a measurement."""
     batch_size = min(config.batch_size, num_train // 2)
-    batch_key = jax.random.fold_in(jax.random.key(seed), 0)
 
     def loss(params: State, tokens: jax.Array, labels: jax.Array) -> jax.Array:
         model = nnx.merge(graph, params)
         logits = model.head(model.last_features(tokens))
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    def one_step(state: State, step: jax.Array, tokens: jax.Array, labels: jax.Array) -> State:
+    def one_step(state: State, batch_key: jax.Array, step: jax.Array, tokens: jax.Array, labels: jax.Array) -> State:
         chosen = batch_at(batch_key, step, num_train, batch_size)
         grads = jax.grad(loss)(state["params"], tokens[chosen], labels[chosen])
         updates, optimizer_state = optimizer(config).update(grads, state["optimizer"], state["params"])
         return {"params": optax.apply_updates(state["params"], updates), "optimizer": optimizer_state}
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def train_some(state: State, first_step: int, tokens: jax.Array, labels: jax.Array) -> State:
+    def train_some(state: State, batch_key: jax.Array, first_step: int, tokens: jax.Array, labels: jax.Array) -> State:
         steps = first_step + jnp.arange(config.measure_every)
-        return jax.lax.scan(lambda state, step: (one_step(state, step, tokens, labels), None), state, steps)[0]
+        return jax.lax.scan(lambda state, step: (one_step(state, batch_key, step, tokens, labels), None), state, steps)[
+            0
+        ]
 
     @jax.jit
     def measure(state: State, tokens: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:

@@ -19,6 +19,7 @@ from flatjax import loading
 from flatjax.loading.files import read_object
 from flatjax.loading.headers import Entry, sample
 from flatjax.models import Decoder, DecoderConfig
+from flatjax.models.decoder.model import decoder_structure
 from flatjax.models.decoder.sharding import decoder_shardings
 from flatjax.run.checkpoints import load_part
 from flatjax.run.text import Document, read, standard_library
@@ -118,8 +119,7 @@ def _of_run(run: Path, step: int) -> Source:
 def load_checkpoint(run: Path, step: int, *, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Decoder:
     """Load the decoder that a run of train_lm left after a step, on the mesh, or on one device."""
     config = DecoderConfig(**json.loads((run / "config.json").read_text())["model"])
-    model = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    graph, params = nnx.split(model, nnx.Param)
+    graph, params = decoder_structure(config, jnp.dtype(dtype), jnp.float32)
     shapes = nnx.to_pure_dict(params)
     mesh = mesh or jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1])
     shardings = decoder_shardings(shapes, mesh)

@@ -22,7 +22,7 @@ from flatjax.loading.names import Published, is_no_parameter, number_of_layers, 
 from flatjax.loading.shapes import decoder_shapes
 from flatjax.loading.tensors import Tensors, stored
 from flatjax.models.decoder.config import DecoderConfig
-from flatjax.models.decoder.model import Decoder
+from flatjax.models.decoder.model import Decoder, decoder_structure
 from flatjax.models.decoder.sharding import decoder_shardings
 
 
@@ -136,8 +136,7 @@ class Checkpoint:
             raise TypeError(f"dtype is {dtype!r}, wanted a floating one, as 'bfloat16' or jnp.float32") from error
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"dtype is {dtype}, wanted a floating one")
-        abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)))
-        graphdef, params = nnx.split(abstract, nnx.Param)
+        graphdef, params = decoder_structure(config, dtype, dtype)
         placed = [] if mesh is None else jax.tree_util.tree_leaves_with_path(decoder_shardings(params, mesh))
         shardings = {leaf_path(keys): sharding for keys, sharding in placed}
         leaves: dict[str, jax.Array] = {}

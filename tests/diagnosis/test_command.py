@@ -96,6 +96,12 @@ def diagnose(trained, folder, **options):
     return json.loads((folder / "d" / render.RECORD).read_text())
 
 
+@pytest.fixture
+def _undrawn(monkeypatch):
+    """The page takes longer than what is shown there, and is that of any other record."""
+    monkeypatch.setattr(render, "redraw", lambda folder: None)
+
+
 @pytest.fixture(scope="module")
 def diagnosed(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("diagnosed")
@@ -323,6 +329,7 @@ class Shares(command.Progress):
 shares: list[tuple[float, int]] = []
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_what_is_killed_at_any_moment_goes_on_to_the_same_numbers(trained, diagnosed, tmp_path, monkeypatch):
     """And the bar has one total, which the work that is done before is a part of, and which is done in the end."""
     monkeypatch.setattr(command, "mesh_of", on_one_device)
@@ -348,6 +355,7 @@ def test_what_is_killed_at_any_moment_goes_on_to_the_same_numbers(trained, diagn
     assert of_runs[-1][-1][0] == pytest.approx(1)
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_of_what_is_resumed_a_checkpoint_that_is_done_counts(trained, diagnosed, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "mesh_of", on_one_device)
     monkeypatch.setattr(command, "Progress", Shares)
@@ -433,6 +441,7 @@ def test_a_checkpoint_is_known_by_its_weights_and_not_by_its_path(published, tmp
     assert resumed(copied) == (both, False)
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_another_tokenizer_is_measured_anew(published, monkeypatch):
     monkeypatch.setattr(command, "mesh_of", on_one_device)
     before = published.diagnosed(published.folder)
@@ -482,6 +491,7 @@ def test_what_cannot_be_diagnosed_is_said_before_weights_are_read_and_leaves_not
     assert not published.runs.exists()
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_on_a_mesh_of_all_devices_it_is_the_same(trained, diagnosed, tmp_path):
     parts = ("head", "sharpness", "collapse", "geometry", "jacobians")
     record = diagnose(trained, tmp_path, steps=STEPS[-1:], parts=parts)

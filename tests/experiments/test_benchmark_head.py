@@ -26,10 +26,12 @@ def test_a_call_is_timed_the_first_time_later_and_jitted(monkeypatch, capsys):
 
 def test_the_vocabulary_benchmark_writes_its_record(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark_head, "side_by_side", partial(benchmark_head.side_by_side, min_rounds=1))
+    monkeypatch.setattr(benchmark_head, "ERRORS_AT", ((1, 0), (200, 60)))
     benchmark_head.vocabulary(
         num_outputs=300, num_features=8, num_samples=16, tile_size=128, seconds=0, folder=tmp_path
     )
     record = json.loads((tmp_path / "vocabulary.json").read_text())
+    assert [row["outputs"] for row in record["rows"] if "outputs" in row] == [1, 200, 300]
     ratios = {row["function"]: row["ratio"] for row in record["rows"] if "ratio" in row}
     assert ratios["cross-entropy"] == ratios["∇ tiled cross-entropy"] == 1
     assert len(ratios) == 9

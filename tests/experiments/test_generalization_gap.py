@@ -15,7 +15,7 @@ from flatjax.models import MLP
 from harness.data import few_labels
 from harness.training.small_networks import Trial, network
 
-from .processes import finish, kill_when, metrics, starter
+from .processes import metrics
 
 SMALL = (
     "--rates 0.05 --batch-sizes 10 20 --widths 4 --decays 0 0.01 --noises 0 0.2 --seeds 1 --num-train 40 --steps 20 "
@@ -24,18 +24,21 @@ SMALL += "--num-probes 2 --num-lanczos-steps 3 --resamples 20"
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    return starter("generalization_gap.py", SMALL, tmp_path_factory.mktemp("cache"))
+def both(processes):
+    return processes("generalization_gap.py", SMALL)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(start, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    return folder, finish(start(folder))
+def uninterrupted(both, tmp_path_factory):
+    """Its folder, what was there in the midst of the second group, and what it printed."""
+    folder, killed = tmp_path_factory.mktemp("uninterrupted"), tmp_path_factory.mktemp("killed")
+    run = both[0].start(folder)
+    run.copy_when(lambda: metrics(folder).count(b"\n") >= 5, folder, killed)
+    return folder, killed, run.finish()
 
 
 def test_every_combination_is_trained_and_none_left_out(uninterrupted):
-    folder, output = uninterrupted
+    folder, _, output = uninterrupted
     records = [json.loads(line) for line in metrics(folder).splitlines()]
     settings = [(r["batch_size"], r["weight_decay"], r["noise"]) for r in records]
     assert sorted(settings) == sorted(
@@ -50,11 +53,11 @@ def test_every_combination_is_trained_and_none_left_out(uninterrupted):
     assert (folder / "run" / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_killed_run_resumes_to_the_same_bits(start, uninterrupted, tmp_path):
-    # In the midst of the second group.
-    kill_when(start(tmp_path, "--resume"), lambda: metrics(tmp_path).count(b"\n") >= 5)
-    finish(start(tmp_path, "--resume"))
-    assert metrics(tmp_path) == metrics(uninterrupted[0])
+def test_a_killed_run_resumes_to_the_same_bits(both, uninterrupted):
+    folder, killed, _ = uninterrupted
+    assert metrics(killed).count(b"\n") < 8
+    both[1].start(killed, "--resume").finish()
+    assert metrics(killed) == metrics(folder)
 
 
 def test_the_measures_of_a_network_are_those_of_its_dense_hessian():
@@ -71,17 +74,16 @@ def test_the_measures_of_a_network_are_those_of_its_dense_hessian():
 
     train, test = (np.flatnonzero(made.parts == place) for place in (1, 3))
     model = nnx.merge(of_width.in_use, state["params"])
+    feats, logits = map(np.array, jax.jit(lambda x: (model.features(x), model(x)))(x))
     head = jax.tree.map(np.array, state["params"]["head"])
-    problem = Problem(
-        head["kernel"].T, head["bias"], np.array(model.features(x[train])), made.labels[train], np.ones(40)
-    )
+    problem = Problem(head["kernel"].T, head["bias"], feats[train], made.labels[train], np.ones(40))
     flatness = dense_flatness(softmax_cross_entropy, problem)
     for name, wanted in {
         "relative_flatness": flatness.kappa,
         "simplified_relative_flatness": flatness.simplified,
         "max_relative_flatness": flatness.maximal,
         "head_norm": np.sqrt(np.sum(head["kernel"] ** 2)),
-        "test_error": np.mean(np.argmax(np.array(model(x[test])), axis=1) != made.labels[test]),
+        "test_error": np.mean(np.argmax(logits[test], axis=1) != made.labels[test]),
     }.items():
         np.testing.assert_allclose(found[name], wanted, rtol=1e-8, err_msg=name)
 
@@ -91,7 +93,7 @@ def test_the_measures_of_a_network_are_those_of_its_dense_hessian():
     def loss(flat):
         return cross_entropy(nnx.merge(of_width.in_use, unravel(flat))(x[train]), labels).mean()
 
-    hessian = np.array(jax.hessian(loss)(flat))
+    hessian = np.array(jax.jit(jax.hessian(loss))(flat))
     np.testing.assert_allclose(found["largest_eigenvalue"], np.linalg.eigvalsh(hessian)[-1], rtol=1e-6)
     assert abs(found["hessian_trace"] - np.trace(hessian)) < 4 * found["hessian_trace_standard_error"]
     np.testing.assert_allclose(

@@ -6,64 +6,66 @@ import pytest
 
 import grokking
 
-from .processes import fail, finish, kill_when, metrics, starter
+from .processes import metrics
 
-SMALL = "--modulus 7 --width 16 --heads 2 --train-share 0.8 --learning-rate 1e-2 --weight-decay 0.1 --max-steps 80 "
-SMALL += "--measure-every 5 --checkpoint-every 10"
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    return starter("grokking.py", SMALL, tmp_path_factory.mktemp("cache"))
+SMALL = "--modulus 6 --width 16 --heads 2 --train-share 0.5 --learning-rate 1e-2 --weight-decay 0.1 "
+SMALL += "--max-steps 80 --measure-every 10 --checkpoint-every 20 --seeds 3"
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, start):
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    return folder, finish(start(folder, "--seeds", "2"))
+def both(processes):
+    return processes("grokking.py", SMALL)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(both, tmp_path_factory):
+    """Its folder, what was there between two checkpoints of the second seed, and what it printed."""
+    folder, killed = tmp_path_factory.mktemp("uninterrupted"), tmp_path_factory.mktemp("killed")
+    run = both[0].start(folder)
+    run.copy_when(lambda: metrics(folder).count(b"\n") >= 13, folder, killed)
+    return folder, killed, run.finish()
 
 
 def test_a_run_leaves_its_configuration_metrics_checkpoints_figure_and_summary(uninterrupted):
-    folder, output = uninterrupted
+    folder, _, output = uninterrupted
     run = folder / "run"
-    assert json.loads((run / "config.json").read_text())["modulus"] == 7
+    assert json.loads((run / "config.json").read_text())["modulus"] == 6
     records = [json.loads(line) for line in metrics(folder).splitlines()]
-    assert [(record["seed"], record["step"]) for record in records] == [(s, k) for s in (0, 1) for k in range(0, 85, 5)]
+    assert [(record["seed"], record["step"]) for record in records] == [
+        (s, k) for s in (0, 1, 2) for k in range(0, 90, 10)
+    ]
     for part in ("train", "held_out"):
         for name in ("loss", "accuracy", "relative_flatness", "simplified_relative_flatness", "nc1", "cdnv", "ncc"):
             assert f"{part}_{name}" in records[0]
     assert (run / "figure.png").read_bytes().startswith(b"\x89PNG")
-    assert set(json.loads((run / "summary.json").read_text())) == {"0", "1"}
+    assert set(json.loads((run / "summary.json").read_text())) == {"0", "1", "2"}
     assert (run / "checkpoints" / "seed-1" / "80").is_dir()
     assert "held-out accuracy passes 99 %" in output
 
 
 def test_the_network_learns_what_it_is_trained_on(uninterrupted):
     records = [json.loads(line) for line in metrics(uninterrupted[0]).splitlines()]
-    assert records[16]["train_loss"] < 0.5 * records[0]["train_loss"]
+    assert records[8]["train_loss"] < 0.5 * records[0]["train_loss"]
 
 
-def test_a_killed_run_resumes_to_the_same_bits(uninterrupted, start, tmp_path):
-    # Between two checkpoints of the first seed, and of the second.
-    for lines_by_then in (4, 22):
-        kill_when(
-            start(tmp_path, "--seeds", "2", "--resume"),
-            lambda lines=lines_by_then: metrics(tmp_path).count(b"\n") >= lines,
-        )
-    finish(start(tmp_path, "--seeds", "2", "--resume"))
-    assert metrics(tmp_path) == metrics(uninterrupted[0])
+def test_a_killed_run_resumes_to_the_same_bits(both, uninterrupted):
+    folder, killed, _ = uninterrupted
+    assert metrics(killed).count(b"\n") < 18
+    both[1].start(killed, "--resume").finish()
+    assert metrics(killed) == metrics(folder)
 
 
-def test_a_finished_run_is_neither_overwritten_nor_trained_again(uninterrupted, start):
-    folder, _ = uninterrupted
+def test_a_finished_run_is_neither_overwritten_nor_trained_again(both, uninterrupted):
+    folder = uninterrupted[0]
     before = metrics(folder)
-    assert "--resume" in fail(start(folder, "--seeds", "2"))
-    finish(start(folder, "--seeds", "2", "--resume"))
+    assert "--resume" in both[0].start(folder).fail()
+    both[0].start(folder, "--resume").finish()
     assert metrics(folder) == before
 
 
-def test_an_interval_that_a_run_could_not_resume_at_is_an_error(start, tmp_path):
-    assert "multiple of --measure-every" in fail(start(tmp_path, "--checkpoint-every", "12"))
+def test_an_interval_that_a_run_could_not_resume_at_is_an_error():
+    with pytest.raises(SystemExit, match="multiple of --measure-every"):
+        grokking.Config(measure_every=10, checkpoint_every=12)
 
 
 def curve(step: int) -> dict:

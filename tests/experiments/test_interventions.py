@@ -8,7 +8,7 @@ import pytest
 import interventions
 from harness.interventions.arms import BASELINE
 
-from .processes import finish, kill_when, metrics, starter
+from .processes import metrics
 
 
 def test_an_arm_that_is_unplugged_from_the_start_is_the_baseline_to_the_last_bit():
@@ -25,18 +25,21 @@ ARMS += ["against κ, λ = 1e-05, unplugged at 20"]
 
 
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory):
-    return starter("interventions.py", SMALL, tmp_path_factory.mktemp("cache"))
+def both(processes):
+    return processes("interventions.py", SMALL)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(launch, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    return folder, finish(launch(folder))
+def uninterrupted(both, tmp_path_factory):
+    """Its folder, what was there between two checkpoints of the third arm, and what it printed."""
+    folder, killed = tmp_path_factory.mktemp("uninterrupted"), tmp_path_factory.mktemp("killed")
+    run = both[0].start(folder)
+    run.copy_when(lambda: metrics(folder).count(b"\n") >= 34, folder, killed)
+    return folder, killed, run.finish()
 
 
 def test_a_run_leaves_a_record_of_every_arm_and_seed_a_table_figures_and_a_summary(uninterrupted):
-    folder, output = uninterrupted
+    folder, _, output = uninterrupted
     records = [json.loads(line) for line in metrics(folder).splitlines()]
     assert list(dict.fromkeys(record["arm"] for record in records)) == ARMS
     for arm in ARMS:
@@ -66,20 +69,20 @@ def test_all_arms_start_alike_and_a_held_one_leaves_the_baseline_when_it_is_held
     assert pushed[30] != unplugged[30]
 
 
-def test_a_killed_run_resumes_to_the_same_bits(launch, uninterrupted, tmp_path):
-    # Between two checkpoints of the first arm, and of the third.
-    for lines_by_then in (7, 34):
-        kill_when(launch(tmp_path, "--resume"), lambda by=lines_by_then: metrics(tmp_path).count(b"\n") >= by)
-    finish(launch(tmp_path, "--resume"))
-    assert metrics(tmp_path) == metrics(uninterrupted[0])
+def test_a_killed_run_resumes_to_the_same_bits(both, uninterrupted, tmp_path):
+    folder, killed, _ = uninterrupted
+    assert metrics(killed).count(b"\n") < 42
+    both[1].start(killed, "--resume").finish()
+    assert metrics(killed) == metrics(folder)
 
     # Between the last lines of two seeds, the checkpoint after them not written.
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     run = tmp_path / "run"
     (last,) = (run / "checkpoints").glob("*unplugged*/60")
     shutil.rmtree(last)
     (run / "metrics.jsonl").write_bytes(b"".join(metrics(tmp_path).splitlines(keepends=True)[:-1]))
-    finish(launch(tmp_path, "--resume"))
-    assert metrics(tmp_path) == metrics(uninterrupted[0])
+    both[1].start(tmp_path, "--resume").finish()
+    assert metrics(tmp_path) == metrics(folder)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import flatjax
 import layer_flatness
 from harness.data import images
 
-from .processes import finish, kill_when, metrics, starter
+from .processes import metrics
 
 SMALL = "--width 6 --depth 1 --steps 30 --measurements 4 --checkpoint-every 20 --num-train 200 --batch-size 20 "
 SMALL += "--measure-on 20 --measure-batch 12 --num-probes 4 --max-probes 4 --learning-rate 1e-2 --warmup 1"
@@ -21,18 +21,21 @@ STEPS = [0, 1, 3, 10, 30]
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    return starter("layer_flatness.py", SMALL, tmp_path_factory.mktemp("cache"))
+def both(processes):
+    return processes("layer_flatness.py", SMALL)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(start, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    return folder, finish(start(folder))
+def uninterrupted(both, tmp_path_factory):
+    """Its folder, what was there in the midst of its measurements, and what it printed."""
+    folder, killed = tmp_path_factory.mktemp("uninterrupted"), tmp_path_factory.mktemp("killed")
+    run = both[0].start(folder)
+    run.copy_when(lambda: metrics(folder).count(b"\n") >= 3, folder, killed)
+    return folder, killed, run.finish()
 
 
 def test_a_run_leaves_its_configuration_metrics_checkpoints_figures_and_summary(uninterrupted):
-    folder, output = uninterrupted
+    folder, _, output = uninterrupted
     run = folder / "run"
     assert json.loads((run / "config.json").read_text())["width"] == 6
     records = [json.loads(line) for line in metrics(folder).splitlines()]
@@ -50,10 +53,11 @@ def test_a_run_leaves_its_configuration_metrics_checkpoints_figures_and_summary(
     assert records[4]["train_loss"] < 0.8 * records[0]["train_loss"]
 
 
-def test_a_killed_run_resumes_to_the_same_bits(start, uninterrupted, tmp_path):
-    kill_when(start(tmp_path, "--resume"), lambda: metrics(tmp_path).count(b"\n") >= 3)
-    finish(start(tmp_path, "--resume"))
-    assert metrics(tmp_path) == metrics(uninterrupted[0])
+def test_a_killed_run_resumes_to_the_same_bits(both, uninterrupted):
+    folder, killed, _ = uninterrupted
+    assert metrics(killed).count(b"\n") < 5
+    both[1].start(killed, "--resume").finish()
+    assert metrics(killed) == metrics(folder)
 
 
 def test_the_profile_is_that_of_the_images_measured_on():

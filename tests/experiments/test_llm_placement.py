@@ -7,7 +7,7 @@ import pytest
 import llm_placement
 from harness.training.decoders import Penalty, network, penalty
 
-from .processes import finish, kill_when, metrics, starter, write_text
+from .processes import metrics, write_text
 
 SMALL = "--vocab-size 270 --width 8 --depth 1 --heads 2 --context 8 --batch-size 4 --steps 4 --warm-up 2 --seeds 2 "
 SMALL += "--arms plain head sam --head-strengths 1e-3 1e-2 --sam-strengths 0.1 --measure-on 8 --draws 2 "
@@ -15,15 +15,18 @@ SMALL += "--timing-seconds 0.01"
 
 
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory):
+def both(processes, tmp_path_factory):
     folder = write_text(tmp_path_factory.mktemp("text"), 25)
-    return starter("llm_placement.py", f"{SMALL} --text {folder}", tmp_path_factory.mktemp("cache"))
+    return processes("llm_placement.py", f"{SMALL} --text {folder}")
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(launch, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    return folder, finish(launch(folder))
+def uninterrupted(both, tmp_path_factory):
+    """Its folder, what was there in the midst of the second arm, and what it printed."""
+    folder, killed = tmp_path_factory.mktemp("uninterrupted"), tmp_path_factory.mktemp("killed")
+    run = both[0].start(folder)
+    run.copy_when(lambda: metrics(folder).count(b"\n") >= 4, folder, killed)
+    return folder, killed, run.finish()
 
 
 def records(folder):
@@ -31,7 +34,7 @@ def records(folder):
 
 
 def test_a_run_leaves_a_record_of_every_network_a_table_a_figure_and_a_summary(uninterrupted):
-    folder, output = uninterrupted
+    folder, _, output = uninterrupted
     found = {(r["phase"], r["arm"], r["strength"], r["seed"]) for r in records(folder) if r["phase"] != "timing"}
     tried = {"plain": (0.0,), "head": (1e-3, 1e-2), "sam": (0.1,)}
     assert {each for each in found if each[0] == "tuning"} == {
@@ -53,15 +56,15 @@ def test_arms_of_a_seed_differ_in_what_is_added_to_the_loss_alone(uninterrupted)
         assert abs(final["sam", seed] - final["plain", seed]) < 0.1
 
 
-def test_a_killed_run_resumes_to_the_same_bits(launch, uninterrupted, tmp_path):
-    kill_when(launch(tmp_path), lambda: metrics(tmp_path).count(b"\n") >= 4)
-    assert metrics(tmp_path).count(b"\n") < 10
-    finish(launch(tmp_path, "--resume"))
+def test_a_killed_run_resumes_to_the_same_bits(both, uninterrupted):
+    folder, killed, _ = uninterrupted
+    assert metrics(killed).count(b"\n") < 10
+    both[1].start(killed, "--resume").finish()
 
     def networks(folder):
         return [line for line in metrics(folder).splitlines() if b"timing" not in line]
 
-    assert networks(tmp_path) == networks(uninterrupted[0])
+    assert networks(killed) == networks(folder)
 
 
 def test_without_a_plain_arm_there_is_nothing_to_compare_with():

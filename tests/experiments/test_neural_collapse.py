@@ -13,28 +13,31 @@ from flatjax.layers.names import in_forward_order
 from harness.data import images
 from harness.training.classifiers import evaluating
 
-from .processes import finish, kill_when, metrics, starter
+from .processes import metrics
 
 SMALL = "--models mlp --mlp-width 24 --mlp-depth 2 --mlp-epochs 40 --measurements 3 --checkpoint-every 3 "
-SMALL += "--num-train 60 --batch-size 20 --measure-batch 48 --learning-rate 0.1"
+SMALL += "--num-train 60 --batch-size 20 --measure-batch 400 --learning-rate 0.1"
 EPOCHS = [0, 1, 6, 40]
 WEIGHT_DECAY = 0.01
 CASES = [("mlp", loss) for loss in ("cross_entropy", "squared_error")]
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    return starter("neural_collapse.py", SMALL, tmp_path_factory.mktemp("cache"))
+def both(processes):
+    return processes("neural_collapse.py", SMALL)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(start, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    return folder, finish(start(folder))
+def uninterrupted(both, tmp_path_factory):
+    """Its folder, what was there in the midst of the second loss, and what it printed."""
+    folder, killed = tmp_path_factory.mktemp("uninterrupted"), tmp_path_factory.mktemp("killed")
+    run = both[0].start(folder)
+    run.copy_when(lambda: metrics(folder).count(b"\n") >= 6, folder, killed)
+    return folder, killed, run.finish()
 
 
 def test_a_run_leaves_its_configuration_metrics_checkpoints_figure_and_summary(uninterrupted):
-    folder, output = uninterrupted
+    folder, _, output = uninterrupted
     run = folder / "run"
     assert json.loads((run / "config.json").read_text())["mlp_width"] == 24
     records = [json.loads(line) for line in metrics(folder).splitlines()]
@@ -61,10 +64,11 @@ def test_the_network_collapses_as_it_learns(uninterrupted):
     assert records[3]["train_accuracy"] == 1
 
 
-def test_a_killed_run_resumes_to_the_same_bits(start, uninterrupted, tmp_path):
-    kill_when(start(tmp_path, "--resume"), lambda: metrics(tmp_path).count(b"\n") >= 6)
-    finish(start(tmp_path, "--resume"))
-    assert metrics(tmp_path) == metrics(uninterrupted[0])
+def test_a_killed_run_resumes_to_the_same_bits(both, uninterrupted):
+    folder, killed, _ = uninterrupted
+    assert metrics(killed).count(b"\n") < 8
+    both[1].start(killed, "--resume").finish()
+    assert metrics(killed) == metrics(folder)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +76,7 @@ def measured():
     """The head, its features and labels, and what is measured of them, at the start."""
     config = neural_collapse.Config(mlp_width=12, mlp_depth=2, measure_batch=48)
     train_set, test_set = images.load("digits", None, seed=0)
-    train_set = train_set.some(110, 0)
+    train_set, test_set = train_set.some(110, 0), test_set.some(48, 0)
     network, state = neural_collapse.initial(config, "mlp", 0, train_set, optax.sgd(0.1))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as experiments run
         parts = {"train": train_set, "test": test_set}

@@ -11,7 +11,7 @@ import pytest
 import regularise
 from harness.training.regularisers import REGULARISERS
 
-from .processes import finish, kill_when, metrics, starter
+from .processes import metrics
 
 SMALL = "--models mlp --methods baseline sam kappa --width 6 --steps 12 --batch-size 20 --num-few 40 --num-wrong 60 "
 SMALL += "--num-validation 30 --mlp.num-rates 2 --mlp.num-strengths 2 --tuning-seeds 2 --seeds 3 --timing-seconds 0.01"
@@ -19,8 +19,8 @@ CASES = [(task, method) for task in ("few", "wrong") for method in ("baseline", 
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    return starter("regularise.py", SMALL, tmp_path_factory.mktemp("cache"))
+def both(processes):
+    return processes("regularise.py", SMALL)
 
 
 def recorded(folder: Path) -> list[dict]:
@@ -31,9 +31,12 @@ def recorded(folder: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(start, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    return folder, finish(start(folder))
+def uninterrupted(both, tmp_path_factory):
+    """Its folder, what was there in the midst of the second task, and what it printed."""
+    folder, killed = tmp_path_factory.mktemp("uninterrupted"), tmp_path_factory.mktemp("killed")
+    run = both[0].start(folder)
+    run.copy_when(lambda: len(recorded(folder)) >= 17, folder, killed)
+    return folder, killed, run.finish()
 
 
 def test_a_run_tries_each_method_in_as_many_settings_and_trains_the_best_anew(uninterrupted):
@@ -51,7 +54,7 @@ def test_a_run_tries_each_method_in_as_many_settings_and_trains_the_best_anew(un
 
 
 def test_a_run_leaves_a_table_a_figure_and_a_summary(uninterrupted):
-    folder, output = uninterrupted
+    folder, _, output = uninterrupted
     summary = json.loads((folder / "run" / "summary.json").read_text())
     assert list(summary) == ["mlp-few", "mlp-wrong"]
     final = next(r for r in recorded(folder) if (r["phase"], r["task"], r["method"]) == ("final", "wrong", "kappa"))
@@ -63,16 +66,17 @@ def test_a_run_leaves_a_table_a_figure_and_a_summary(uninterrupted):
     assert (folder / "run" / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_killed_run_resumes_to_the_same_metrics(start, uninterrupted, tmp_path):
-    kill_when(start(tmp_path, "--resume"), lambda: len(recorded(tmp_path)) >= 17)  # in the midst of the second task
-    finish(start(tmp_path, "--resume"))
-    assert recorded(tmp_path) == recorded(uninterrupted[0])
+def test_a_killed_run_resumes_to_the_same_metrics(both, uninterrupted):
+    folder, killed, _ = uninterrupted
+    assert len(recorded(killed)) < 30
+    both[1].start(killed, "--resume").finish()
+    assert recorded(killed) == recorded(folder)
 
 
-def test_a_finished_run_is_not_trained_again(start, uninterrupted):
-    folder, _ = uninterrupted
+def test_a_finished_run_is_not_trained_again(both, uninterrupted):
+    folder = uninterrupted[0]
     before = metrics(folder)
-    finish(start(folder, "--resume"))
+    both[1].start(folder, "--resume").finish()
     assert metrics(folder) == before
 
 

@@ -11,26 +11,29 @@ import train_lm
 from flatjax.diagnosis.sources import load_checkpoint
 from flatjax.models import Decoder, DecoderConfig
 
-from .processes import finish, kill_when, metrics, starter, write_text
+from .processes import metrics, write_text
 
 SMALL = "--vocab-size 270 --width 8 --depth 1 --heads 2 --context 8 --batch-size 4 --steps 12 --warm-up 2 "
 SMALL += "--measure-every 4 --measure-on 8 --checkpoint-every 4 --held-out-share 0.3 --modules m3"
 
 
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory):
+def both(processes, tmp_path_factory):
     folder = write_text(tmp_path_factory.mktemp("text"), 4)
-    return starter("train_lm.py", f"{SMALL} --text {folder}", tmp_path_factory.mktemp("cache"))
+    return processes("train_lm.py", f"{SMALL} --text {folder}")
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(launch, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    return folder, finish(launch(folder))
+def uninterrupted(both, tmp_path_factory):
+    """Its folder, what was there between two checkpoints, and what it printed."""
+    folder, killed = tmp_path_factory.mktemp("uninterrupted"), tmp_path_factory.mktemp("killed")
+    run = both[0].start(folder)
+    run.copy_when(lambda: metrics(folder).count(b"\n") >= 7, folder, killed)
+    return folder, killed, run.finish()
 
 
 def test_a_run_leaves_its_model_tokenizer_metrics_checkpoints_figure_and_summary(uninterrupted):
-    folder, output = uninterrupted
+    folder, _, output = uninterrupted
     run = folder / "run"
     config = json.loads((run / "config.json").read_text())
     assert DecoderConfig(**config["model"]).vocab_size == config["vocab_size"] == 270
@@ -56,11 +59,11 @@ def test_a_checkpoint_of_a_run_is_read_without_its_optimizer(uninterrupted):
     assert np.max(np.abs(first - last)) > 1e-3
 
 
-def test_a_killed_run_resumes_to_the_same_bits(launch, uninterrupted, tmp_path):
-    kill_when(launch(tmp_path), lambda: metrics(tmp_path).count(b"\n") >= 7)
-    assert metrics(tmp_path).count(b"\n") < 13
-    finish(launch(tmp_path, "--resume"))
-    assert metrics(tmp_path) == metrics(uninterrupted[0])
+def test_a_killed_run_resumes_to_the_same_bits(both, uninterrupted):
+    folder, killed, _ = uninterrupted
+    assert metrics(killed).count(b"\n") < 13
+    both[1].start(killed, "--resume").finish()
+    assert metrics(killed) == metrics(folder)
 
 
 @pytest.mark.parametrize(

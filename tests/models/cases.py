@@ -1,5 +1,7 @@
 """Models with values drawn for all of their state, and Hessian products against differences of gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,13 @@ def drawn(make, dtype=np.float64, seed=0):
     return (graphdef, *(jax.tree_util.tree_map_with_path(draw, state) for state in states))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def outputs(graphdef, params, rest, inputs):
+    """The logits and the features of a split model, compiled once a structure and shape."""
+    model = nnx.merge(graphdef, params, rest, copy=True)
+    return model(inputs), model.features(inputs)
+
+
 def pure_loss(graphdef, rest):
     """The mean cross-entropy `(params, inputs, labels) -> scalar` of a split model."""
 
@@ -39,14 +48,16 @@ def slopes(loss):
 
 def assert_products_are_differences_of_gradients(gradient_and_product, params, *batch, rtol=1e-6):
     rng = np.random.default_rng(1)
-    v = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), params)
+    v = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), params)
     _, product = gradient_and_product(params, v, *batch)
     step = 1e-7  # longer ones cross a kink of a ReLU
     after, before = (
-        gradient_and_product(jax.tree.map(lambda leaf, d, s=sign: leaf + s * step * d, params, v), v, *batch)[0]
+        gradient_and_product(
+            jax.tree.map(lambda leaf, d, s=sign: np.asarray(leaf) + s * step * d, params, v), v, *batch
+        )[0]
         for sign in (1, -1)
     )
-    differences = jax.tree.map(lambda a, b: (a - b) / (2 * step), after, before)
+    differences = jax.tree.map(lambda a, b: (np.asarray(a) - np.asarray(b)) / (2 * step), after, before)
     largest = max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(differences))
     assert np.isfinite(largest)
     for (keys, got), want in zip(

@@ -21,7 +21,7 @@ Coefficient = Callable[[np.ndarray, np.ndarray], float]
 
 def kendall(x: np.ndarray, y: np.ndarray) -> float:
     """Compute Kendall's τ_b, with ties counted."""
-    return float(stats.kendalltau(x, y).statistic)
+    return float(stats.kendalltau(x, y, method="asymptotic").statistic)  # which concerns the p-value alone
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
@@ -55,9 +55,11 @@ def correlations(
     for kind, coefficient in COEFFICIENTS.items():
         of_given = [_if_finite(coefficient, measures[given][chosen], outcome[chosen]) for chosen in samples]
         for name, values in measures.items():
-            plain = [_if_finite(coefficient, values[chosen], outcome[chosen]) for chosen in samples]
-            results[name][kind] = _summarised(plain)
-            if name != given:
+            if name == given:
+                results[name][kind] = _summarised(of_given)
+            else:
+                plain = [_if_finite(coefficient, values[chosen], outcome[chosen]) for chosen in samples]
+                results[name][kind] = _summarised(plain)
                 crossed = [_if_finite(coefficient, values[chosen], measures[given][chosen]) for chosen in samples]
                 results[name][f"{kind}_given"] = _summarised(
                     [partial(*each) for each in zip(plain, crossed, of_given, strict=True)]

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatjax import cross_entropy, neural_collapse, relative_flatness, simplified_relative_flatness
+from flatjax import ClassMoments, cross_entropy, relative_flatness, simplified_relative_flatness
+from flatjax.collapse import ncc
 from flatjax.training import confidence_penalty, label_smoothing
 
 Head = dict[str, jax.Array]
@@ -93,7 +94,7 @@ def held(quantity: Quantity, levels: Sequence[float], strength: float, since: in
 def measured(quantity: Quantity, head: Head, feats: jax.Array, labels: jax.Array, num_classes: int) -> jax.Array:
     """Measure κ and κ̂ at temperature 1, and NCC, of the features that the network uses."""
     if quantity == "ncc":
-        return neural_collapse(head, feats, labels, num_classes=num_classes).ncc
+        return ncc(ClassMoments.init(num_classes, feats.shape[1], dtype=feats.dtype).update(feats, labels))
     metric = relative_flatness if quantity == "kappa" else simplified_relative_flatness
     return metric(head, feats, labels)
 

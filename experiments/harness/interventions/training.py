@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flatjax import cross_entropy, neural_collapse, relative_flatness, simplified_relative_flatness
+from flatjax import cross_entropy, relative_flatness, simplified_relative_flatness
 from harness.data.batches import batch_at
 from harness.interventions.arms import Rule, control_of, distance_from_level, measured, of_size
 from harness.interventions.bounds import Bounds, softened_ncc
@@ -158,7 +158,7 @@ def measure(learner: Learner, setting: Setting, state: State, data: SeedData) ->
             "accuracy": jnp.where(jnp.all(jnp.isfinite(logits)), right, jnp.nan),
             "relative_flatness": relative_flatness(head, feats, y),
             "simplified_relative_flatness": simplified_relative_flatness(head, feats, y),
-            "ncc": neural_collapse(head, feats, y, num_classes=learner.num_classes).ncc,
+            "ncc": measured("ncc", head, feats, y, learner.num_classes),
             "softened_ncc": setting.softened_ncc(feats, y, learner.num_classes),
             "largest_feature": jnp.max(jnp.linalg.norm(feats, axis=1)),
         }

@@ -1,5 +1,8 @@
 """A decoder-only language model that by its configuration is GPT-2, GPT-NeoX, Llama, Qwen-2 or Qwen-3."""
 
+import functools
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -119,3 +122,10 @@ class DecoderBlock(nnx.Module):
     def __call__(self, x: Float[Array, "n t m"]) -> Float[Array, "n t m"]:
         attended = x + self.attention(self.attention_norm(x))
         return attended + self.perceptron(self.perceptron_norm(x if self.parallel else attended))
+
+
+@functools.lru_cache(maxsize=16)
+def decoder_structure(config: DecoderConfig, dtype: Any, param_dtype: Any) -> tuple[Any, Any]:
+    """The structure of `Decoder(config)`, and the shapes of its parameters: traced once for all weights that it has."""
+    abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
+    return nnx.split(abstract, nnx.Param)

@@ -72,7 +72,7 @@ def test_softened_collapse_is_collapse_at_softness_zero_and_at_its_ceiling_where
     rng = np.random.default_rng(1)
     feats, labels = jnp.asarray(rng.normal(size=(13, 3))), jnp.asarray(np.arange(13) % 4)
     head = {"kernel": jnp.ones((3, 4))}
-    wanted = neural_collapse(head, feats, labels, num_classes=4).ncc
+    wanted = jax.jit(lambda feats, labels: neural_collapse(head, feats, labels, num_classes=4).ncc)(feats, labels)
     np.testing.assert_allclose(softened_ncc(feats, labels, 4, 0.0), wanted, rtol=1e-12)
     pairs = BOUNDS.feature_norm * jnp.array([[1.0, 0.0], [-1.0, 0.0]] * 4)
     at_most = softened_ncc(pairs, jnp.arange(8) // 2, 4, BOUNDS.softness * BOUNDS.feature_norm**2)

@@ -33,13 +33,16 @@ def start():
 def test_kappa_by_the_way_is_relative_flatness_of_the_head():
     network, params = start()
     value, recorded = jax.jit(functools.partial(objective, network, Penalty()))(params, WINDOWS, KEY, 0.0)
-    model = network.model(params)
-    feats = model.features(WINDOWS[:, :-1])
-    np.testing.assert_allclose(
-        recorded["kappa"], relative_flatness(model.head_params(), feats, WINDOWS[:, 1:]), rtol=1e-10
-    )
-    wanted = cross_entropy(model(WINDOWS[:, :-1]), WINDOWS[:, 1:]).mean()
-    np.testing.assert_allclose([value, recorded["loss"]], wanted, rtol=1e-10)
+
+    @jax.jit
+    def wanted(params):
+        model, tokens, labels = network.model(params), WINDOWS[:, :-1], WINDOWS[:, 1:]
+        kappa = relative_flatness(model.head_params(), model.features(tokens), labels)
+        return kappa, cross_entropy(model(tokens), labels).mean()
+
+    kappa, loss = wanted(params)
+    np.testing.assert_allclose(recorded["kappa"], kappa, rtol=1e-10)
+    np.testing.assert_allclose([value, recorded["loss"]], loss, rtol=1e-10)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -66,12 +69,13 @@ def test_the_gradient_of_a_probe_is_that_by_differences_in_every_parameter():
     value_at = functools.partial(probes, ("blocks/0",))
     _, gradient = value_at(params, KEY[None])
     rng = np.random.default_rng(1)
-    direction = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), params)
+    direction = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), params)
 
     def at(step):
-        return value_at(jax.tree.map(lambda leaf, change: leaf + step * change, params, direction), KEY[None])[0]
+        moved = jax.tree.map(lambda leaf, change: np.asarray(leaf) + step * change, params, direction)
+        return value_at(moved, KEY[None])[0]
 
-    slope = sum(jax.tree.leaves(jax.tree.map(lambda g, change: jnp.sum(g[0] * change), gradient, direction)))
+    slope = sum(jax.tree.leaves(jax.tree.map(lambda g, change: np.sum(g[0] * change), gradient, direction)))
     np.testing.assert_allclose(slope, (at(1e-5) - at(-1e-5))[0] / 2e-5, rtol=1e-6)
 
 
@@ -93,13 +97,21 @@ def test_the_rate_warms_up_is_stable_and_decays_to_nothing():
     np.testing.assert_allclose(rates[15:], 1e-2 * np.arange(5, -1, -1) / 5, atol=1e-9)
 
 
-def steps_on(number, model_devices, monkeypatch):
-    monkeypatch.setattr(jax, "device_count", lambda: number)
+@functools.cache
+def placed_step(number, model_devices):
+    """The jitted step on so many devices, and the state that it starts from."""
     network, params = start()
     chosen, optimizer = penalty(params, ["head", KERNEL], share=0.25), DESCENT.optimizer()
-    placed = placement(model_devices, len(WINDOWS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: number)
+        placed = placement(model_devices, len(WINDOWS))
     state, shardings = placed.put(params, optimizer)
-    step_of = jax.jit(functools.partial(one_step, network, chosen, optimizer), out_shardings=(shardings, None))
+    step = jax.jit(functools.partial(one_step, network, chosen, optimizer), out_shardings=(shardings, None))
+    return step, placed, state
+
+
+def steps_on(number, model_devices):
+    step_of, placed, state = placed_step(number, model_devices)
     recorded = []
     with jax.set_mesh(placed.mesh), jax.numpy_dtype_promotion("standard"):
         for step in range(3):
@@ -108,10 +120,10 @@ def steps_on(number, model_devices, monkeypatch):
     return state, recorded
 
 
-def test_a_training_step_on_8_devices_with_split_head_and_blocks_is_that_on_one(monkeypatch):
+def test_a_training_step_on_8_devices_with_split_head_and_blocks_is_that_on_one():
     """Though there are two sequences to probe for the four devices that share a batch."""
-    state, recorded = steps_on(8, 2, monkeypatch)
-    alone, recorded_alone = steps_on(1, 1, monkeypatch)
+    state, recorded = steps_on(8, 2)
+    alone, recorded_alone = steps_on(1, 1)
     split = [leaf for leaf in jax.tree.leaves(state) if not leaf.sharding.is_fully_replicated]
     assert len(split) == 3 * 8  # the embedding and seven kernels, each with its two moments
     assert all(len(leaf.sharding.device_set) == 8 for leaf in split)
@@ -125,11 +137,7 @@ def test_a_training_step_on_8_devices_with_split_head_and_blocks_is_that_on_one(
 
 
 def test_a_training_step_with_split_head_and_blocks_is_exported_for_accelerators():
-    network, params = start()
-    chosen, optimizer = penalty(params, ["head", KERNEL], share=0.25), DESCENT.optimizer()
-    placed = placement(2, len(WINDOWS))
-    state, shardings = placed.put(params, optimizer)
-    step = jax.jit(functools.partial(one_step, network, chosen, optimizer), out_shardings=(shardings, None))
+    step, placed, state = placed_step(8, 2)
     with jax.set_mesh(placed.mesh), jax.numpy_dtype_promotion("standard"):
         args = state, placed.batch(np.asarray(WINDOWS)), KEY, 0.01
         exported = jax.export.export(step, platforms=("cpu", "cuda", "tpu"))(*args)
