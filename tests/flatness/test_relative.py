@@ -44,7 +44,8 @@ ORACLE_CASES = [
     Case(6, 2, (2, 3), CE, "mass", weights=False, as_callable=True, layout="embedding"),
     Case(3, 5, (5,), "focal"),
     Case(4, 3, (7,), "pseudo_huber", "targets"),
-    Case(1, 1, (), "tempered", "tempered", bias=False),
+    Case(1, 1, (), "pseudo_huber", "targets", bias=False),
+    Case(3, 4, (2, 3), "tempered", "tempered", weights=False),
 ]
 
 

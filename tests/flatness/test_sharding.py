@@ -170,7 +170,7 @@ EMBEDDINGS = [
 ]
 INDIVISIBLE = [
     Case(num_outputs=V - 3, layout="embedding", axis_type=EXPLICIT),
-    Case(samples=DATA, num_outputs=V - 3, layout="embedding"),
+    Case(2, samples=DATA, num_outputs=V - 2, axis_type=EXPLICIT),
 ]
 MANUAL = [
     Case(2, rows=ALL, manual=ALL, layout="embedding"),
