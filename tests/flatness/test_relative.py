@@ -33,23 +33,16 @@ CE, SE, BCE = helpers.NAMED
 ORACLE_CASES = [
     # Softmax on the side of the pairs (few outputs), then on that of the largest logit.
     Case(3, 5, (9,), CE),
-    Case(2, 7, (2, 3), CE, "distribution", bias=False, layout="embedding"),
-    Case(3, 8, (11,), CE, "mass", weights=False),
-    Case(6, 4, (5,), CE, weights=False, layout="embedding"),
-    Case(7, 2, (1,), CE, "mass", bias=False),
-    Case(4, 6, (), CE),
-    Case(4, 1, (5,), CE, bias=False, layout="embedding"),
+    Case(2, 7, (2, 3), CE, "mass", bias=False, weights=False, layout="embedding"),
+    Case(7, 2, (5,), CE, "distribution"),
+    Case(4, 1, (), CE, layout="embedding"),
     Case(3, 5, (2, 3), SE, "targets", layout="embedding"),
-    Case(5, 3, (5,), SE, bias=False, weights=False),
+    Case(5, 3, (1,), SE, bias=False, weights=False),
     Case(5, 3, (2, 3), BCE, "distribution", bias=False, layout="embedding"),
-    Case(4, 2, (1,), BCE),
     Case(1, 3, (7,), BCE, "binary"),
     # Any callable: κ from the columns of W where d > m, from its rows where not.
-    Case(6, 2, (2, 3), CE, "mass", as_callable=True, layout="embedding"),
-    Case(3, 5, (2, 3), SE, "targets", as_callable=True, bias=False),
-    Case(5, 3, (), BCE, "binary", as_callable=True),
+    Case(6, 2, (2, 3), CE, "mass", weights=False, as_callable=True, layout="embedding"),
     Case(3, 5, (5,), "focal"),
-    Case(5, 3, (2, 3), "focal", weights=False, layout="embedding"),
     Case(4, 3, (7,), "pseudo_huber", "targets"),
     Case(1, 1, (), "pseudo_huber", "targets", bias=False),
     Case(3, 4, (2, 3), "tempered", "tempered", weights=False),
@@ -83,21 +76,15 @@ def test_flatness_is_that_of_the_dense_hessian(case):
     helpers.assert_same_flatness(got, truth(case, problem), rtol=1e-12)
 
 
-@pytest.mark.parametrize("m", [1, 3])
-@pytest.mark.parametrize("leading", [(), (5,)])
-def test_a_softmax_over_one_class_is_exactly_flat(leading, m):
-    problem = helpers.random_problem(1, m, leading)
-    got = helpers.measured_flatness(problem.params, problem.feats, problem.labels, weights=problem.weights)
-    assert all(np.all(value == 0) for value in got)
+def test_a_softmax_over_one_class_is_exactly_flat():
+    assert all(np.all(value == 0) for value in helpers.measure(helpers.random_problem(1, 3, (5,))))
 
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [
-        (Case(3, 5, (9,), CE), "float32"),
         (Case(6, 4, (5,), CE), "float32"),
         (Case(5, 3, (2, 3), BCE), "float32"),
-        (Case(3, 5, (5,), SE, as_callable=True), "float32"),
         (Case(3, 5, (9,), CE), "bfloat16"),
         (Case(3, 5, (5,), SE, as_callable=True), "float16"),
     ],
@@ -122,44 +109,45 @@ def test_float64_in_any_input_gives_float64(wide):
 
 
 def test_the_mass_of_soft_labels_scales_the_hessian():
-    problem = helpers.random_problem(3, 5, (9,), "distribution")
-    once = helpers.measured_flatness(problem.params, problem.feats, problem.labels)
-    twice = helpers.measured_flatness(problem.params, problem.feats, 2 * problem.labels)
+    problem = helpers.random_problem(7, 2, (5,), "distribution")
+    once, twice = helpers.measure(problem), helpers.measure(problem._replace(labels=2 * problem.labels))
     helpers.assert_same_flatness(twice, helpers.Flatness(*(2 * np.asarray(x) for x in once)), rtol=1e-14)
 
 
 def test_kappa_of_a_softmax_head_does_not_depend_on_the_labels():
     problem = helpers.random_problem(3, 5, (9,))
-    got = helpers.measured_flatness(problem.params, problem.feats, problem.labels)
-    other = helpers.measured_flatness(problem.params, problem.feats, (problem.labels + 1) % 3)
-    helpers.assert_same_flatness(other, got, rtol=1e-15)
+    other = problem._replace(labels=(problem.labels + 1) % 3)
+    helpers.assert_same_flatness(helpers.measure(other), helpers.measure(problem), rtol=1e-15)
+
+
+kappa = jax.jit(flatjax.relative_flatness, static_argnames="loss")
 
 
 @pytest.mark.parametrize("dtype", ["bool", "int32"])
 @pytest.mark.parametrize("loss", helpers.NAMED)
 def test_targets_may_be_of_any_real_dtype(loss, dtype):
     problem = helpers.random_problem(3, 5, (9,), "binary")
-    kappa = jax.jit(functools.partial(flatjax.relative_flatness, loss=loss))
-    want = kappa(problem.params, problem.feats, problem.labels)
-    np.testing.assert_allclose(kappa(problem.params, problem.feats, problem.labels.astype(dtype)), want, rtol=1e-15)
+    got, want = (
+        kappa(problem.params, problem.feats, labels, loss=loss)
+        for labels in (problem.labels.astype(dtype), problem.labels)
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-15)
 
 
-@pytest.mark.parametrize(("dtype", "num_classes"), [("uint8", 256), ("int8", 130), ("uint16", 3), ("uint32", 3)])
-def test_class_labels_may_be_of_any_integer_dtype(dtype, num_classes):
-    problem = helpers.random_problem(num_classes, 2, (4,))
-    labels = np.array([0, 1, 2, min(np.iinfo(dtype).max, num_classes - 1)])
-    kappa = jax.jit(flatjax.relative_flatness)
-    want = kappa(problem.params, problem.feats, labels)
-    np.testing.assert_allclose(kappa(problem.params, problem.feats, labels.astype(dtype)), want, rtol=1e-15)
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "uint32"])
+def test_class_labels_may_be_of_any_integer_dtype(dtype):
+    problem = helpers.random_problem(256, 2, (4,))  # of which int8 does not hold the number, nor uint8
+    labels = np.array([0, 1, 2, min(np.iinfo(dtype).max, 255)])
+    got, want = (kappa(problem.params, problem.feats, each) for each in (labels.astype(dtype), labels))
+    np.testing.assert_allclose(got, want, rtol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", ["bool", "int32", "float16"])
 def test_sample_weights_may_be_of_any_real_dtype(dtype):
     problem = helpers.random_problem(3, 5, (9,))
-    kappa = jax.jit(flatjax.relative_flatness)
     mask = problem.weights > 0.5
     got = kappa(problem.params, problem.feats, problem.labels, weights=mask.astype(dtype))
-    want = kappa(problem.params, problem.feats, problem.labels, weights=mask.astype(float))
+    want = helpers.measure(problem._replace(weights=mask.astype(float))).kappa
     np.testing.assert_allclose(got, want, rtol=1e-15)
 
 
@@ -169,17 +157,17 @@ def test_directions_in_chunks_give_what_they_give_at_once(monkeypatch, d, m, in_
     want = helpers.dense_flatness(helpers.focal, problem, weights=False)
     monkeypatch.setattr(autodiff, "_ELEMENTS_IN_FLIGHT", in_flight)
     # A new function, since jit has kept the chunks of others.
-    kappa = jax.jit(functools.partial(flatjax.relative_flatness, loss=helpers.focal))
-    np.testing.assert_allclose(kappa(problem.params, problem.feats, problem.labels), want.kappa, rtol=1e-12)
+    in_chunks = jax.jit(functools.partial(flatjax.relative_flatness, loss=helpers.focal))
+    np.testing.assert_allclose(in_chunks(problem.params, problem.feats, problem.labels), want.kappa, rtol=1e-12)
 
 
 def test_the_state_of_a_flax_layer_goes_through_jit_and_grad():
     problem = helpers.random_problem(3, 5, (9,)).astype(np.float32)
     state = nnx.state(nnx.Linear(5, 3, rngs=nnx.Rngs(0)))
-    kappa, gradient = jax.jit(jax.value_and_grad(flatjax.relative_flatness))(state, problem.feats, problem.labels)
+    value, gradient = jax.jit(jax.value_and_grad(flatjax.relative_flatness))(state, problem.feats, problem.labels)
     problem = problem._replace(weight=np.asarray(state["kernel"][...]).T, bias=np.asarray(state["bias"][...]))
     want = helpers.dense_flatness(helpers.softmax_cross_entropy, problem, weights=False).kappa
-    np.testing.assert_allclose(kappa, want, rtol=2e-6)
+    np.testing.assert_allclose(value, want, rtol=2e-6)
     assert isinstance(gradient, nnx.State)
     assert gradient["kernel"][...].shape == (5, 3)
 
@@ -187,6 +175,8 @@ def test_the_state_of_a_flax_layer_goes_through_jit_and_grad():
 def test_a_bias_of_none_is_no_bias():
     problem = helpers.random_problem(3, 5, (9,))
     kernel = problem.params["kernel"]
-    got = helpers.measured_flatness({"kernel": kernel, "bias": None}, problem.feats, problem.labels)
-    want = helpers.measured_flatness({"kernel": kernel}, problem.feats, problem.labels)
-    helpers.assert_same_flatness(got, want, rtol=1e-15)
+    got, want = (
+        flatjax.relative_flatness(params, problem.feats, problem.labels)
+        for params in ({"kernel": kernel, "bias": None}, {"kernel": kernel})
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-15)

@@ -130,29 +130,40 @@ def test_every_number_of_a_softmax_head_and_its_gradients_are_right_in_float32(r
             assert np.linalg.norm(np.asarray(x, float) - y) <= 1e-5 * np.linalg.norm(y)
 
 
-@pytest.mark.parametrize("loss", [*helpers.NAMED, helpers.focal], ids=helpers.name_of)
-@pytest.mark.parametrize("power", [-70, -64, 64, 70])
-@pytest.mark.parametrize(("d", "m"), [(3, 5), (6, 4)])
-def test_kappa_and_its_variants_under_any_loss_do_not_change_when_features_grow_as_weights_shrink(d, m, power, loss):
-    problem = helpers.random_problem(d, m, (9,)).astype(np.float32)
-    params = {"embedding": problem.weight, "bias": problem.bias}
-
-    @jax.jit
+@functools.partial(jax.jit, static_argnames="loss")
+def three_with_jacobians(params, feats, labels, weights, *, loss):
     def three(params, feats):
         metrics = flatjax.relative_flatness, flatjax.simplified_relative_flatness, flatjax.max_relative_flatness
-        return jnp.stack(
-            [metric(params, feats, problem.labels, weights=problem.weights, loss=loss) for metric in metrics]
-        )
+        values = jnp.stack([metric(params, feats, labels, weights=weights, loss=loss) for metric in metrics])
+        return values, values
 
-    c = np.float32(2.0**power)
-    there = {"embedding": problem.weight / c, "bias": problem.bias}, problem.feats * c
-    want = three(params, problem.feats)
-    np.testing.assert_allclose(three(*there), want, rtol=1e-6)
-    got_by, want_by = (jax.jacrev(three, argnums=(0, 1))(*point) for point in (there, (params, problem.feats)))
-    np.testing.assert_allclose(got_by[0]["embedding"] / c, want_by[0]["embedding"], rtol=1e-5, atol=1e-5 * abs(want[0]))
-    np.testing.assert_allclose(got_by[1] * c, want_by[1], rtol=1e-5, atol=1e-5 * abs(want[0]))
+    jacobians, values = jax.jacrev(three, argnums=(0, 1), has_aux=True)(params, feats)
+    return values, *jacobians
+
+
+# The shape chooses how κ of a softmax head is computed, and of a callable; not of a sum over the outputs.
+EITHER_SHAPE = [(d, m, loss) for d, m in [(3, 5), (6, 4)] for loss in ("softmax_cross_entropy", helpers.focal)]
+SEPARABLE = [(3, 5, "squared_error"), (3, 5, "sigmoid_cross_entropy")]
+
+
+@pytest.mark.parametrize(("d", "m", "loss"), EITHER_SHAPE + SEPARABLE, ids=helpers.name_of)
+@pytest.mark.parametrize("power", [-70, -64, 64, 70])
+def test_kappa_and_its_variants_under_any_loss_do_not_change_when_features_grow_as_weights_shrink(d, m, power, loss):
+    problem = helpers.random_problem(d, m, (9,)).astype(np.float32)
+
+    def values_and_jacobians(c):
+        params = {"embedding": problem.weight / c, "bias": problem.bias}
+        values, by_params, by_feats = three_with_jacobians(
+            params, problem.feats * c, problem.labels, problem.weights, loss=loss
+        )
+        return values, by_params["embedding"] / c, by_feats * c
+
+    got, want = values_and_jacobians(np.float32(2.0**power)), values_and_jacobians(np.float32(1))
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+    for x, y in zip(got[1:], want[1:], strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * abs(want[0][0]))
     dense = helpers.dense_flatness(helpers.NAMED.get(loss, loss), problem)
-    np.testing.assert_allclose(want, [dense.kappa, dense.simplified, dense.maximal], rtol=1e-5)
+    np.testing.assert_allclose(want[0], [dense.kappa, dense.simplified, dense.maximal], rtol=1e-5)
 
 
 @pytest.mark.parametrize("power", [-55, 55])
@@ -167,10 +178,10 @@ def test_the_row_block_traces_have_the_square_of_the_scale_of_the_features(power
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_constant_in_all_biases_of_half_precision_leaves_kappa_as_it_is(dtype):
     problem = helpers.random_problem(9, 7, (24,))
-    weight, feats = (jnp.asarray(x, dtype) for x in (problem.weight, problem.feats))
+    weight, feats = (x.astype(jnp.dtype(dtype)) for x in (problem.weight, problem.feats))
 
     def kappa(shared, tile_size):
-        params = {"embedding": weight, "bias": jnp.full(9, shared, dtype)}
+        params = {"embedding": weight, "bias": np.full(9, shared, jnp.dtype(dtype))}
         return flatjax.relative_flatness(params, feats, problem.labels, tile_size=tile_size)
 
     for tile_size in (None, 4):

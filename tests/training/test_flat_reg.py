@@ -47,15 +47,20 @@ def run(tx, params, batches, gradient_of=None):
     """Steps of a loss with what the chain adds to it."""
     state = tx.init(params)
     for batch in batches:
-        grads = jax.grad(loss)(params, batch) if gradient_of is None else gradient_of(params, batch)
+        grads = loss_gradient(params, batch) if gradient_of is None else gradient_of(params, batch)
         updates, state = tx.update(grads, state, params, batch=batch)
         params = optax.apply_updates(params, updates)
     return params, state
 
 
+# Compiled as wholes, once for all tests.
+loss_gradient, dense_gradient = jax.jit(jax.grad(loss)), jax.jit(jax.grad(dense_penalty))
+dense_head_gradient = jax.jit(jax.grad(dense_kappa))
+
+
 def joint_gradient(params, batch, rate=RATE):
     """That of the loss and of κ by its definition."""
-    return jax.grad(lambda params: loss(params, batch) + rate * dense_penalty(params, batch))(params)
+    return added(loss_gradient(params, batch), rate, dense_gradient(params, batch))
 
 
 # The gradient.
@@ -67,7 +72,7 @@ def test_what_a_penalty_adds_is_the_whole_gradient_of_kappa_by_definition(rate):
     updates = some_updates(params)
     tx = flat_reg(rate, penalty)
     got, state = tx.update(updates, tx.init(params), params, batch=batch)
-    gradient = jax.grad(dense_penalty)(params, batch)
+    gradient = dense_gradient(params, batch)
     assert all(np.max(np.abs(leaf)) > 1e-3 for leaf in jax.tree.leaves(gradient))  # the body's, too
     assert_trees_close(got, added(updates, rate, gradient), 1e-12)
     np.testing.assert_allclose(state.kappa, dense_penalty(params, batch), rtol=1e-6)
@@ -102,7 +107,7 @@ def test_features_that_are_parameters_get_their_gradient():
 def test_a_head_alone_gets_its_own_gradient_at_fixed_features(head):
     params, (x, labels) = network(), samples()
     feats = features(params, x)
-    gradient = jax.grad(dense_kappa)(params["head"], feats, labels)
+    gradient = dense_head_gradient(params["head"], feats, labels)
     if head is None:
         params = params["head"]
     else:
@@ -150,8 +155,8 @@ def test_after_the_preconditioner_it_is_decoupled(promoting):
     params, batch, rate = network(), samples(), 1e-2
     tx = optax.chain(optax.scale_by_adam(), flat_reg(RATE, penalty), optax.scale_by_learning_rate(rate))
     got, _ = run(tx, params, [batch])
-    direction, _ = optax.scale_by_adam().update(jax.grad(loss)(params, batch), optax.scale_by_adam().init(params))
-    want = added(params, -rate, added(direction, RATE, jax.grad(dense_penalty)(params, batch)))
+    direction, _ = optax.scale_by_adam().update(loss_gradient(params, batch), optax.scale_by_adam().init(params))
+    want = added(params, -rate, added(direction, RATE, dense_gradient(params, batch)))
     assert_trees_close(got, want)
 
 
@@ -159,7 +164,7 @@ def test_a_strength_may_be_a_schedule_of_the_updates():
     params, batch = network(), samples()
     zeros = jax.tree.map(jnp.zeros_like, params)
     tx = flat_reg(lambda count: jnp.where(count < 2, 0.0, count.astype(float)), penalty)
-    state, gradient = tx.init(params), jax.grad(dense_penalty)(params, batch)
+    state, gradient = tx.init(params), dense_gradient(params, batch)
     for rate in (0, 0, 2, 3):
         got, state = tx.update(zeros, state, params, batch=batch)
         assert_trees_close(got, added(zeros, rate, gradient))
@@ -201,10 +206,10 @@ def test_in_an_nnx_optimizer(by):
     step(model, optimizer)
     got = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     batch = x.astype(float), labels
-    gradient = jax.grad(dense_penalty)(before, batch)
+    gradient = dense_gradient(before, batch)
     if by == "head":
         gradient["body"] = jax.tree.map(jnp.zeros_like, gradient["body"])
-    want = added(before, -0.1, added(jax.grad(loss)(before, batch), RATE, gradient))
+    want = added(before, -0.1, added(loss_gradient(before, batch), RATE, gradient))
     assert_trees_close(got, want, 1e-5)
     np.testing.assert_allclose(optimizer.opt_state[0].kappa[...], dense_penalty(before, batch), rtol=1e-5)
 
@@ -221,7 +226,7 @@ def test_in_a_linen_train_state_by_the_two_lines_of_the_docstring():
         apply_fn=model.apply, params=params, tx=optax.chain(flat_reg(RATE, penalty), optax.sgd(0.1))
     )
     batch = x, labels
-    grads = jax.grad(loss)(state.params, batch)
+    grads = loss_gradient(state.params, batch)
     with pytest.raises(TypeError, match=r"TrainState\.apply_gradients, which passes no arguments on: call state.tx"):
         state.apply_gradients(grads=grads)
     updates, opt_state = state.tx.update(grads, state.opt_state, state.params, batch=batch)
@@ -242,9 +247,9 @@ def test_inside_multi_steps_the_last_batch_counts(promoting):
     params, batches = network(), [samples(seed=seed) for seed in range(3)]
     tx = optax.MultiSteps(optax.chain(flat_reg(RATE, penalty), optax.sgd(0.1)), 3)
     got, state = run(tx, params, batches)
-    gradients = [jax.grad(loss)(params, batch) for batch in batches]
+    gradients = [loss_gradient(params, batch) for batch in batches]
     mean = jax.tree.map(lambda *each: sum(each) / 3, *gradients)
-    want = added(params, -0.1, added(mean, RATE, jax.grad(dense_penalty)(params, batches[-1])))
+    want = added(params, -0.1, added(mean, RATE, dense_gradient(params, batches[-1])))
     assert_trees_close(got, want, 1e-6)  # gradients are accumulated in float32
     np.testing.assert_allclose(kappa_of(state), dense_penalty(params, batches[-1]), rtol=1e-6)
 
@@ -252,7 +257,7 @@ def test_inside_multi_steps_the_last_batch_counts(promoting):
 def test_apply_if_finite_after_it_skips_a_batch_whose_kappa_is_nan(promoting):
     params, (x, labels) = network(), samples()
     tx = optax.chain(flat_reg(RATE, penalty), optax.apply_if_finite(optax.sgd(0.1), 5))
-    grads = jax.grad(loss)(params, (x, labels))
+    grads = loss_gradient(params, (x, labels))
     state = tx.init(params)
     updates, state = tx.update(grads, state, params, batch=(x.at[0, 0].set(jnp.nan), labels))
     assert_trees_close(updates, jax.tree.map(jnp.zeros_like, params))
@@ -277,7 +282,7 @@ def test_inject_hyperparams_makes_the_strength_part_of_the_state():
     state.hyperparams["strength"] = jnp.asarray(RATE)
     updates = some_updates(params)
     got, state = jax.jit(tx.update)(updates, state, params, batch=batch)
-    assert_trees_close(got, added(updates, RATE, jax.grad(dense_penalty)(params, batch)))
+    assert_trees_close(got, added(updates, RATE, dense_gradient(params, batch)))
     np.testing.assert_allclose(kappa_of(state), dense_penalty(params, batch), rtol=1e-6)
 
 
@@ -298,7 +303,7 @@ def test_in_a_scan_and_with_donated_buffers():
     def train(params, state):
         def step(carry, batch):
             params, state = carry
-            updates, state = tx.update(jax.grad(loss)(params, batch), state, params, batch=batch)
+            updates, state = tx.update(loss_gradient(params, batch), state, params, batch=batch)
             return (optax.apply_updates(params, updates), state), kappa_of(state)
 
         return jax.lax.scan(step, (params, state), batches)
@@ -327,7 +332,7 @@ def test_in_a_shard_map_it_is_the_mean_over_the_devices(by, check_vma):
 
     sharded = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P()), check_vma=check_vma)
     got, kappa = jax.jit(sharded)(params, batch)
-    gradient = jax.grad(dense_penalty)(params, batch)
+    gradient = dense_gradient(params, batch)
     if by == "head":
         gradient["body"] = jax.tree.map(jnp.zeros_like, gradient["body"])
     assert_trees_close(got, added(jax.tree.map(jnp.zeros_like, params), RATE, gradient), 1e-12)
@@ -351,7 +356,7 @@ def test_a_penalty_that_is_averaged_over_the_devices_is_not_averaged_again():
 
     params, batch = network(), samples(24)
     got = jax.jit(sharded(averaged, None))(params, batch)
-    assert_trees_close(got, jax.tree.map(lambda leaf: RATE * leaf, jax.grad(dense_penalty)(params, batch)))
+    assert_trees_close(got, jax.tree.map(lambda leaf: RATE * leaf, dense_gradient(params, batch)))
     with pytest.raises(ValueError, match="leave axis_name out"):
         jax.jit(sharded(averaged, "data"))(params, batch)
     with pytest.raises(ValueError, match=r"differs along \['data'\].* give them as axis_name"):
@@ -371,7 +376,7 @@ def test_on_sharded_arrays_under_jit(axis_type):
         return tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params, batch=batch)[0]
 
     got = step(everywhere, placed)
-    assert_trees_close(got, jax.tree.map(lambda leaf: RATE * leaf, jax.grad(dense_penalty)(params, batch)), 1e-12)
+    assert_trees_close(got, jax.tree.map(lambda leaf: RATE * leaf, dense_gradient(params, batch)), 1e-12)
 
 
 def test_bfloat16_updates_stay_bfloat16_and_are_rounded_once():
@@ -379,7 +384,7 @@ def test_bfloat16_updates_stay_bfloat16_and_are_rounded_once():
     updates = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), some_updates(params))
     tx = flat_reg(RATE, penalty)
     got, state = jax.jit(tx.update)(updates, tx.init(params), params, batch=batch)
-    gradient = jax.grad(dense_penalty)(params, batch)
+    gradient = dense_gradient(params, batch)
     want = jax.tree.map(lambda u, g: (u.astype(jnp.float32) + RATE * g).astype(jnp.bfloat16), updates, gradient)
     chex.assert_trees_all_equal_dtypes(got, updates)
     chex.assert_trees_all_close(got, want, rtol=2**-8)
@@ -397,7 +402,7 @@ def test_in_bfloat16_parameters_the_gradient_is_that_of_the_rounded_ones():
     tx = flat_reg(1.0, penalty)
     got, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params, batch=batch)
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
-    want = jax.grad(dense_penalty)(wide, (batch[0].astype(jnp.float64), batch[1]))
+    want = dense_gradient(wide, (batch[0].astype(jnp.float64), batch[1]))
     chex.assert_trees_all_equal_dtypes(got, params)
     assert_trees_close(jax.tree.map(lambda leaf: leaf.astype(jnp.float64), got), want, 1e-2)
 
@@ -420,7 +425,7 @@ def test_masked_and_partition_hide_parameters_from_a_penalty():
             fed(tx, params, batch=batch)
     outside = optax.chain(flat_reg(RATE, penalty), optax.masked(optax.set_to_zero(), {"body": True, "head": False}))
     got, _ = fed(outside, params, batch=batch)
-    assert_trees_close(got["head"], added(some_updates(params), RATE, jax.grad(dense_penalty)(params, batch))["head"])
+    assert_trees_close(got["head"], added(some_updates(params), RATE, dense_gradient(params, batch))["head"])
 
 
 def test_masked_leaves_a_head_that_it_does_not_hide():
@@ -428,7 +433,7 @@ def test_masked_leaves_a_head_that_it_does_not_hide():
     feats = features(params, x)
     tx = optax.masked(flat_reg(RATE, head="head"), {"body": False, "head": True})
     got, _ = fed(tx, params, feats=feats, labels=labels)
-    want = added(some_updates(params)["head"], RATE, jax.grad(dense_kappa)(params["head"], feats, labels))
+    want = added(some_updates(params)["head"], RATE, dense_head_gradient(params["head"], feats, labels))
     assert_trees_close(got, some_updates(params) | {"head": want})
     with pytest.raises(ValueError, match=r"inside optax\.masked or optax\.partition"):
         fed(
@@ -458,7 +463,7 @@ def test_lookahead_after_it_works(promoting):
     params, batch = network(), samples()
     flat, fast = flat_reg(RATE, penalty), optax.lookahead(optax.sgd(0.1), 5, 0.5)
     pair = optax.LookaheadParams.init_synced(params)
-    grads, _ = flat.update(jax.grad(loss)(params, batch), flat.init(params), pair.fast, batch=batch)
+    grads, _ = flat.update(loss_gradient(params, batch), flat.init(params), pair.fast, batch=batch)
     updates, _ = fast.update(grads, fast.init(pair), pair)
     assert_trees_close(optax.apply_updates(pair, updates).fast, added(params, -0.1, joint_gradient(params, batch)))
 

@@ -1,5 +1,7 @@
 """Confidence penalty and label smoothing against sums in float64 that do not cancel."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flatjax import cross_entropy
 from flatjax.training import confidence_penalty, label_smoothing
+
+# Compiled as wholes: operation by operation takes several times as long.
+penalty, smoothed = jax.jit(confidence_penalty), jax.jit(label_smoothing)
 
 
 def log_probabilities(logits):
@@ -25,6 +30,7 @@ def negative_entropy(logits):
     return value, p * (log_p - value[..., None])
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def value_and_gradient(loss, logits, *args):
     return loss(logits, *args), jax.grad(lambda z: jnp.sum(loss(z, *args)))(logits)
 
@@ -47,7 +53,7 @@ def test_the_penalty_is_the_negative_entropy_in_float64(shape):
 @pytest.mark.parametrize("scale", [10, 20, 40, 80])
 def test_the_penalty_and_its_gradient_keep_their_digits_as_confidence_grows(scale):
     logits = confident(scale, jnp.float32)
-    got, want = jax.jit(value_and_gradient, static_argnums=0)(confidence_penalty, logits), negative_entropy(logits)
+    got, want = value_and_gradient(confidence_penalty, logits), negative_entropy(logits)
     for x, y in zip(got, want, strict=True):
         assert x.dtype == jnp.float32
         np.testing.assert_allclose(x, y, rtol=2e-6 * max(1, scale / 20), atol=0)
@@ -70,7 +76,7 @@ def test_the_penalty_and_its_gradient_are_finite_at_any_finite_logits_and_leave_
     np.testing.assert_allclose(value, -np.log([1, 2, 1, 2, 1]), rtol=rtol, atol=1e-200)
     assert np.all(np.isfinite(gradient.astype(float)))
     np.testing.assert_allclose(gradient.astype(float), np.zeros((5, 3)), atol=rtol)
-    with_a_class_left_out = confidence_penalty(jnp.asarray([1.0, -jnp.inf, 0.5]))
+    with_a_class_left_out = penalty(jnp.asarray([1.0, -jnp.inf, 0.5]))
     np.testing.assert_allclose(with_a_class_left_out, negative_entropy([1.0, 0.5])[0], rtol=1e-14)
     # And with confidence: the digits are kept of those that are left.
     value, gradient = value_and_gradient(confidence_penalty, jnp.asarray([28.0, -jnp.inf, 0.5], jnp.float32))
@@ -81,7 +87,7 @@ def test_the_penalty_and_its_gradient_are_finite_at_any_finite_logits_and_leave_
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_the_penalty_of_a_bad_logit_is_nan(bad):
-    got = confidence_penalty(jnp.array([[1.0, bad, 0], [1, 0, 2], [bad, bad, bad]]))
+    got = penalty(jnp.array([[1.0, bad, 0], [1, 0, 2], [bad, bad, bad]]))
     np.testing.assert_array_equal(np.isnan(got), [True, False, True])
 
 
@@ -130,20 +136,20 @@ def test_a_class_at_minus_infinity_has_no_part_without_smoothing_and_with_it_mak
     np.testing.assert_allclose(value, [*want_value, np.inf], rtol=1e-14)
     np.testing.assert_allclose(gradient[:2][jnp.isfinite(logits[:2])].reshape(2, 2), want_gradient, rtol=1e-14)
     np.testing.assert_array_equal(gradient[:2][jnp.isneginf(logits[:2])], [0, 0])
-    np.testing.assert_array_equal(label_smoothing(logits, labels, 0.1), np.full(3, np.inf))
+    np.testing.assert_array_equal(smoothed(logits, labels, 0.1), np.full(3, np.inf))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_smoothed_cross_entropy_of_a_bad_logit_is_nan(bad, smoothing):
     """Of the label, and of another class."""
-    got = label_smoothing(jnp.array([[bad, 1.0, 0], [1, bad, 0], [1, 0, 2]]), jnp.array([0, 0, 0]), smoothing)
+    got = smoothed(jnp.array([[bad, 1.0, 0], [1, bad, 0], [1, 0, 2]]), jnp.array([0, 0, 0]), smoothing)
     np.testing.assert_array_equal(np.isnan(got), [True, True, False])
 
 
 def test_the_loss_has_its_slope_in_the_smoothing_where_there_is_none():
     logits, labels = confident(1, jnp.float64), jnp.array([0, 1, 2, 3, 4, 0])
-    got = jax.jacobian(label_smoothing, argnums=2)(logits, labels, jnp.zeros(()))
+    got = jax.jit(jax.jacobian(label_smoothing, argnums=2))(logits, labels, jnp.zeros(()))
     log_p = log_probabilities(logits)
     np.testing.assert_allclose(got, log_p[np.arange(6), labels] - log_p.mean(axis=-1), rtol=1e-13)
 
@@ -160,23 +166,23 @@ def test_smoothing_may_be_traced_and_is_computed_in_float32_at_least():
 
 def test_a_label_or_smoothing_out_of_range_is_nan():
     logits = jnp.zeros((4, 3))
-    got = label_smoothing(logits, jnp.array([2, 3, -1, -100]), 0.1)
+    got = smoothed(logits, jnp.array([2, 3, -1, -100]), 0.1)
     np.testing.assert_allclose(got, [np.log(3), np.nan, np.nan, 0], rtol=1e-14)
     for smoothing in (-0.1, 1.1, np.nan):
-        assert np.all(np.isnan(label_smoothing(logits, jnp.array([0, 1, 2, 0]), smoothing)))
+        assert np.all(np.isnan(smoothed(logits, jnp.array([0, 1, 2, 0]), smoothing)))
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_samples_split_among_devices_stay_there(axis_type):
     logits, labels = confident(1, jnp.float64, (8, 5)), jnp.arange(8) % 5
     sharding = NamedSharding(jax.make_mesh((8,), ("data",), axis_types=(axis_type,)), PartitionSpec("data"))
-    for loss, args in ((confidence_penalty, (logits,)), (label_smoothing, (logits, labels, 0.1))):
-        got = jax.jit(loss)(*jax.device_put(args[:2], sharding), *args[2:])
+    for loss, args in ((penalty, (logits,)), (smoothed, (logits, labels, 0.1))):
+        got = loss(*jax.device_put(args[:2], sharding), *args[2:])
         assert got.sharding.is_equivalent_to(sharding, 1)
         np.testing.assert_allclose(got, loss(*args), rtol=1e-14)
 
 
 @pytest.mark.parametrize(("label", "smoothing"), [(9, 0.0), (9, 0.1), (1, 1.5)])
 def test_what_is_no_label_and_no_smoothing_is_nan_in_its_gradient_too(label, smoothing):
-    gradient = jax.grad(lambda z: label_smoothing(z, jnp.asarray(label), smoothing))(jnp.asarray([1.0, 2.0, 0.5]))
+    gradient = value_and_gradient(label_smoothing, jnp.array([1.0, 2.0, 0.5]), jnp.array(label), smoothing)[1]
     assert np.all(np.isnan(gradient))
