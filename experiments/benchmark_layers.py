@@ -2,6 +2,7 @@
 
     python experiments/benchmark_layers.py probes   # a Hessian-vector product, its memory, and curvlinops beside it
     python experiments/benchmark_layers.py routes   # the flatness of all layers by two routes, and by the one chosen
+    python experiments/benchmark_layers.py gauss-newton  # a draw of κ^GN of all layers, and its gradient
     python experiments/benchmark_layers.py stacked  # blocks in one stack that is scanned over, beside blocks one by one
 
 Prints a table and writes the same figures to `runs/benchmark/<name>.json`. Every figure is a median over rounds in
@@ -21,7 +22,7 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from flatjax import flatness_profile, layer_relative_flatness
+from flatjax import flatness_profile, gauss_newton_flatness, layer_relative_flatness
 from flatjax.curvature import Estimate, Hessian, trace
 from flatjax.layers import find_layers
 from flatjax.layers.names import in_forward_order
@@ -51,7 +52,7 @@ def probes(num_probes: int = 16, seed: int = 0, seconds: float = 10, folder: Pat
         layers = list(find_layers(network.params))
         first, last = first_and_last_layer(network)
         functions = {
-            "gradient": lambda params, batch, loss_fn=network.loss_fn: jax.grad(loss_fn)(params, *batch),
+            "gradient": partial(gradient_of, network.loss_fn),
             "trace": partial(trace_of, network.loss_fn, num_probes, key),
             f"κ of {first}": partial(kappa_of, network.loss_fn, num_probes, key, first),
             f"κ of {last}": partial(kappa_of, network.loss_fn, num_probes, key, last),
@@ -76,6 +77,59 @@ def probes(num_probes: int = 16, seed: int = 0, seconds: float = 10, folder: Pat
             record.append({"network": name, "function": "trace", "probes": number, "temporary_bytes": bytes_taken})
     record += beside_curvlinops(networks["perceptron, 4 layers"], num_probes, seed, seconds)
     write_record(folder / "probes.json", record)
+
+
+def gauss_newton(seed: int = 0, seconds: float = 10, folder: Path = Path("runs/benchmark")) -> None:
+    """Time a draw of κ^GN of all layers, and the gradient of a draw, against the gradient of the loss; and its memory.
+
+    Args:
+        seed: seed of the networks and the draws.
+        seconds: least time for which each network is measured, in 5 rounds or more.
+        folder: folder for the record.
+    """
+    record: list[dict[str, Any]] = []
+    for name, make in DRAWN.items():
+        network, key = make(seed), jax.random.key(seed)
+        arguments = network.params, network.batches[0]
+        draw = partial(drawn, network.outputs_fn, key)
+        quarter = jax.tree.map(lambda x: x[: len(x) // 4], network.batches[0])
+        functions: dict[str, tuple[Callable, tuple[Any, ...]]] = {
+            "gradient of the loss": (partial(gradient_of, network.loss_fn), arguments),
+            "a draw": (draw, arguments),
+            "gradient of a draw": (jax.grad(draw), arguments),
+            "gradient of a draw, a quarter": (jax.grad(draw), (network.params, quarter)),
+        }
+        calls = {each: partial(jax.jit(function), *given) for each, (function, given) in functions.items()}
+        memory = {each: temporary_memory(function, given) for each, (function, given) in functions.items()}
+        timings = side_by_side(calls, reference="gradient of the loss", min_seconds=seconds)
+        of_gradient = memory["gradient of the loss"]
+        for each, timing in timings.items():
+            low, high = timing.ratio_quartiles
+            print(
+                f"{name:22} {each:30} {1e3 * timing.seconds:9.4g} ms  {timing.ratio:6.3f} [{low:.3f}, {high:.3f}] "
+                f"gradients, temporary memory {memory[each] / 2**20:7.1f} MiB, {memory[each] / of_gradient:.2f} of its",
+                flush=True,
+            )
+            record.append(
+                {"network": name, "function": each, "seconds": timing.seconds, "gradients": timing.ratio}
+                | {"quartiles": (low, high), "temporary_bytes": memory[each]}
+            )
+    write_record(folder / "gauss-newton.json", record)
+
+
+DRAWN: dict[str, Callable[[int], LossProblem]] = {
+    "perceptron, 4 layers": perceptron,
+    "transformer, 6 blocks": partial(transformer, depth=6, width=256, context=128, vocab_size=512, num_batches=1),
+    "ResNet-18, 32 × 32": partial(resnet, batch_size=8),
+}
+
+
+def drawn(outputs_fn: Any, key: jax.Array, params: Any, batch: Any) -> jax.Array:
+    return gauss_newton_flatness(outputs_fn, params, *batch, key=key)
+
+
+def gradient_of(loss_fn: Any, params: Any, batch: Any) -> Any:
+    return jax.grad(loss_fn)(params, *batch)
 
 
 def routes(
@@ -270,4 +324,6 @@ def beside_curvlinops(network: LossProblem, num_probes: int, seed: int, seconds:
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"probes": probes, "routes": routes, "stacked": stacked})
+    tyro.extras.subcommand_cli_from_dict(
+        {"probes": probes, "gauss-newton": gauss_newton, "routes": routes, "stacked": stacked}
+    )

@@ -5,7 +5,7 @@ Start with these ten; `help(flatjax.relative_flatness)`, and so on, has their fo
 * `relative_flatness`: κ of a linear head, exact, for any loss of the logits. Larger is sharper.
 * `cross_entropy_and_flatness`: the loss and κ in one pass, to train with, for heads of any size.
 * `layer_relative_flatness`: κ of any layer of any network, exact or with its standard error.
-* `flatness_profile` and `gauss_newton_profile`: κ, or κ^GN for one gradient, of all layers, on a whole data set.
+* `flatness_profile`: κ of all layers, on a whole data set.
 * `neural_collapse`: NC1 to NC4, CDNV and NCC of a set of features and the head on it. 0 is collapsed.
 * `collapse_report`: the same of a stream of batches, by the moments that `ClassMoments` gathers.
 * `flat_reg` and `collapse_reg`: the gradient of κ, or of a measure of collapse, in any optax chain.
@@ -16,7 +16,8 @@ The folders, in reading order:
 
 * `flatjax.flatness`: κ of a linear head and its variants. `flatness/relative.py` has the definition.
 * `flatjax.collapse`: each measure of neural collapse by itself, with its conventions as arguments.
-* `flatjax.layers`: κ of any layer, for which the program of the loss is read.
+* `flatjax.layers`: κ of any layer, for which the program of the loss is read. `layers/gauss_newton` measures and
+  trains with all layers for about one gradient, by `gauss_newton_profile` and `gauss_newton_flatness`.
 * `flatjax.curvature`: products, traces and spectra of the Hessian and the Gauss-Newton matrix of any loss.
 * `flatjax.representations`: the geometry of features and of the residual stream.
 * `flatjax.training`: regularisers by flatness and collapse, and what they are compared with (SAM, SAF, MESA).

@@ -74,7 +74,8 @@ def unit(x: Tree) -> Tree:
     _, scaled = _in_units_of_the_largest(x)
     length = jnp.sqrt(inner_product(scaled, scaled))
     by = jnp.where(length == 0, 1, jnp.where(jnp.isfinite(length), length, jnp.nan))
-    return jax.tree.map(lambda leaf: leaf / by, scaled)
+    # Not divided twice: a compiler divides once instead, by a product that overflows.
+    return jax.tree.map(lambda leaf: leaf * (1 / by), scaled)
 
 
 def scale(factor: Float[Array, ""], x: Tree) -> Tree:

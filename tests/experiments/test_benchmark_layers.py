@@ -34,6 +34,15 @@ def test_curvlinops_is_measured_where_it_is_installed():
     assert [row["library"] for row in rows] == ["flatjax", "curvlinops"]
 
 
+def test_draws_are_recorded_beside_the_gradient(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark_layers, "DRAWN", {"small": lambda seed: perceptron(seed, batch_size=16, width=8)})
+    benchmark_layers.gauss_newton(seconds=0, folder=tmp_path)
+    rows = json.loads((tmp_path / "gauss-newton.json").read_text())["rows"]
+    assert [row["function"] for row in rows[:2]] == ["gradient of the loss", "a draw"]
+    assert rows[0]["gradients"] == 1
+    assert all(row["seconds"] > 0 and row["temporary_bytes"] > 0 for row in rows)
+
+
 def test_routes_are_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark_layers, "NETWORKS", {"small": lambda seed: perceptron(seed, batch_size=16, width=12)})
     benchmark_layers.routes(relative_error=0.5, num_steps=2, seconds=0, folder=tmp_path)

@@ -99,6 +99,9 @@ def _of_networks(net: Any, feats: Any, labels: Any, key: Any) -> dict[str, Call]
     def loss(params: Any, x: Any, y: Any) -> jax.Array:
         return flatjax.cross_entropy(hidden(params, (x, y))[0] @ params["head"]["kernel"], y).mean()
 
+    def logits(params: Any, x: Any, y: Any) -> jax.Array:
+        return hidden(params, (x, y))[0] @ params["head"]["kernel"]
+
     num_classes = net["head"]["kernel"].shape[1]
     flat = flatjax.flat_reg(0.1, head="head")
     collapsed = flatjax.collapse_reg(0.1, features=hidden, num_classes=num_classes)
@@ -111,11 +114,15 @@ def _of_networks(net: Any, feats: Any, labels: Any, key: Any) -> dict[str, Call]
 
     probe = partial(flatjax.layer_relative_flatness, loss)
     sampled = partial(flatjax.sampled_flatness, loss)
+    drawn = partial(flatjax.gauss_newton_flatness, logits)
+    by_draws = partial(flatjax.gauss_newton_profile, logits, key=key)
     profile = partial(flatjax.flatness_profile, loss, route="layerwise", key=key)
     return {
         "collapse_reg": Call(of_batch, (net, collapsed.init(net), feats, labels)),
         "flat_reg": Call(of_head, (net, flat.init(net), feats, labels)),
         "flatness_profile": Call(profile, (net, [(feats, labels)]), can_be_jitted=False),
+        "gauss_newton_flatness": Call(drawn, (net, feats, labels), {"key": key}),
+        "gauss_newton_profile": Call(by_draws, (net, [(feats, labels)]), can_be_jitted=False),
         "layer_relative_flatness": Call(probe, (net, feats, labels), {"layer": "hidden/kernel", "key": key}),
         "layer_relative_flatness of the head": Call(probe, (net, feats, labels), {"layer": "head/kernel"}),
         "sampled_flatness": Call(sampled, (net, feats, labels), {"layers": ("hidden/kernel",), "key": key}),

@@ -15,11 +15,22 @@ from flatjax.models import MLP, Decoder, DecoderConfig, ResNet18, Transformer
 
 
 class LossProblem(NamedTuple):
-    """A problem is a pure loss with a network's parameters, and batches of a task that the network can learn."""
+    """A problem is a network's logits as a pure function, its parameters, and batches of a task that it can learn."""
 
-    loss_fn: Callable[..., jax.Array]
+    outputs_fn: Callable[..., jax.Array]
     params: Any
     batches: list[tuple[jax.Array, jax.Array]]
+    loss_fn: Callable[..., jax.Array]
+    """The mean cross-entropy. One function for all calls, as each compiles what it is given."""
+
+    @classmethod
+    def of(cls, outputs_fn: Callable[..., jax.Array], params: Any, batches: list[Any]) -> "LossProblem":
+        """Make the loss of the logits."""
+
+        def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+            return cross_entropy(outputs_fn(params, x, y), y).mean()
+
+        return cls(outputs_fn, params, batches, loss_fn)
 
     def trained(self, num_steps: int, learning_rate: float = 1e-3) -> "LossProblem":
         """Train the network by Adam, on the batches in turn."""
@@ -96,18 +107,17 @@ def decoder(
     model.blocks = nnx.List([])
     graphdef, params = nnx.split(model, nnx.Param)
 
-    def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+    def outputs_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         outer = nnx.merge(graphdef, params["outer"])
 
         def forward(x: jax.Array, block: Any) -> tuple[jax.Array, None]:
             return nnx.merge(block_graph, block)(x), None
 
         x, _ = jax.lax.scan(forward, outer.embed(x), params["blocks"])
-        logits = outer.norm(x) @ outer.head_params()["kernel"]
-        return cross_entropy(logits, y).mean()
+        return outer.norm(x) @ outer.head_params()["kernel"]
 
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
-    return LossProblem(loss_fn, {"outer": params, "blocks": stack}, network.batches)
+    return LossProblem.of(outputs_fn, {"outer": params, "blocks": stack}, network.batches)
 
 
 def repeated_tokens(
@@ -122,11 +132,10 @@ def repeated_tokens(
 def _network(model: nnx.Module, batches: list[tuple[jax.Array, jax.Array]]) -> LossProblem:
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
-    def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        logits = nnx.merge(graphdef, params, rest)(x)
-        return cross_entropy(logits, y).mean()
+    def outputs_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, params, rest)(x)
 
-    return LossProblem(loss_fn, params, batches)
+    return LossProblem.of(outputs_fn, params, batches)
 
 
 def _digits(batch_size: int, num_batches: int, shaped: Callable[[jax.Array], jax.Array]) -> list[Any]:

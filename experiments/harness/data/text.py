@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from flatjax.core.optional import optional
 from flatjax.run.text import Document, windows
+
+optional("tokenizers", use="work on language models needs", extras="experiments,llm")
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
 Part = Literal["train", "held_out", "transfer"]
 """`held_out` is of modules that are trained on, `transfer` is of others."""
