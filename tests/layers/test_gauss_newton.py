@@ -125,6 +125,7 @@ def test_the_errors_of_draws_cover_the_value_of_the_data():
         )
     # A t variable of some 30 degrees of freedom; draws are skewed to the right.
     assert np.all(np.mean(np.abs(z) < 2.05, axis=0) > 0.88)
+    assert np.all(np.std(z, axis=0) > 0.8)
     assert np.all(np.abs(np.mean(z, axis=0)) < 0.5)
 
 
@@ -153,6 +154,21 @@ def test_the_errors_over_batches_cover_the_value_of_the_distribution():
     truth = np.array([estimate.value for estimate in drawn(2000)])
     z = [[(e.value - t) / e.data_error for e, t in zip(drawn(100), truth, strict=True)] for _ in range(200)]
     assert np.all(np.mean(np.abs(z) < 1.98, axis=0) > 0.9)
+    assert np.all(np.std(z, axis=0) > 0.8)
+
+
+@pytest.mark.parametrize("sizes", [[100, 1], [1000, *[10] * 9], [100, 100, 10], [10] * 10])
+def test_the_error_over_batches_of_unequal_size_is_that_of_their_mean(sizes):
+    """On average over batches whose κ is a mean over their samples, of spread 1."""
+    rng = np.random.default_rng(0)
+    squares = []
+    for _ in range(2000):
+        tally = Tally()
+        for size in sizes:
+            of_batch = np.full((2, 1), 1 + rng.normal() / size**0.5)
+            tally.add(float(size), Draws(of_batch, of_batch, of_batch))
+        squares.append(float(tally.estimates()[0].data_error) ** 2)
+    np.testing.assert_allclose(np.mean(squares), 1 / sum(sizes), rtol=0.15)
 
 
 def test_the_gradient_of_the_penalty_is_that_of_the_dense_value_on_average(monkeypatch):
@@ -191,7 +207,7 @@ def test_the_penalty_is_a_draw_of_the_profile_and_its_gradient_reaches_every_par
     want = sum(dense_kappas(network, layer, with_label("softmax_cross_entropy"))[0].sum() for layer in network.layers)
     assert abs(estimates.mean() - want) < 4 * estimates.std() / 3000**0.5 < 0.2 * want
     gradient = jax.grad(lambda params: value(params, *network.batch, key=jax.random.key(0)))(network.params)
-    assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(gradient))
+    assert all(jnp.any(leaf != 0) and jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
 
 
 def tiled(network, tile_size):
@@ -207,11 +223,14 @@ def tiled(network, tile_size):
 
 
 @pytest.mark.parametrize("tile_size", [1, 2, 3, 7])
-@pytest.mark.parametrize("certainty", [1.0, 30.0])
+@pytest.mark.parametrize("certainty", [0.0, 1.0, 30.0])
 def test_logits_in_tiles_have_the_cotangents_of_all_at_once(tile_size, certainty, monkeypatch):
     rng = np.random.default_rng(7)
     feats, weights = jnp.asarray(rng.normal(size=(6, 4))), jnp.asarray(rng.uniform(size=6))
-    head = {"kernel": jnp.asarray(certainty * rng.normal(size=(4, 7))), "bias": jnp.asarray(rng.normal(size=7))}
+    head = {
+        "kernel": jnp.asarray(certainty * rng.normal(size=(4, 7))),
+        "bias": jnp.asarray(min(certainty, 1) * rng.normal(size=7)),
+    }
     signs = jnp.asarray(rng.choice([-1.0, 1.0], (6, 7)))
 
     def of_tile(key, shape, dtype):
@@ -306,6 +325,43 @@ def test_parameters_in_bfloat16_are_measured_in_float32():
         assert abs(profile[layer].value - want) < 4 * profile[layer].standard_error + 0.03 * want
 
 
+@pytest.mark.parametrize("make", [lambda x, head: x @ head["kernel"], TiledLogits])
+def test_padding_may_hold_numbers_whose_logits_are_infinite(make):
+    head = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float32)}
+    x, labels = jnp.ones((5, 3), jnp.float32).at[1].set(3e38), jnp.array([0, -100, 1, 2, 3])
+    of_all, of_others = (
+        gauss_newton_profile(lambda p, x, y: make(x, p), head, [batch], key=jax.random.key(0), num_draws=64)["kernel"]
+        for batch in ((x, labels), (x[2:], labels[2:]))
+    )
+    assert np.isfinite(of_all.value)
+    assert abs(of_all.value - of_others.value) < 5 * (of_all.standard_error + of_others.standard_error)
+
+
+def test_minus_100_is_a_target_where_labels_are_no_classes():
+    y = jnp.array([-100, 50, 30, 10])
+    values = [
+        gauss_newton_profile(
+            lambda p, x, y: x @ p["kernel"], {"kernel": jnp.ones((3, 1))}, [(jnp.ones((4, 3)), targets)],
+            key=jax.random.key(0), loss="squared_error",
+        )["kernel"].value
+        for targets in (y, y.astype(float))
+    ]  # fmt: skip
+    assert values[0] == values[1]
+
+
+def test_half_precision_does_not_lose_what_is_small():
+    """At a loss of 1e-12 cotangents of float16 would be 0."""
+    values = [
+        gauss_newton_profile(
+            lambda p, x: x @ p["kernel"], {"kernel": 30 * jnp.eye(4, dtype=dtype)}, [(jnp.eye(4, dtype=dtype),)],
+            key=jax.random.key(0), num_draws=16,
+        )["kernel"].value
+        for dtype in (jnp.float32, jnp.float16, jnp.bfloat16)
+    ]  # fmt: skip
+    assert values[0] > 0
+    np.testing.assert_allclose(values[1:], values[0], rtol=0.05)
+
+
 def test_labels_of_minus_100_in_a_batch_count_nowhere():
     def outputs_fn(params, x, labels):
         return x @ params["kernel"]
@@ -369,9 +425,31 @@ def test_eight_devices_give_what_one_gives(split):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9), on_eight, on_one)
 
 
-def test_inside_a_shard_map_the_draws_of_devices_are_independent():
+def test_axes_that_do_not_split_the_samples_are_refused():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
-    network = NETWORKS["relu"]()
+    params, x, split = {"kernel": jnp.ones((3, 4))}, jnp.ones((16, 3)), PartitionSpec("x")
+
+    def value(params, x, axis_name):
+        return gauss_newton_flatness(
+            lambda p, x: x @ p["kernel"], params, x, key=jax.random.key(0), axis_name=axis_name
+        )
+
+    for axis_name, options in ((None, {}), ("x", {"check_vma": False})):
+        mapped = jax.shard_map(
+            functools.partial(value, axis_name=axis_name), mesh=mesh, in_specs=(PartitionSpec(), split),
+            out_specs=PartitionSpec(), **options,
+        )  # fmt: skip
+        with raises(ValueError, "name the axes that split the samples"):
+            mapped(params, x)
+    with raises(ValueError, "outside, leave axis_name out"):
+        jax.vmap(functools.partial(value, axis_name="b"), (None, 0), axis_name="b")(params, x[:, None])
+
+
+@pytest.mark.parametrize("is_tiled", [False, True])
+def test_inside_a_shard_map_the_draws_of_devices_are_independent(is_tiled):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    network = NETWORKS["tanh, weighted"]()
+    outputs_fn = tiled(network, 2).outputs_fn if is_tiled else network.outputs_fn
     rng = np.random.default_rng(12)
     x, weights = jnp.asarray(rng.normal(size=(16, 3))), jnp.ones(16)
     split = PartitionSpec("x")
@@ -381,7 +459,7 @@ def test_inside_a_shard_map_the_draws_of_devices_are_independent():
         jax.shard_map, mesh=mesh, in_specs=(PartitionSpec(), split, split, PartitionSpec()), out_specs=PartitionSpec()
     )
     def value(params, x, weights, key):
-        return gauss_newton_flatness(network.outputs_fn, params, x, weights, key=key, axis_name="x")
+        return gauss_newton_flatness(outputs_fn, params, x, weights, key=key, axis_name="x")
 
     values = np.array([value(network.params, x, weights, jax.random.key(seed)) for seed in range(400)])
     whole = network._replace(batch=(x, weights))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from flatjax.core.dtypes import computing_dtype
+from flatjax.core.sharding import varying_axes
 from flatjax.core.trees import Tree, leaves_by_path, with_leaves
 from flatjax.core.units import safe_sqrt, unit_near
 from flatjax.curvature.counts import sample_weights
@@ -45,24 +46,32 @@ class Pulled:
         self.batch, self.loss, self.axis_name = batch, loss, axis_name
 
         def outputs(kernels: dict[str, Array]) -> tuple[Any, Array]:
-            return split_outputs(outputs_fn(with_leaves(params, kernels, tuple(kernels)), *batch), batch)
+            return split_outputs(outputs_fn(with_leaves(params, kernels, tuple(kernels)), *batch), batch, loss)
 
-        self.outputs, self._pull, self.weights = jax.vjp(outputs, self.kernels, has_aux=True)
-        self.total_weight = jnp.sum(self.weights)
-        if axis_name is not None:
-            self.total_weight = jax.lax.psum(self.total_weight, axis_name)
+        self.outputs, self._pull, weights = jax.vjp(outputs, self.kernels, has_aux=True)
+        self.axis_names = _checked_axes(axis_name, self.outputs, self.kernels)
+        self.total_weight = jnp.sum(weights)
+        if self.axis_names:
+            self.total_weight = jax.lax.psum(self.total_weight, self.axis_names)
+        self.shares = weights / self.total_weight
 
     def gradients(self, key: Key[Array, ""]) -> dict[str, Array]:
         """Draws g = Σ_i √ω_i J_iᵀ u_i of each kernel, divided by √Σω."""
-        if self.axis_name is not None:
-            key = jax.random.fold_in(key, jax.lax.axis_index(self.axis_name))
+        if self.axis_names:
+            key = jax.random.fold_in(key, jax.lax.axis_index(self.axis_names))
         if isinstance(self.outputs, TiledLogits):
             if self.loss != "softmax_cross_entropy":
                 raise ValueError(f"loss is {self.loss!r}, but logits in tiles have 'softmax_cross_entropy'")
-            return self._pull(cotangent_of(self.outputs, self.weights / self.total_weight, key))[0]
-        u = cotangents(self.loss, self.outputs, self.batch, key)
-        u = u * safe_sqrt(self.weights / self.total_weight).astype(u.dtype)[..., None]
-        return self._pull(u.astype(self.outputs.dtype))[0]
+            return self._pull(cotangent_of(self.outputs, self.shares, key))[0]
+        # Whatever padding holds, its u is 0, and so is what u is derived by.
+        counts = (self.shares != 0)[..., None]
+        u = cotangents(self.loss, jnp.where(counts, self.outputs, 0), self.batch, key)
+        u = jnp.where(counts, u * safe_sqrt(self.shares).astype(u.dtype)[..., None], 0)
+        # In half precision what is small would be 0: it is pulled back in a unit of its own size, one for all devices.
+        largest = jax.lax.stop_gradient(jnp.max(jnp.abs(u)))
+        unit = unit_near(jax.lax.pmax(largest, self.axis_names) if self.axis_names else largest)
+        pulled = self._pull((u / unit).astype(self.outputs.dtype))[0]
+        return jax.tree.map(lambda g: unit.astype(computing_dtype(g)) * g.astype(computing_dtype(g)), pulled)
 
     def sizes(self, layer: Layer, gradient: Array, gram: Float[Array, "l d d"] | None = None) -> Sizes:
         """Measures the gradient of a kernel; `gram` is what `gram_of` made of the kernel, if it is at hand."""
@@ -83,10 +92,27 @@ def gram_of(layer: Layer, kernel: Array) -> Float[Array, "l d d"] | None:
     return _gram(W) if _is_wide(W) else None
 
 
-def split_outputs(outputs: Any, batch: tuple[Any, ...]) -> tuple[Any, Float[Array, "..."]]:
+def _checked_axes(axis_name: str | tuple[str, ...] | None, outputs: Any, kernels: Any) -> tuple[str, ...]:
+    """The axes that split the samples.
+
+    Raises:
+        ValueError: they are not the ones along which the logits vary from device to device, or kernels vary.
+    """
+    names = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    varying, of_kernels = varying_axes(outputs), varying_axes(kernels)
+    if set(names) != varying or of_kernels:
+        raise ValueError(
+            f"axis_name is {axis_name!r}, but the logits vary along the axes {sorted(varying)} and the kernels along "
+            f"{sorted(of_kernels)}: inside jax.shard_map, with its default check_vma=True, name the axes that split "
+            "the samples, and replicate the parameters; outside, leave axis_name out"
+        )
+    return names
+
+
+def split_outputs(outputs: Any, batch: tuple[Any, ...], loss: Loss) -> tuple[Any, Float[Array, "..."]]:
     """Splits what `outputs_fn` returns into logits and weights.
 
-    Where there are only logits, the weights are those that the batch shows.
+    Where there are only logits, the weights are those that the batch shows, if its loss is one of classes.
 
     Raises:
         TypeError: the logits are not floating.
@@ -99,7 +125,7 @@ def split_outputs(outputs: Any, batch: tuple[Any, ...]) -> tuple[Any, Float[Arra
         got = f"dtype {array.dtype} and shape {array.shape}" if hasattr(array, "dtype") else f"a {type(array).__name__}"
         raise TypeError(f"outputs_fn returns {got}, wanted logits (..., d), or (logits, weights)")
     samples, dtype = logits.shape[:-1], computing_dtype(array)
-    if weights is None:
+    if weights is None and loss == "softmax_cross_entropy":
         weights = sample_weights(batch, samples)
     weights = jnp.ones(samples, dtype) if weights is None else jnp.asarray(weights)
     if weights.shape != samples:
@@ -113,7 +139,7 @@ def sum_of(outputs_fn: Callable[..., Any]) -> Callable[..., Float[Array, ""]]:
     """The sum of all logits, a scalar whose program shows how each kernel is used."""
 
     def total(params: Tree, *batch: Any) -> Float[Array, ""]:
-        logits, _ = split_outputs(outputs_fn(params, *batch), batch)
+        logits, _ = split_outputs(outputs_fn(params, *batch), batch, "softmax_cross_entropy")
         if isinstance(logits, TiledLogits):
             logits = linear_head(logits.head).logits(logits.feats.reshape(-1, logits.feats.shape[-1]))
         return jnp.sum(logits.astype(computing_dtype(logits)))

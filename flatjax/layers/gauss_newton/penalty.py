@@ -59,8 +59,8 @@ def gauss_newton_flatness(
 
     Notes:
         The value costs what the gradient of the loss costs, and 2·m·d·min(m, d) operations a kernel (m, d). Its
-        gradient is one backward pass through that. With micro-batches, the mean of their estimates is one of the whole
-        batch.
+        gradient is one backward pass through that. With micro-batches of equal weight, the mean of their estimates is
+        one of the whole batch. Where nothing counts it is NaN.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax

@@ -52,8 +52,8 @@ def gauss_newton_profile(
             calls: each is compiled once.
         params: a tree of arrays, of any framework.
         batches: tuples of arrays, gone through once. Batches of the same shapes are compiled once. Where there are only
-            logits, samples count as `flatjax.curvature.num_samples` says, if the labels it finds are one a sample: a
-            token with the label −100 does not.
+            logits, of the cross-entropy, samples count as `flatjax.curvature.num_samples` says if the labels it finds
+            have their shape: a token with the label −100 does not. Return weights where logits are shifted or flat.
         key: the random key of the draws.
         loss: "softmax_cross_entropy", "squared_error" (‖z − y‖²/2), "sigmoid_cross_entropy", or a callable
             `(logits, *batch) -> (...,)`, a loss of each sample that is convex in its own logits; it takes d products a
@@ -62,9 +62,11 @@ def gauss_newton_profile(
             `layer_relative_flatness`; an embedding that is tied to the head is read as `layers` say. What cannot be
             read is left out.
         num_draws: how many draws a batch gets, at least 2.
-        relative_error: if given, so many draws are made that the standard error of each κ^GN, given the data, comes to
-            about this share of it. A batch gets what its own first draws call for.
-        max_draws: how many draws a batch gets at most.
+        relative_error: if given, so many draws are made of each batch that the standard error of its κ^GN, given the
+            data, comes to about this share of it, times the root of the number of batches. The mean over batches of
+            equal size and κ^GN then has this relative error, and over others a larger one; what is reached is in the
+            result. A batch gets what its own first draws call for, of which there are at least 8.
+        max_draws: how many draws a batch gets at most, but for filling up the last round of as many as the first.
         report: called after each batch with what is known by then, to show progress.
 
     Returns:
@@ -80,8 +82,10 @@ def gauss_newton_profile(
 
     Notes:
         A draw costs a backward pass, and 2·m·d·min(m, d) operations a kernel (m, d); a batch one forward pass more. No
-        second derivative is taken, and no gradient of a single sample. The parameters may be split among devices in any
-        way, as for a gradient, and be in bfloat16: what is squared is in float32.
+        second derivative is taken, and no gradient of a single sample. Samples and parameters may be split among
+        devices where the compiler splits the work (`AxisType.Auto`); on a mesh with explicit axes split parameters
+        raise an error of JAX. Parameters may be in bfloat16: what is squared is in float32. Two draws of one batch
+        hardly know their own spread; believe errors of many batches or draws.
 
         With a `relative_error` the first draws decide how many follow, for a bias of the order of `relative_error`².
 
@@ -117,15 +121,17 @@ def gauss_newton_profile(
         if not isinstance(batch, tuple):
             raise TypeError(f"a batch is a {type(batch).__name__}, wanted a tuple of what outputs_fn takes: [(x, y)]")
         measure = measure or _Measure(outputs_fn, params, batch, layers, loss, key)
-        size, draws = measure.draws(batch, num_draws)
+        # Fewer draws do not know their own spread, by which the number of further ones is chosen.
+        first = num_draws if relative_error is None else min(max(num_draws, _FIRST_DRAWS), max_draws)
+        size, draws = measure.draws(batch, first)
         if size == 0:
             continue
         if relative_error is not None:
             # The errors of batches are independent: that of one may be larger than that of their mean.
             error = relative_error * math.sqrt(len(batches) if isinstance(batches, Sized) else 1)
-            number = min(_needed(draws.value, error), max_draws) - num_draws
-            for start in range(0, number, num_draws):
-                draws += measure.draws(batch, min(num_draws, number - start))[1]
+            number = min(_needed(draws.value, error), max_draws) - first
+            for _ in range(0, number, first):
+                draws += measure.draws(batch, first)[1]
         if callable(loss) and not np.isfinite(draws.value).all():
             raise ValueError(f"loss, {loss!r}, is not convex in the logits or not finite: κ^GN is of convex losses")
         tally.add(size, draws)
@@ -137,6 +143,10 @@ def gauss_newton_profile(
     if not profile:
         raise ValueError("no sample of any batch counts, wanted one at least: its weights are 0, or its labels −100")
     return profile
+
+
+_FIRST_DRAWS = 8
+"""How many draws of a batch, at least, say how many more are needed for a relative error."""
 
 
 class Draws(NamedTuple):
@@ -212,9 +222,9 @@ class Tally:
         means = np.stack([np.mean(each, axis=1) for each in draws])
         values = np.sum(shares[:, None] * means, axis=0)
         of_draws = np.stack([each.value.var(axis=0, ddof=1) / len(each.value) for each in draws])
-        number = len(draws)
-        deviations = np.sum((shares * (means[:, 0] - values[0])) ** 2, axis=0)
-        errors = np.sqrt(deviations * number / (number - 1)) if number > 1 else np.full_like(values[0], np.nan)
+        # Unbiased where the variance of a batch is as one over its size, as that of a mean of its samples.
+        spare = np.where(shares < 1, 1 - shares, np.nan)
+        errors = np.sqrt(np.sum(shares**2 * (means[:, 0] - values[0]) ** 2 / spare, axis=0))
         columns = np.stack([values[0], np.sqrt(np.sum(shares**2 * of_draws, axis=0)), errors, *values[1:]])
         num_draws = jnp.asarray(sum(len(each.value) for each in draws), jnp.int32)
         return [GaussNewtonFlatness(*map(jnp.asarray, of_layer), num_draws=num_draws) for of_layer in columns.T]

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer, Key
 
 from flatjax.core.dtypes import computing_dtype
+from flatjax.core.integers import whole_number
+from flatjax.core.sharding import varying_like
 from flatjax.core.units import safe_sqrt
 from flatjax.curvature.vectors import random_signs
 from flatjax.flatness.tiled.tiles import take_rows, tile_indices
@@ -55,7 +57,10 @@ def _paired(
     dtype = computing_dtype((outputs.feats, outputs.head))
     head, feats = _read(outputs, dtype)
     head_of_draws, feats_of_draws = _read(drawn_at, dtype)
-    size = min(outputs.tile_size, head.num_outputs)
+    weights = weights.reshape(-1).astype(dtype)
+    # Whatever padding holds, its u is finite, and counts nothing.
+    feats_of_draws = jnp.where((weights == 0)[:, None], 0, feats_of_draws)
+    size = min(whole_number(outputs.tile_size, "tile_size", least=1), head.num_outputs)
     numbers = tile_indices(head, size, jnp.dtype(jnp.int32))
 
     def drawn(i: Integer[Array, ""]) -> tuple[Float[Array, "n t"], Float[Array, "n t"]]:
@@ -77,9 +82,10 @@ def _paired(
         u = softmax.cotangents(*drawn(i), i * size)
         return total + jnp.sum(roots[:, None] * u * logits), None
 
-    softmax, _ = jax.lax.scan(read, _Online.before(feats), numbers)
-    roots = safe_sqrt(weights.reshape(-1).astype(dtype))
-    return jax.lax.scan(add, jnp.zeros((), dtype), numbers)[0]
+    like = (feats, feats_of_draws, head.matrix, head_of_draws.matrix, weights, jax.random.key_data(key))
+    softmax, _ = jax.lax.scan(read, varying_like(_Online.before(feats), like), numbers)
+    roots = safe_sqrt(weights)
+    return jax.lax.scan(add, varying_like(jnp.zeros((), dtype), like), numbers)[0]
 
 
 def _read(outputs: TiledLogits, dtype: jnp.dtype) -> tuple[LinearHead, Float[Array, "n m"]]:
@@ -110,9 +116,10 @@ class _Online(NamedTuple):
         """What is known after a further tile."""
         of_tile = jnp.argmax(logits, axis=1)
         is_newer = jnp.max(logits, axis=1) > self.largest
-        largest = jnp.maximum(self.largest, jnp.max(logits, axis=1))
         place = jnp.where(is_newer, start + of_tile.astype(self.place.dtype), self.place)
         is_largest = _is_at(logits, place, start)
+        # Looked up, as the derivative of a maximum is shared among those that are equally large.
+        largest = jnp.where(is_newer, jnp.sum(jnp.where(is_largest, logits, 0), axis=1), self.largest)
         sign = jnp.where(is_newer, jnp.sum(jnp.where(is_largest, signs, 0), axis=1), self.sign)
         # Before anything is known, and where classes are left out, −∞ is taken from −∞.
         origin = jnp.where(largest == -jnp.inf, 0, largest)
