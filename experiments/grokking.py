@@ -189,9 +189,8 @@ def training(config: Config, graph: nnx.GraphDef, num_train: int):
     @functools.partial(jax.jit, donate_argnums=0)
     def train_some(state: State, batch_key: jax.Array, first_step: int, tokens: jax.Array, labels: jax.Array) -> State:
         steps = first_step + jnp.arange(config.measure_every)
-        return jax.lax.scan(lambda state, step: (one_step(state, batch_key, step, tokens, labels), None), state, steps)[
-            0
-        ]
+        state, _ = jax.lax.scan(lambda x, step: (one_step(x, batch_key, step, tokens, labels), None), state, steps)
+        return state
 
     @jax.jit
     def measure(state: State, tokens: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:

@@ -87,7 +87,7 @@ def _losses(
 
 def relative_to_largest(logits: Float[Array, "*n d"]) -> tuple[Float[Array, "*n d"], Float[Array, "*n 1"]]:
     """All that a softmax is made of, near certainty too: z_s − z_j, and the sum of their exponentials over s ≠ j."""
-    is_largest = _is_first_largest(logits)
+    is_largest = is_first_largest(logits)
     # Summed, not indexed: classes may be split among devices, and none is then looked up where it is not.
     relative = logits - jnp.sum(jnp.where(is_largest, logits, 0), axis=-1, keepdims=True)
     # What the largest is relative to itself has no derivative: were it taken from itself, digits would go with it.
@@ -95,7 +95,7 @@ def relative_to_largest(logits: Float[Array, "*n d"]) -> tuple[Float[Array, "*n 
     return relative, jnp.sum(jnp.where(is_largest, 0, jnp.exp(relative)), axis=-1, keepdims=True)
 
 
-def _is_first_largest(logits: Float[Array, "*n d"]) -> Bool[Array, "*n d"]:
+def is_first_largest(logits: Float[Array, "*n d"]) -> Bool[Array, "*n d"]:
     """Marks the largest logit, the first if there are several.
 
     It takes two reductions that XLA vectorises on a CPU, where it does not vectorise argmax.

@@ -50,7 +50,7 @@ def counted(batch: Any, count: Callable[..., Any] | None = None) -> Any:
     """The number that `num_samples` gives, which may be traced here."""
     if count is not None:
         return count(*batch)
-    arrays = [leaf for leaf in jax.tree.leaves(batch) if jnp.ndim(leaf) and not holds_keys(leaf)]
+    arrays = _arrays(batch)
     if not arrays:
         raise ValueError(
             "a batch holds no array with an axis of samples: give a count, the function of a batch that says how many "
@@ -62,8 +62,13 @@ def counted(batch: Any, count: Callable[..., Any] | None = None) -> Any:
 
 def sample_weights(batch: Any, shape: tuple[int, ...]) -> Array | None:
     """The weights of samples of a shape that a batch shows, by the rule of `num_samples`; None if it shows none."""
-    found = _labels_and_weights([leaf for leaf in jax.tree.leaves(batch) if jnp.ndim(leaf) and not holds_keys(leaf)])
+    found = _labels_and_weights(_arrays(batch))
     return _weights(*found) if found and jnp.shape(found[0]) == shape else None
+
+
+def _arrays(batch: Any) -> list[Any]:
+    """The arrays of a batch that may be of samples: no single numbers, and no keys."""
+    return [leaf for leaf in jax.tree.leaves(batch) if jnp.ndim(leaf) and not holds_keys(leaf)]
 
 
 def _labels_and_weights(arrays: list[Any]) -> list[Any]:
@@ -79,6 +84,8 @@ def _labels_and_weights(arrays: list[Any]) -> list[Any]:
 @jax.jit
 @metric
 def _total(labels: Shaped[ArrayLike, "..."], weights: Shaped[ArrayLike, "..."] | None = None) -> Float[Array, ""]:
+    if weights is None:  # counted as integers: a sum of ones in float32 may stop at 2²⁴
+        return jnp.sum(widened(jnp.asarray(labels)) != IGNORED_LABEL, dtype=jnp.int32).astype(jnp.float32)
     return jnp.sum(_weights(labels, weights))
 
 

@@ -18,7 +18,7 @@ update = jax.jit(update_layers)
 
 
 def batches(seed=0):
-    """Of one size, for which one program is enough."""
+    """Draws batches of one size, for which one program is enough."""
     rng = np.random.default_rng(seed)
     for n in (9, 9, 9):
         labels = rng.integers(0, NUM_CLASSES, n)

@@ -107,7 +107,7 @@ def write_text(folder: Path, modules: int) -> Path:
 
 
 def metrics(folder: Path) -> bytes:
-    """As recorded so far; the last line may be unfinished."""
+    """Reads what is recorded so far; the last line may be unfinished."""
     file = folder / "run" / "metrics.jsonl"
     return file.read_bytes() if file.exists() else b""
 

@@ -75,7 +75,7 @@ def repeated(case: Case, layer: str | Layer, num_probes: int) -> tuple[Any, Any,
 
 
 def dense_profile(case: Case) -> dict[str, Any]:
-    """Of each layer that is found by its name, all from one program."""
+    """Computes κ of each layer that is found by its name, all from one program."""
     layers = find_layers(case.params)
     every = _measured(*case, tuple((layer, layer) for layer in layers.values()), ())
     return {path: dense for path, (dense, _) in zip(layers, every, strict=True)}

@@ -52,7 +52,7 @@ def tile(
     rows, bias = take_rows(head, tile_size, i, feats.dtype)
     rows = (rows - frame.row[None, :]) / frame.unit
     num_read = i * tile_size - start
-    bias = jnp.where(jnp.arange(tile_size, dtype=num_read.dtype) >= num_read, bias - frame.bias, -jnp.inf)
+    bias = jnp.where(is_unread(head, tile_size, i), bias - frame.bias, -jnp.inf)
     return Tile(rows, feats @ rows.T + bias[None, :], first_output + start, num_read)
 
 
@@ -64,6 +64,12 @@ def take_rows(
     rows = jax.lax.dynamic_slice_in_dim(head.matrix, start, tile_size, head.rows_axis).astype(dtype)
     bias = jax.lax.dynamic_slice_in_dim(head.bias, start, tile_size).astype(dtype)
     return (rows.T if head.rows_axis else rows), bias
+
+
+def is_unread(head: LinearHead, tile_size: int, i: Integer[Array, ""]) -> Bool[Array, " t"]:
+    """Marks the rows of tile `i` that no tile before it holds."""
+    num_read = i * tile_size - _start(head, tile_size, i)
+    return jnp.arange(tile_size, dtype=num_read.dtype) >= num_read
 
 
 def rows_of(head: LinearHead, frame: Frame, outputs: Integer[Array, " n"]) -> Float[Array, "n m"]:

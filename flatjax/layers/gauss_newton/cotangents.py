@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Key
 
 from flatjax.core.dtypes import computing_dtype
 from flatjax.curvature.vectors import random_signs
-from flatjax.losses import relative_to_largest
+from flatjax.losses import is_first_largest, relative_to_largest
 
 Loss = str | Callable[..., Any]
 """The name of a loss, or `(logits (..., d), *batch) -> (...,)`, each entry a convex function of its own logits."""
@@ -33,9 +33,7 @@ def _softmax(logits: Float[Array, "*n d"], signs: Float[Array, "*n d"]) -> Float
     Its own entry is a difference of numbers near 1 where the loss is small.
     """
     relative, others = relative_to_largest(logits)
-    is_largest = relative == jax.lax.stop_gradient(jnp.max(relative, axis=-1, keepdims=True))
-    # Of several largest the first, as there.
-    is_largest &= jnp.cumsum(is_largest, axis=-1) == 1
+    is_largest = is_first_largest(logits)
     roots = jnp.exp((relative - jnp.log1p(others)) / 2)
     u = jnp.where(is_largest, 0, roots * signs - roots**2 * jnp.sum(roots * signs, axis=-1, keepdims=True))
     return u - jnp.where(is_largest, jnp.sum(u, axis=-1, keepdims=True), 0)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from flatjax.core.dtypes import computing_dtype
-from flatjax.core.sharding import varying_axes
+from flatjax.core.sharding import axis_names, sum_over_devices, varying_axes
 from flatjax.core.trees import Tree, leaves_by_path, with_leaves
 from flatjax.core.units import safe_sqrt, unit_near
 from flatjax.curvature.counts import sample_weights
@@ -43,16 +43,14 @@ class Pulled:
     ):
         leaves = leaves_by_path(params)
         self.kernels = {layer.path: leaves[layer.path] for layer in layers}
-        self.batch, self.loss, self.axis_name = batch, loss, axis_name
+        self.batch, self.loss = batch, loss
 
         def outputs(kernels: dict[str, Array]) -> tuple[Any, Array]:
             return split_outputs(outputs_fn(with_leaves(params, kernels, tuple(kernels)), *batch), batch, loss)
 
         self.outputs, self._pull, weights = jax.vjp(outputs, self.kernels, has_aux=True)
         self.axis_names = _checked_axes(axis_name, self.outputs, self.kernels)
-        self.total_weight = jnp.sum(weights)
-        if self.axis_names:
-            self.total_weight = jax.lax.psum(self.total_weight, self.axis_names)
+        self.total_weight = sum_over_devices(jnp.sum(weights), self.axis_names)
         self.shares = weights / self.total_weight
 
     def gradients(self, key: Key[Array, ""]) -> dict[str, Array]:
@@ -98,7 +96,7 @@ def _checked_axes(axis_name: str | tuple[str, ...] | None, outputs: Any, kernels
     Raises:
         ValueError: they are not the ones along which the logits vary from device to device, or kernels vary.
     """
-    names = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    names = axis_names(axis_name)
     varying, of_kernels = varying_axes(outputs), varying_axes(kernels)
     if set(names) != varying or of_kernels:
         raise ValueError(

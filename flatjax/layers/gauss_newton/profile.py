@@ -116,7 +116,7 @@ def gauss_newton_profile(
     if relative_error is not None and not relative_error > 0:
         raise ValueError(f"relative_error is {relative_error}, wanted it above 0, or None for num_draws draws")
     measure: _Measure | None = None
-    tally, profile = Tally(), GaussNewtonProfile()
+    tally = Tally()
     for batch in batches:
         if not isinstance(batch, tuple):
             raise TypeError(f"a batch is a {type(batch).__name__}, wanted a tuple of what outputs_fn takes: [(x, y)]")
@@ -135,14 +135,13 @@ def gauss_newton_profile(
         if callable(loss) and not np.isfinite(draws.value).all():
             raise ValueError(f"loss, {loss!r}, is not convex in the logits or not finite: κ^GN is of convex losses")
         tally.add(size, draws)
-        profile = measure.profile(tally)
         if report is not None:
-            report(profile)
+            report(measure.profile(tally))
     if measure is None:
         raise ValueError("batches is empty, wanted at least one batch")
-    if not profile:
+    if not tally.batches:
         raise ValueError("no sample of any batch counts, wanted one at least: its weights are 0, or its labels −100")
-    return profile
+    return measure.profile(tally)
 
 
 _FIRST_DRAWS = 8

@@ -11,7 +11,7 @@ from flatjax.core.integers import whole_number
 from flatjax.core.sharding import varying_like
 from flatjax.core.units import safe_sqrt
 from flatjax.curvature.vectors import random_signs
-from flatjax.flatness.tiled.tiles import take_rows, tile_indices
+from flatjax.flatness.tiled.tiles import is_unread, take_rows, tile_indices
 from flatjax.heads import HeadParams, LinearHead, linear_head
 
 
@@ -66,8 +66,7 @@ def _paired(
     def drawn(i: Integer[Array, ""]) -> tuple[Float[Array, "n t"], Float[Array, "n t"]]:
         """The logits of a tile, −∞ where they were read before, and their signs ξ."""
         rows, bias = take_rows(head_of_draws, size, i, dtype)
-        num_read = i * size - jnp.minimum(i * size, head.num_outputs - size)
-        bias = jnp.where(jnp.arange(size, dtype=num_read.dtype) >= num_read, bias, -jnp.inf)
+        bias = jnp.where(is_unread(head, size, i), bias, -jnp.inf)
         logits = jnp.matmul(feats_of_draws, rows.T, precision="highest") + bias[None, :]
         return logits, random_signs(jax.random.fold_in(key, i), logits.shape, dtype)
 
